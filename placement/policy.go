@@ -1,0 +1,243 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package placement
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+)
+
+// Policy decides the tier of one layer at the moment its storing starts. Policies have no state and may be used by
+// several goroutines.
+type Policy interface {
+	// Name is what ParsePolicy accepts.
+	Name() string
+	// Decide never panics; an Input that makes no sense gives HDD and says so.
+	Decide(Input) Decision
+}
+
+// PolicyNames lists what ParsePolicy accepts, for messages and shell completion.
+var PolicyNames = []string{"lass", "drain", "nvm", "hdd", "boundary=N"}
+
+// ParsePolicy returns the policy of that name. The error for any other is errdefs.ErrInvalidArgument and lists the choices.
+func ParsePolicy(s string) (Policy, error) {
+	switch s {
+	case "lass":
+		return policy{s, lass}, nil
+	case "drain":
+		return policy{s, drain}, nil
+	case "nvm":
+		return policy{s, func(Input) (Tier, string) { return NVM, "policy nvm puts every layer there" }}, nil
+	case "hdd":
+		return policy{s, func(Input) (Tier, string) { return HDD, "policy hdd puts every layer there" }}, nil
+	}
+	if v, ok := strings.CutPrefix(s, "boundary="); ok {
+		n, err := strconv.ParseUint(v, 10, 16)
+		if err != nil {
+			return nil, fmt.Errorf("policy %q: the boundary must be a layer index, a whole number from 0 to 65535: %w", s, errdefs.ErrInvalidArgument)
+		}
+		return policy{fmt.Sprintf("boundary=%d", n), boundary(int(n))}, nil
+	}
+	return nil, fmt.Errorf("unknown policy %q: choose one of %s (N: index of the lowest layer on NVM): %w",
+		s, strings.Join(PolicyNames, ", "), errdefs.ErrInvalidArgument)
+}
+
+// rule is a policy without admission: the wanted tier, and why, as the part of a sentence that follows "layer 3 to NVM: ".
+type rule func(Input) (Tier, string)
+
+type policy struct {
+	name string
+	rule rule
+}
+
+func (p policy) Name() string { return p.name }
+
+func (p policy) Decide(in Input) Decision {
+	d := Decision{Tier: HDD, Policy: p.name, LDL: LDL(in), Admitted: true, Input: in}
+	if in.Index < 0 || in.Index >= len(in.Layers) {
+		d.Reason = fmt.Sprintf("layer %d to HDD: the image is known to have %d layers only", in.Index, len(in.Layers))
+		return d
+	}
+	tier, why := p.rule(in)
+	if tier == NVM {
+		need, room := Footprint(in.Layers[in.Index].Size()), roomOnNVM(in)
+		if need <= room {
+			d.Tier = NVM
+		} else {
+			d.Admitted = false
+			why = fmt.Sprintf("it would go to NVM (%s), but needs %s there and %s are left of %s free",
+				why, FormatBytes(need), FormatBytes(max(room, 0)), FormatBytes(in.NVMFree))
+		}
+	}
+	d.Reason = fmt.Sprintf("layer %d to %s: %s", in.Index, strings.ToUpper(d.Tier.String()), why)
+	return d
+}
+
+// roomOnNVM returns the free bytes less the reserve and less what is promised to layers that are being written now. A
+// layer that is half written counts in full, since the written half is not known here: too little room at worst.
+func roomOnNVM(in Input) int64 {
+	room := in.NVMFree - max(in.NVMReserve, 0) - max(in.NVMPromised, 0)
+	for i, l := range in.Layers {
+		if i != in.Index && l.Storing && !l.Stored && l.Tier == NVM {
+			room -= Footprint(l.Size())
+		}
+	}
+	return room
+}
+
+// downloading returns how many layers but this one are still on their way, and the bytes that they lack.
+func downloading(in Input) (n int, left int64) {
+	for i, l := range in.Layers {
+		if i != in.Index && !l.Downloaded {
+			n++
+			left += l.left()
+		}
+	}
+	return n, left
+}
+
+// lass is the paper's Layer-Aware Storage Strategy (strategy 3: the boundary is the last-downloading layer), bound late:
+// a layer goes to NVM if no other layer of its image is still downloading, because only then does its storing add to the time
+// of the pull. It is exact for sequential unpacking, where it gives "the LDL and all above it", and for parallel unpacking,
+// where the layers above the LDL that are stored before it need no NVM either.
+func lass(in Input) (Tier, string) {
+	if n, left := downloading(in); n > 0 {
+		return HDD, fmt.Sprintf("it is stored while %s, %s to go, so its storing costs the pull no time%s",
+			count(n, "other layer still downloads", "other layers still download"), FormatBytes(left), expected(in))
+	}
+	return NVM, "no other layer is downloading any more, so the pull waits for its storing" + known(in)
+}
+
+func expected(in Input) string {
+	if k := LDL(in); k >= 0 && k != in.Index {
+		return fmt.Sprintf(" (layer %d is expected last)", k)
+	}
+	return ""
+}
+
+func known(in Input) string {
+	switch k := LDL(in); {
+	case k < 0:
+		return " (all layers were there before the pull)"
+	case k == in.Index:
+		return " (it is the last to download)"
+	default:
+		return fmt.Sprintf(" (layer %d was the last to download)", k)
+	}
+}
+
+// boundary puts the layers from index n up on NVM: the paper's strategies 1 to 3, for n below, above and at the LDL.
+func boundary(n int) rule {
+	return func(in Input) (Tier, string) {
+		if in.Index >= n {
+			return NVM, fmt.Sprintf("it is at or above the boundary, layer %d", n)
+		}
+		return HDD, fmt.Sprintf("it is below the boundary, layer %d", n)
+	}
+}
+
+// drain sends a layer to HDD if the disk will have it before the pull can be over:
+//
+//	W + B/R <= T        HDD, else NVM
+//
+//	W = u(i)/U          until this layer, i, is written (into the page cache)
+//	B                   bytes that the disk must take until i is on it: the backlog, other layers of this image
+//	                    that are being written to HDD, and u(i)
+//	R                   bytes/s at which the disk takes them, lately measured
+//	T                   the least time that the rest of the pull needs, this layer included
+//
+// With D = (bytes not yet downloaded)/bandwidth, u the uncompressed sizes and U the rate of unpacking,
+//
+//	sequential: T = max( Σ{j≥i} u(j)/U ,  D + Σ{j≥p} u(j)/U )   p: the topmost layer that still downloads; 2nd term only if there is one
+//	parallel:   T = max( u(j)/U of each layer j that is not stored ,  D + min u(p)/U over the layers p that still download )
+//
+// T is a lower bound: whichever layer arrives last, it must still be unpacked, in sequence with all above it. For a layer whose
+// size is not read from the blob yet, T counts its compressed size. So a layer on HDD is never what the pull waits for, as
+// far as the measured rates hold. Unlike lass it sends layers to NVM that would still be in the page cache when the pull is
+// over, and layers to HDD that come after the last download but have enough unpacking above them.
+//
+// Where R, U or, with something left to download, the bandwidth is unknown, there is nothing to compute with: it falls back to lass
+// and says so.
+func drain(in Input) (Tier, string) {
+	me := in.Layers[in.Index]
+	others, _ := downloading(in)
+	var missing string
+	switch {
+	case !(in.HDDRate > 0):
+		missing = "the rate of the HDD"
+	case !(in.UnpackRate > 0):
+		missing = "the rate of unpacking"
+	case !(in.Bandwidth > 0) && others > 0:
+		missing = "the bandwidth"
+	}
+	if missing != "" {
+		tier, why := lass(in)
+		return tier, fmt.Sprintf("%s is not known yet, so by lass: %s", missing, why)
+	}
+
+	b := float64(max(in.HDDBacklog, 0)) + float64(me.Size())
+	for i, l := range in.Layers {
+		if i != in.Index && l.Storing && !l.Stored && l.Tier == HDD {
+			b += float64(l.Size())
+		}
+	}
+	on := float64(me.Size())/in.UnpackRate + b/in.HDDRate
+	rest := restOfPull(in)
+	if on <= rest {
+		return HDD, fmt.Sprintf("the disk has it in %s (%s to write at %s), before the pull can be over, %s at best",
+			seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), seconds(rest))
+	}
+	return NVM, fmt.Sprintf("the disk would have it in %s only (%s to write at %s), and the pull may be over in %s",
+		seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), seconds(rest))
+}
+
+// restOfPull is T of drain, in seconds. It wants UnpackRate > 0, and Bandwidth > 0 if another layer is downloading.
+func restOfPull(in Input) float64 {
+	_, left := downloading(in)
+	var t, above float64 // above: unpacking of this layer index and all above it
+	last := -1.0         // unpacking that follows the last arrival at best; < 0: nothing is on its way
+	for i := len(in.Layers) - 1; i >= 0; i-- {
+		l := in.Layers[i]
+		if l.Stored {
+			continue
+		}
+		u := float64(l.least()) / in.UnpackRate
+		above += u
+		onItsWay := i != in.Index && !l.Downloaded
+		if in.Sequential {
+			if i >= in.Index {
+				t = max(t, above)
+			}
+			if onItsWay && last < 0 {
+				last = above
+			}
+			continue
+		}
+		t = max(t, u)
+		if onItsWay && (last < 0 || u < last) {
+			last = u
+		}
+	}
+	if last >= 0 {
+		t = max(t, float64(left)/in.Bandwidth+last)
+	}
+	return t
+}
+
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
+func seconds(s float64) string {
+	if s < 10 {
+		return fmt.Sprintf("%.2f s", s)
+	}
+	return fmt.Sprintf("%.0f s", s)
+}
