@@ -1,0 +1,145 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import (
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+const (
+	// A mount's options share one page of 4096 bytes, and a root filesystem names up to five paths in it.
+	maxRoot = 255
+	// unix(7): sun_path holds 108 bytes with the closing NUL.
+	maxSocket = 107
+)
+
+// Check tells what is wrong with c without touching the machine: the first fault, in one line with its cure.
+func (c Config) Check() error {
+	if c.Version != Version {
+		return invalid("version: %d is not known; this nhybrid reads version %d", c.Version, Version)
+	}
+	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"nvm_root", c.NVMRoot}} {
+		if err := checkRoot(p.key, p.path); err != nil {
+			return err
+		}
+	}
+	switch {
+	case c.Root == c.NVMRoot:
+		return invalid("nvm_root: is the same directory as root; give each tier its own, each on its own filesystem")
+	case within(c.Root, c.NVMRoot):
+		return invalid("nvm_root: %q lies inside root %q; give each tier a directory of its own", c.NVMRoot, c.Root)
+	case within(c.NVMRoot, c.Root):
+		return invalid("root: %q lies inside nvm_root %q; give each tier a directory of its own", c.Root, c.NVMRoot)
+	}
+	for _, s := range []struct{ key, path string }{
+		{"address", c.Address}, {"control_address", c.ControlAddress}, {"containerd.address", c.Containerd.Address},
+	} {
+		if err := checkSocket(s.key, s.path); err != nil {
+			return err
+		}
+	}
+	if c.Address == c.ControlAddress || c.Address == c.Containerd.Address || c.ControlAddress == c.Containerd.Address {
+		return invalid("address, control_address and containerd.address must be three different sockets")
+	}
+	if err := checkMetrics(c.MetricsAddress); err != nil {
+		return err
+	}
+	if _, err := logrus.ParseLevel(c.LogLevel); err != nil {
+		return invalid("log_level: %q is none of trace, debug, info, warn, error, fatal, panic", c.LogLevel)
+	}
+	if c.LogFormat != "text" && c.LogFormat != "json" {
+		return invalid("log_format: %q is neither text nor json", c.LogFormat)
+	}
+	if err := checkPolicy(c.Placement.Policy); err != nil {
+		return err
+	}
+	for _, d := range []struct {
+		key string
+		d   Duration
+	}{{"containerd.timeout", c.Containerd.Timeout}, {"placement.poll_interval", c.Placement.PollInterval}} {
+		if time.Duration(d.d) < time.Millisecond { // a bare number in the file counts as nanoseconds
+			return invalid("%s: %v is too short; give a number with a unit of ms, s, m or h", d.key, d.d)
+		}
+	}
+	switch {
+	case c.Placement.HDDRate < 0:
+		return invalid("placement.hdd_rate: is negative; give a rate such as \"47MB/s\", or \"0\"")
+	case c.Background.WriteBackRate < 0:
+		return invalid("background.write_back_rate: is negative; give a rate such as \"50MB/s\", or \"0\"")
+	case c.Snapshot.UpperTier != "nvm" && c.Snapshot.UpperTier != "hdd":
+		return invalid("snapshot.upper_tier: %q is neither nvm nor hdd", c.Snapshot.UpperTier)
+	case c.Background.Workers < 1:
+		return invalid("background.workers: %d is too few; at least 1 is needed", c.Background.Workers)
+	}
+	return nil
+}
+
+func checkRoot(key, path string) error {
+	switch {
+	case path == "":
+		return invalid("%s: is empty; give the absolute path of a directory", key)
+	case !filepath.IsAbs(path):
+		return invalid("%s: %q is relative; give an absolute path", key, path)
+	case filepath.Clean(path) != path:
+		return invalid("%s: write %q as %q", key, path, filepath.Clean(path))
+	case path == "/":
+		return invalid("%s: \"/\" cannot be a tier; give a directory of its own", key)
+	case strings.ContainsAny(path, ":,\\\"\n\x00"):
+		// overlayfs takes its options apart at these.
+		return invalid("%s: %q holds one of : , \\ \" which mount options cannot carry; choose another path", key, path)
+	case len(path) > maxRoot:
+		return invalid("%s: is longer than %d bytes; choose a shorter path", key, maxRoot)
+	}
+	return nil
+}
+
+func checkSocket(key, path string) error {
+	switch {
+	case path == "":
+		return invalid("%s: is empty; give the absolute path of a unix socket", key)
+	case !filepath.IsAbs(path):
+		return invalid("%s: %q is relative; give the absolute path of a unix socket, without unix://", key, path)
+	case len(path) > maxSocket:
+		return invalid("%s: is longer than %d bytes, which no unix socket may be; choose a shorter path", key, maxSocket)
+	}
+	return nil
+}
+
+func checkMetrics(address string) error {
+	if address == "" {
+		return nil
+	}
+	if filepath.IsAbs(address) {
+		return checkSocket("metrics_address", address)
+	}
+	if _, port, err := net.SplitHostPort(address); err == nil {
+		if n, err := strconv.ParseUint(port, 10, 16); err == nil && n > 0 {
+			return nil
+		}
+	}
+	return invalid("metrics_address: %q is neither host:port nor the absolute path of a unix socket", address)
+}
+
+func checkPolicy(policy string) error {
+	switch policy {
+	case "lass", "drain", "nvm", "hdd":
+		return nil
+	}
+	if n, ok := strings.CutPrefix(policy, "boundary="); ok {
+		if _, err := strconv.ParseUint(n, 10, 16); err == nil {
+			return nil
+		}
+		return invalid("placement.policy: %q: the boundary is no layer index, such as boundary=2", policy)
+	}
+	return invalid("placement.policy: %q is none of lass, drain, nvm, hdd, boundary=N", policy)
+}
+
+// within tells if child lies below parent; both are clean and absolute.
+func within(parent, child string) bool { return strings.HasPrefix(child, parent+"/") }

@@ -1,0 +1,112 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package config is the daemon's configuration: one struct that is at once the set of keys, their defaults, their
+// documentation and the source of config.toml.example.
+//
+// A value comes from the first of these that has it: command line, environment, file, default.
+package config
+
+import (
+	"bytes"
+	"fmt"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+const (
+	// DefaultFile is read when no file is named; it need not exist.
+	DefaultFile = "/etc/nhybrid/config.toml"
+	// Version is the only version of the file's layout that there is.
+	Version = 1
+	// DefaultControlAddress is where nhybridctl looks for the daemon.
+	DefaultControlAddress = "/run/nhybrid/control.sock"
+)
+
+// Config is the whole configuration. The zero value is not valid; begin with Default.
+type Config struct {
+	Version        int    `toml:"version" comment:"Layout of this file. Must be 1."`
+	Root           string `toml:"root" comment:"Directory of the HDD tier: the home of all image data. Absolute; created when missing."`
+	NVMRoot        string `toml:"nvm_root" comment:"Directory of the NVM tier: persistent memory, or any fast disk. Absolute; must exist, since a tier that\nis not mounted would silently put everything on the filesystem below. Best on a filesystem of its own."`
+	Address        string `toml:"address" comment:"Unix socket on which containerd reaches the snapshotter: the address of its [proxy_plugins.nhybrid]."`
+	ControlAddress string `toml:"control_address" comment:"Unix socket, mode 0600, of nhybridctl."`
+	MetricsAddress string `toml:"metrics_address" comment:"Where Prometheus metrics are served: \"host:port\" or the absolute path of a unix socket. Empty: nowhere."`
+	LogLevel       string `toml:"log_level" comment:"trace, debug, info, warn, error, fatal or panic."`
+	LogFormat      string `toml:"log_format" comment:"text or json."`
+
+	Containerd Containerd `toml:"containerd" comment:"How nhybrid asks containerd what it is downloading."`
+	Placement  Placement  `toml:"placement" comment:"Which layer goes to which tier."`
+	Snapshot   Snapshot   `toml:"snapshot" comment:"Writable snapshots of containers."`
+	Background Background `toml:"background" comment:"Work that is done after containerd has its answer."`
+}
+
+// Containerd says how to reach containerd.
+type Containerd struct {
+	Address string   `toml:"address" comment:"containerd's own socket. Without it nothing is known of downloads, so every layer counts as the last one."`
+	Timeout Duration `toml:"timeout" comment:"Longest wait for one answer of containerd; a layer is placed without it when the time is over."`
+}
+
+// Placement says where layers go.
+type Placement struct {
+	Policy       string   `toml:"policy" comment:"lass: NVM for a layer whose storing starts when no other layer of its image is still downloading, else HDD.\ndrain: HDD as long as the disk can have it written before the pull could end anyway, else NVM.\nnvm, hdd: every layer on that tier.\nboundary=N: layers with index N (0 = bottom) and above on NVM."`
+	NVMReserve   Space    `toml:"nvm_reserve" comment:"What stays free on the NVM filesystem: bytes (\"2GiB\") or a share of its size (\"5%\").\nA layer that does not fit beside it goes to HDD; no pull fails for it."`
+	HDDRate      Rate     `toml:"hdd_rate" comment:"Rate at which the HDD takes file trees, for the policy drain: \"47MB/s\". \"0\": measured while running."`
+	PollInterval Duration `toml:"poll_interval" comment:"How often the downloads of a running pull are looked at, beside containerd's events."`
+}
+
+// Snapshot says how writable snapshots are kept.
+type Snapshot struct {
+	UpperTier  string `toml:"upper_tier" comment:"Tier of the writable directories of containers: nvm or hdd. NVM without room gives HDD.\nThe label containerd.io/snapshot/nhybrid.upper-tier of a snapshot goes before this key."`
+	SyncRemove bool   `toml:"sync_remove" comment:"true: a removal returns when the files are gone. containerd holds a lock meanwhile that stops every other\nsnapshot on the node, so this is for tests of disk space only."`
+}
+
+// Background says how much slow work may run beside pulls.
+type Background struct {
+	Workers       int  `toml:"workers" comment:"How many captures, trees and removals run at a time. At least 1."`
+	WriteBack     bool `toml:"write_back" comment:"true: layers on NVM are copied to HDD in the background, so that the loss of the NVM device loses no image."`
+	WriteBackRate Rate `toml:"write_back_rate" comment:"Most bytes a second that this copying may write. \"0\": no limit."`
+}
+
+// Default is the configuration of a daemon that was told nothing.
+func Default() Config {
+	return Config{
+		Version:        Version,
+		Root:           "/var/lib/nhybrid",
+		NVMRoot:        "/mnt/nvm/nhybrid",
+		Address:        "/run/nhybrid/nhybrid.sock",
+		ControlAddress: DefaultControlAddress,
+		LogLevel:       "info",
+		LogFormat:      "text",
+		Containerd: Containerd{
+			Address: "/run/containerd/containerd.sock",
+			Timeout: Duration(defaultTimeout),
+		},
+		Placement: Placement{
+			Policy:       "lass",
+			NVMReserve:   Space{Percent: 5},
+			PollInterval: Duration(defaultPoll),
+		},
+		Snapshot:   Snapshot{UpperTier: "nvm"},
+		Background: Background{Workers: 2, WriteBack: true, WriteBackRate: 50_000_000},
+	}
+}
+
+const header = `# Configuration of containerd-nhybrid-grpc.
+#
+# Every key may be left out; what stands here is its default. The command line goes before the environment, the
+# environment before this file. The variable of a key is NHYBRID_ and its name in capitals, with _ for each dot:
+# NHYBRID_NVM_ROOT, NHYBRID_PLACEMENT_POLICY. On the command line every key can be given as --set key=value.
+# Sizes are bytes or have a unit: kB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024).
+# Durations have a unit too: ms, s, m, h.
+
+`
+
+// Marshal gives c as a TOML file with the meaning of each key in a comment above it.
+func (c Config) Marshal() ([]byte, error) {
+	var b bytes.Buffer
+	b.WriteString(header)
+	if err := toml.NewEncoder(&b).SetIndentTables(false).Encode(c); err != nil {
+		return nil, fmt.Errorf("marshal configuration: %w", err)
+	}
+	return b.Bytes(), nil
+}
