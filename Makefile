@@ -1,0 +1,124 @@
+# Copyright The nhybrid Authors.
+# SPDX-License-Identifier: Apache-2.0
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+# A build must not depend on which toolchain happens to be downloadable today: the installed Go is used or refused.
+export GOTOOLCHAIN ?= local
+export DEBIAN_FRONTEND := noninteractive
+
+BIN     := $(CURDIR)/bin
+OUT     := $(CURDIR)/out
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -X main.version=$(VERSION)
+# The same flags for build, vet, test and run, or each would fill the build cache anew.
+export GOFLAGS += -trimpath -buildvcs=false
+STRIP   := -ldflags '-s -w'
+
+# What the build, the tests and the demo take from Debian 12 beside Go, make and git.
+DEB_BUILD := ca-certificates gcc libc6-dev pkg-config libseccomp-dev
+DEB_RUN   := attr busybox-static containernetworking-plugins e2fsprogs erofs-utils iproute2 iptables mmdebstrap \
+             mount strace util-linux xfsprogs
+DEB_GEN   := protobuf-compiler
+
+.PHONY: help
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+## What is built ---------------------------------------------------------------------------------------------------
+
+.PHONY: build
+build: ## Build the daemon and nhybridctl into bin/.
+	go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-nhybrid-grpc ./cmd/nhybridctl
+
+.PHONY: generate
+generate: ## Regenerate code and config.toml.example (needs protoc from Debian).
+	@tools/deps $(DEB_BUILD) $(DEB_GEN)
+	go generate ./...
+
+.PHONY: deps
+deps: ## Install the Debian packages that build, tests and demo need.
+	@tools/deps $(DEB_BUILD) $(DEB_RUN)
+
+# Each set of tools is its own module, so that none raises the versions of another. A stamp holds the fact that the
+# binaries in bin/ are those of the pinned go.mod.
+.PHONY: tools
+tools: tools-core $(BIN)/.cri $(BIN)/.nerdctl ## Build the pinned containerd, ctr, runc, crane, crictl, nerdctl into bin/.
+
+.PHONY: tools-core
+tools-core: $(BIN)/.tools
+
+$(BIN)/.tools: tools/go.mod tools/go.sum | tool-deps
+	go build -C tools -tags seccomp -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=v$(shell \
+	  sed -n 's|.*github.com/containerd/containerd/v2 v\([^ ]*\).*|\1|p' tools/go.mod)' -o $(BIN)/ tool
+	@touch $@
+
+$(BIN)/.cri: tools/cri/go.mod tools/cri/go.sum
+	go build -C tools/cri -ldflags '-s -w -X github.com/kubernetes-sigs/cri-tools/pkg/version.Version=v1.30.0' -o $(BIN)/ tool
+	@touch $@
+
+# The module proxy serves few versions of nerdctl and may cease to serve this one too. Only that is forgiven, and
+# only loudly: the reason is kept in bin/.nerdctl-unobtainable, and tests that need nerdctl skip with it.
+$(BIN)/.nerdctl: tools/nerdctl/go.mod tools/nerdctl/go.sum
+	@mkdir -p $(BIN); rm -f $(BIN)/.nerdctl-unobtainable
+	@if ! go list -C tools/nerdctl -deps tool >/dev/null 2>$(BIN)/.nerdctl-unobtainable; then \
+	  echo "WARNING: nerdctl cannot be obtained; its tests will be skipped:" >&2; \
+	  sed 's/^/WARNING:   /' $(BIN)/.nerdctl-unobtainable >&2; \
+	else \
+	  rm -f $(BIN)/.nerdctl-unobtainable; set -x; \
+	  go build -C tools/nerdctl $(STRIP) -o $(BIN)/ tool; touch $@; \
+	fi
+
+$(BIN)/.lint: tools/lint/go.mod tools/lint/go.sum
+	go build -C tools/lint $(STRIP) -o $(BIN)/ tool
+	@touch $@
+
+.PHONY: tool-deps
+tool-deps:
+	@tools/deps $(DEB_BUILD)
+
+## What is checked -------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: $(BIN)/.lint ## Check format, vet and style.
+	@unformatted=$$(git ls-files -co --exclude-standard '*.go' | xargs -r gofmt -l); \
+	  if [ -n "$$unformatted" ]; then echo "not formatted (run gofmt -w): $$unformatted" >&2; exit 1; fi
+	go vet ./...
+	go vet -tags integration ./integration/...
+	$(BIN)/golangci-lint run --build-tags integration ./...
+
+.PHONY: test
+test: ## Run everything: lint, unit tests, integration tests, tests on emulated persistent memory.
+	@tools/phases deps tools build lint test-unit test-integration $(if $(filter no,$(PMEM)),,test-pmem)
+
+.PHONY: test-unit
+test-unit: ## Run the unit tests with the race detector (root: they mount).
+	go test -race ./...
+
+.PHONY: test-integration
+test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).
+	go test -tags integration -count 1 -timeout 20m ./integration/...
+
+.PHONY: test-pmem
+test-pmem: ## Run containerd with nhybrid in a QEMU guest with emulated persistent memory.
+	./integration/pmem/run.sh
+
+## What is shown ---------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: deps tools-core build ## Pull and run an image on two tiers and show what went where (KEEP=1: leave it running).
+	go run ./integration/demo
+
+.PHONY: bench
+bench: bench-deploy ## Run every benchmark; figures go to out/NAME.json.
+
+.PHONY: bench-deploy
+bench-deploy: deps tools build ## Measure deployment against the overlayfs snapshotter.
+	go run ./integration/bench deploy
+
+.PHONY: clean
+clean: ## Remove bin/ and out/, the image cache in it included.
+	rm -rf $(BIN) $(OUT)
