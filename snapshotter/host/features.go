@@ -234,7 +234,7 @@ func (t *trial) reads(name string) bool {
 }
 
 // stacks tells if a container whose root is the mount at name can mount an overlay over it: filesystems may stack two
-// deep, and some kernels count a file-backed EROFS as one (Linux 6.18; not 6.12).
+// deep, and some kernels count a file-backed EROFS as one level.
 func (t *trial) stacks(name string) bool {
 	upper, err := t.upper("over")
 	if err != nil {
