@@ -1,0 +1,458 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package tree
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// node is what the writer keeps of a visible name; the rest is read again from the capture in memory.
+type node struct {
+	rec   uint64 // of the name's own record, as nodeID
+	nid   uint32
+	next  uint32 // next name in the same directory, 0 at the end
+	child uint32 // directories: first name, 0 if empty. Further names of an inode: the node of its first name
+	xsize uint32 // xattrs
+	tail  uint32 // chunk indexes, symlink target, or entries of a directory
+	block uint32 // first data block, counted from the first of all, if plain blocks are used
+	depth uint16
+	typ   byte
+	alias bool // a further name of an inode
+}
+
+// tailMax is the longest tail that is packed behind its inode. A longer one would cost more in skipped slots than in a
+// block of its own.
+const tailMax = 3072
+
+// split tells how much of size stands in data blocks and how much behind the inode.
+func split(size uint64) (blocks uint32, inline int) {
+	if t := size % blockSize; t <= tailMax {
+		return uint32(size / blockSize), int(t)
+	}
+	return uint32(size/blockSize) + 1, 0
+}
+
+type writer struct {
+	ctx    context.Context
+	layers []*layer
+	nodes  []node
+	links  map[uint64]*linked // inodes with several names
+	inodes uint64
+	meta   uint64 // end of the metadata, in bytes
+	data   uint64 // data blocks
+	out    *blockWriter
+	shared uint32 // id of the shared metacopy xattr
+}
+
+type linked struct {
+	node  uint32
+	nlink uint32
+}
+
+// Write merges the chain and writes the EROFS image to w, front to back, without seeking or syncing. The same captures
+// give the same bytes. Memory is the captures' size and some 50 bytes for each visible name. Errors about a capture
+// name its file and are of the classes of [VerifyCapture]; what EROFS cannot hold is errdefs.ErrInvalidArgument.
+func Write(ctx context.Context, c Chain, w io.Writer) (TreeStats, error) {
+	layers, err := c.open()
+	if err != nil {
+		return TreeStats{}, err
+	}
+	return writeLayers(ctx, layers, w)
+}
+
+func writeLayers(ctx context.Context, layers []*layer, w io.Writer) (TreeStats, error) {
+	t := &writer{ctx: ctx, layers: layers, links: map[uint64]*linked{}, out: &blockWriter{w: w}}
+	for _, step := range []func() error{t.collect, t.layout, t.writeMeta, t.writeData} {
+		if err := step(); err != nil {
+			return TreeStats{}, err
+		}
+	}
+	return TreeStats{Entries: int64(len(t.nodes)), Inodes: int64(t.inodes), Bytes: t.out.pos}, nil
+}
+
+// collect makes the nodes, in path order.
+func (t *writer) collect() error {
+	type frame struct {
+		node  uint32
+		last  uint32 // last name so far
+		names dirNames
+		size  dirLayout
+	}
+	var frames []*frame
+	var free []*frame // frames are many, their closures need not be
+	return merge(t.ctx, t.layers, visitor{
+		enter: func(v *visible) error {
+			if len(t.nodes) == 1<<32-1 {
+				return fmt.Errorf("write tree: more than 2^32 names: %w", errdefs.ErrInvalidArgument)
+			}
+			i := uint32(len(t.nodes))
+			n := node{rec: nodeID(v.layer.index, v.rec.off), typ: fileType(v.ino.mode), depth: uint16(v.rec.depth)}
+			if len(frames) > 0 {
+				f := frames[len(frames)-1]
+				f.names.name(v.rec.name)
+				if f.last == 0 {
+					t.nodes[f.node].child = i
+				} else {
+					t.nodes[f.last].next = i
+				}
+				f.last = i
+			}
+			if v.ino.multi {
+				if l := t.links[v.id()]; l != nil {
+					l.nlink++
+					n.alias, n.child = true, l.node
+					t.nodes = append(t.nodes, n)
+					return nil
+				}
+				t.links[v.id()] = &linked{node: i, nlink: 1}
+			}
+			t.inodes++
+			if err := n.measure(v); err != nil {
+				return err
+			}
+			t.nodes = append(t.nodes, n)
+			if isDir(v.ino.mode) {
+				var f *frame
+				if len(free) > 0 {
+					f, free = free[len(free)-1], free[:len(free)-1]
+				} else {
+					f = &frame{}
+					f.names.add = func(name []byte, _ int) { f.size.add(len(name)) }
+				}
+				f.node, f.last, f.names.dots, f.size = i, 0, 0, dirLayout{}
+				frames = append(frames, f)
+			}
+			return nil
+		},
+		leave: func() error {
+			f := frames[len(frames)-1]
+			f.names.end()
+			if f.size.size() >= 1<<32 {
+				return fmt.Errorf("write tree: a directory needs %d bytes, the limit is 2^32: %w", f.size.size(), errdefs.ErrInvalidArgument)
+			}
+			t.nodes[f.node].tail = uint32(f.size.size())
+			frames, free = frames[:len(frames)-1], append(free, f)
+			return nil
+		},
+	})
+}
+
+// measure sets what follows the inode of v, but for directories, which are not known yet.
+func (n *node) measure(v *visible) error {
+	redirect := 0
+	switch {
+	case v.ino.hasData():
+		redirect = len(v.redirect(nil))
+		chunks := (v.ino.size-1)>>chunkBits + 1
+		n.tail = uint32(chunks * 4)
+	case v.ino.target != nil:
+		n.tail = uint32(len(v.ino.target))
+	case v.ino.rdev != 0 && !devFits(v.ino.rdev):
+		return fmt.Errorf("write tree: %q of layer %s has device number %d:%d, which EROFS cannot hold: %w",
+			v.path, v.layer.id, major(v.ino.rdev), minor(v.ino.rdev), errdefs.ErrInvalidArgument)
+	}
+	x := xattrArea(v.ino, redirect)
+	if (x-xattrHeaderSize)/4+1 > 1<<16-1 || redirect > maxValue {
+		return fmt.Errorf("write tree: %q of layer %s has %d bytes of xattrs, more than EROFS can hold: %w",
+			v.path, v.layer.id, x, errdefs.ErrInvalidArgument)
+	}
+	n.xsize = uint32(x)
+	return nil
+}
+
+// inlineTail is the part of the tail that follows the xattrs, and must not cross a block.
+func (n *node) inlineTail() (blocks uint32, inline int, whole bool) {
+	switch n.typ {
+	case fileType(unix.S_IFDIR), fileType(unix.S_IFLNK):
+		blocks, inline = split(uint64(n.tail))
+		return blocks, inline, true
+	}
+	return 0, int(n.tail), false // chunk indexes are read one by one
+}
+
+// layout gives each inode its place.
+func (t *writer) layout() error {
+	sharedOff := superOffset + superSize
+	t.shared = uint32(sharedOff / 4) // counted from xattr_blkaddr, block 0
+	pos := uint64(sharedOff + xattrSize(len(metacopyName)-len("trusted."), 0))
+	for i := range t.nodes {
+		n := &t.nodes[i]
+		if n.alias {
+			n.nid = t.nodes[n.child].nid
+			continue
+		}
+		blocks, inline, whole := n.inlineTail()
+		n.block = uint32(t.data)
+		t.data += uint64(blocks)
+		pos = align(pos, slotSize)
+		head := uint64(inodeSize) + uint64(n.xsize)
+		for pos%blockSize+inodeSize > blockSize || whole && inline > 0 && (pos+head)%blockSize+uint64(inline) > blockSize {
+			pos += slotSize
+		}
+		if pos/slotSize > 1<<32-1 {
+			return fmt.Errorf("write tree: the inodes need more than 128 GiB: %w", errdefs.ErrInvalidArgument)
+		}
+		n.nid = uint32(pos / slotSize)
+		pos += head + uint64(inline)
+	}
+	// Readers may fetch a whole block from the shared xattr on (go-erofs does), so there are at least two.
+	t.meta = max(align(pos, blockSize), 2*blockSize)
+	if t.meta/blockSize+t.data > 1<<32-1 {
+		return fmt.Errorf("write tree: the image needs more than 2^32 blocks: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// read fetches the record of a node and the inode behind it.
+func (t *writer) read(n *node, rec, link *record) (*layer, *inode, error) {
+	l := t.layers[n.rec>>48]
+	if err := l.at(int(n.rec&(1<<48-1)), rec); err != nil {
+		return nil, nil, err
+	}
+	if !rec.is(flagLink) {
+		return l, &rec.inode, nil
+	}
+	return l, &link.inode, l.at(rec.linkTo, link)
+}
+
+// writeMeta writes everything up to the data blocks.
+func (t *writer) writeMeta() error {
+	super := superblock{
+		rootNid: uint16(t.nodes[0].nid), inos: t.inodes, blocks: uint32(t.meta/blockSize + t.data), uuid: imageUUID(t.layers),
+	}
+	t.out.pad(superOffset)
+	t.out.write(super.bytes())
+	t.out.write(appendXattr(nil, 4, []byte(metacopyName[len("trusted."):]), nil))
+
+	var rec, link record
+	var path, redirect, buf []byte
+	var ends []int       // length of the path of each directory above
+	var parents []uint32 // their nodes
+	ino := uint32(0)
+	for i := range t.nodes {
+		if i%1024 == 0 && t.ctx.Err() != nil {
+			return t.ctx.Err()
+		}
+		n := &t.nodes[i]
+		l, in, err := t.read(n, &rec, &link)
+		if err != nil {
+			return err
+		}
+		if n.depth > 0 {
+			ends, parents = ends[:n.depth], parents[:n.depth]
+			if path = path[:ends[n.depth-1]]; len(path) > 0 {
+				path = append(path, '/')
+			}
+			path = append(path, rec.name...)
+		}
+		ends, parents = append(ends, len(path)), append(parents, uint32(i))
+		if n.alias {
+			continue
+		}
+		ino++
+		d := diskInode{inode: in, xsize: int(n.xsize), size: in.size, ino: ino, nlink: 1}
+		if in.multi {
+			d.nlink = t.links[nodeID(l.index, identity(&rec))].nlink
+		}
+		redirect = redirect[:0]
+		blocks, inline, whole := n.inlineTail()
+		if whole {
+			d.size, d.u = uint64(n.tail), uint32(t.meta/blockSize)+n.block
+			if blocks == 0 {
+				d.u = 0
+			}
+			if inline > 0 {
+				d.layout = layoutInline
+			}
+		}
+		var parent uint32
+		switch n.typ {
+		case fileType(unix.S_IFDIR):
+			if d.nlink, err = t.dirLinks(n); err != nil {
+				return err
+			}
+			if n.depth > 0 {
+				parent = parents[n.depth-1]
+			}
+		case fileType(unix.S_IFREG):
+			if in.hasData() {
+				redirect = appendRedirect(redirect, l.id, in, path)
+				d.layout, d.u = layoutChunk, chunkFormat
+			}
+		case fileType(unix.S_IFCHR), fileType(unix.S_IFBLK):
+			d.u = encodeDev(in.rdev)
+		}
+		t.out.pad(int64(n.nid) * slotSize)
+		buf = appendXattrArea(d.append(buf[:0]), in, redirect, t.shared)
+		switch {
+		case n.typ == fileType(unix.S_IFDIR) && inline > 0:
+			buf, err = t.appendDir(buf, uint32(i), parent, int(blocks), 1<<32)
+		case n.typ == fileType(unix.S_IFLNK) && inline > 0:
+			buf = append(buf, in.target[len(in.target)-inline:]...)
+		case d.layout == layoutChunk:
+			for range n.tail / 4 {
+				buf = binary.LittleEndian.AppendUint32(buf, 1<<32-1) // EROFS_NULL_ADDR: a hole
+			}
+		}
+		if err != nil {
+			return err
+		}
+		if t.out.write(buf); t.out.err != nil {
+			return t.out.err
+		}
+	}
+	t.out.pad(int64(t.meta))
+	return t.out.err
+}
+
+// identity is the offset of the record that holds the inode.
+func identity(rec *record) int {
+	if rec.is(flagLink) {
+		return rec.linkTo
+	}
+	return rec.off
+}
+
+// writeData writes the data blocks: of large directories and of long symlinks.
+func (t *writer) writeData() error {
+	var rec, link record
+	var parents []uint32
+	for i := range t.nodes {
+		n := &t.nodes[i]
+		if n.depth > 0 {
+			parents = parents[:n.depth]
+		}
+		parents = append(parents, uint32(i))
+		if n.alias {
+			continue
+		}
+		blocks, _, whole := n.inlineTail()
+		if !whole || blocks == 0 {
+			continue
+		}
+		end := int64(t.meta) + int64(n.block+blocks)*blockSize
+		if n.typ == fileType(unix.S_IFLNK) {
+			_, in, err := t.read(n, &rec, &link)
+			if err != nil {
+				return err
+			}
+			t.out.write(in.target[:min(len(in.target), int(blocks)*blockSize)])
+		} else {
+			var parent uint32
+			if n.depth > 0 {
+				parent = parents[n.depth-1]
+			}
+			buf, err := t.appendDir(nil, uint32(i), parent, 0, int(blocks))
+			if err != nil {
+				return err
+			}
+			t.out.write(buf)
+		}
+		if t.out.pad(end); t.out.err != nil {
+			return t.out.err
+		}
+	}
+	return t.out.flush()
+}
+
+// dirLinks is two and the number of directories in n.
+func (t *writer) dirLinks(n *node) (uint32, error) {
+	links := uint32(2)
+	for c := n.child; c != 0; c = t.nodes[c].next {
+		if t.nodes[c].typ == fileType(unix.S_IFDIR) {
+			links++
+		}
+	}
+	return links, nil
+}
+
+// appendDir appends the blocks from first up to, not including, end of the directory at node dir.
+func (t *writer) appendDir(b []byte, dir, parent uint32, first, end int) ([]byte, error) {
+	var (
+		entries []dirent
+		layout  dirLayout
+		rec     record
+		child   *node
+	)
+	flush := func(block int, full bool) {
+		if block >= first && block < end {
+			b = appendDirBlock(b, entries, full)
+		}
+		entries = entries[:0]
+	}
+	names := dirNames{add: func(name []byte, dot int) {
+		if layout.add(len(name)) {
+			flush(layout.blocks-1, true)
+		}
+		e := dirent{typ: fileType(unix.S_IFDIR), name: name}
+		switch dot {
+		case 0:
+			e.nid, e.typ = uint64(child.nid), child.typ
+		case 1:
+			e.nid = uint64(t.nodes[dir].nid)
+		case 2:
+			e.nid = uint64(t.nodes[parent].nid)
+		}
+		entries = append(entries, e)
+	}}
+	for c := t.nodes[dir].child; c != 0; c = child.next {
+		child = &t.nodes[c]
+		l := t.layers[child.rec>>48]
+		if err := l.at(int(child.rec&(1<<48-1)), &rec); err != nil {
+			return nil, err
+		}
+		names.name(rec.name)
+	}
+	names.end()
+	flush(layout.blocks, false)
+	return b, nil
+}
+
+// blockWriter collects what is written and completes the superblock, whose checksum covers the rest of its block.
+type blockWriter struct {
+	w   io.Writer
+	buf []byte
+	pos int64
+	err error
+}
+
+func (b *blockWriter) write(p []byte) {
+	b.buf = append(b.buf, p...)
+	b.pos += int64(len(p))
+	if len(b.buf) >= 1<<20 {
+		b.flush()
+	}
+}
+
+// pad writes zeros up to pos.
+func (b *blockWriter) pad(pos int64) {
+	for b.err == nil && b.pos < pos {
+		b.write(zeros[:min(pos-b.pos, int64(len(zeros)))])
+	}
+	if b.err == nil && b.pos > pos {
+		b.err = fmt.Errorf("write tree: at %d, past %d: %w", b.pos, pos, errdefs.ErrInternal)
+	}
+}
+
+var zeros [blockSize]byte
+
+func (b *blockWriter) flush() error {
+	if b.err != nil {
+		return b.err
+	}
+	if b.pos == int64(len(b.buf)) && len(b.buf) >= blockSize {
+		binary.LittleEndian.PutUint32(b.buf[superOffset+4:], superChecksum(b.buf))
+	}
+	if _, err := b.w.Write(b.buf); err != nil {
+		b.err = fmt.Errorf("write tree: %w", err)
+	}
+	b.buf = b.buf[:0]
+	return b.err
+}
