@@ -52,8 +52,7 @@ tools: tools-core $(BIN)/.cri $(BIN)/.nerdctl ## Build the pinned containerd, ct
 tools-core: $(BIN)/.tools
 
 $(BIN)/.tools: tools/go.mod tools/go.sum | tool-deps
-	go build -C tools -tags seccomp -ldflags '-s -w -X github.com/containerd/containerd/v2/version.Version=v$(shell \
-	  sed -n 's|.*github.com/containerd/containerd/v2 v\([^ ]*\).*|\1|p' tools/go.mod)' -o $(BIN)/ tool
+	go build -C tools -tags seccomp $(STRIP) -o $(BIN)/ tool
 	@touch $@
 
 $(BIN)/.cri: tools/cri/go.mod tools/cri/go.sum
