@@ -52,6 +52,10 @@ func (c container) compare(want manifest.Tree) error {
 	if err != nil {
 		return err
 	}
+	return equal(want, got)
+}
+
+func equal(want, got manifest.Tree) error {
 	diffs := manifest.Differences(want, got)
 	if len(diffs) == 0 {
 		return nil

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -121,8 +120,6 @@ func (g *guest) startDaemon(ctx context.Context) (err error) {
 	}, "containerd-nhybrid-grpc", "--config", "/etc/nhybrid.toml")
 	return err
 }
-
-func (g *guest) killDaemon(ctx context.Context) error { return g.daemon.end(ctx, syscall.SIGKILL) }
 
 // dumpLogs copies the logs and the kernel's messages to the console, which the host keeps.
 func (g *guest) dumpLogs() {

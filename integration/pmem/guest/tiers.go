@@ -35,13 +35,13 @@ func (g *guest) makeNamespace(ctx context.Context) error {
 		return err
 	}
 	var err error
-	g.pmem, err = persistentMemory()
+	g.pmem, err = persistentMemory("/proc/iomem")
 	return err
 }
 
-// persistentMemory reads where the kernel has persistent memory.
-func persistentMemory() ([]span, error) {
-	f, err := os.Open("/proc/iomem")
+// persistentMemory reads from the map of physical addresses where there is persistent memory.
+func persistentMemory(iomem string) ([]span, error) {
+	f, err := os.Open(iomem)
 	if err != nil {
 		return nil, err
 	}
@@ -54,12 +54,12 @@ func persistentMemory() ([]span, error) {
 		}
 		var s span
 		if _, err := fmt.Sscanf(strings.TrimSpace(where), "%x-%x", &s.first, &s.last); err != nil {
-			return nil, fmt.Errorf("read /proc/iomem line %q: %w", lines.Text(), err)
+			return nil, fmt.Errorf("read %s line %q: %w", iomem, lines.Text(), err)
 		}
 		spans = append(spans, s)
 	}
 	if len(spans) == 0 {
-		return nil, fmt.Errorf("find persistent memory in /proc/iomem: %w", errNone)
+		return nil, fmt.Errorf("find persistent memory in %s: %w", iomem, errNone)
 	}
 	return spans, nil
 }

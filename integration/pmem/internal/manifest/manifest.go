@@ -145,6 +145,16 @@ func xattrs(name string) (map[string]string, error) {
 	return attrs, nil
 }
 
+// Seconds returns a copy of t with the times cut to whole seconds, which is all that containerd's own layers of a commit hold.
+func (t Tree) Seconds() Tree {
+	cut := t.Clone()
+	for name, f := range cut {
+		f.Mtime -= f.Mtime % 1e9
+		cut[name] = f
+	}
+	return cut
+}
+
 // Differences says in one line each how got differs from want, in the order of paths; none when they are equal.
 func Differences(want, got Tree) []string {
 	var diffs []string
@@ -154,19 +164,34 @@ func Differences(want, got Tree) []string {
 			diffs = append(diffs, fmt.Sprintf("%s: is missing", p))
 			continue
 		}
-		w := want[p]
-		if !maps.Equal(w.Xattrs, g.Xattrs) {
-			diffs = append(diffs, fmt.Sprintf("%s: attributes are %v, want %v", p, g.Xattrs, w.Xattrs))
-		}
-		w.Xattrs, g.Xattrs = nil, nil
-		if ws, gs := fmt.Sprintf("%+v", w), fmt.Sprintf("%+v", g); ws != gs {
-			diffs = append(diffs, fmt.Sprintf("%s: is %s, want %s", p, gs, ws))
+		if d := want[p].differences(g); len(d) > 0 {
+			diffs = append(diffs, p+": "+strings.Join(d, ", "))
 		}
 	}
 	for _, p := range slices.Sorted(maps.Keys(got)) {
 		if _, ok := want[p]; !ok {
 			diffs = append(diffs, fmt.Sprintf("%s: should not be there", p))
 		}
+	}
+	return diffs
+}
+
+func (f File) differences(got File) []string {
+	var diffs []string
+	for _, field := range []struct {
+		name      string
+		want, got any
+	}{
+		{"mode", fmt.Sprintf("%#o", f.Mode), fmt.Sprintf("%#o", got.Mode)}, {"uid", f.UID, got.UID}, {"gid", f.GID, got.GID},
+		{"size", f.Size, got.Size}, {"mtime", f.Mtime, got.Mtime}, {"links", f.Links, got.Links}, {"rdev", f.Rdev, got.Rdev},
+		{"digest", f.Digest, got.Digest}, {"target", f.Target, got.Target},
+	} {
+		if field.want != field.got {
+			diffs = append(diffs, fmt.Sprintf("%s is %v, want %v", field.name, field.got, field.want))
+		}
+	}
+	if !maps.Equal(f.Xattrs, got.Xattrs) {
+		diffs = append(diffs, fmt.Sprintf("attributes are %v, want %v", got.Xattrs, f.Xattrs))
 	}
 	return diffs
 }

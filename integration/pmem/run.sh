@@ -1,0 +1,10 @@
+#!/bin/bash
+# Copyright The nhybrid Authors.
+# SPDX-License-Identifier: Apache-2.0
+#
+# Runs containerd with nhybrid in QEMU guests with emulated persistent memory (docs/pmem.md), with the programs built anew.
+# Arguments go to the test: -fs ext4, -snapshotter overlayfs, …
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+make --no-print-directory tools-core build
+exec go run ./integration/pmem "$@"
