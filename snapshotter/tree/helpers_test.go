@@ -1,0 +1,410 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package tree
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/erofs/go-erofs"
+	"golang.org/x/sys/unix"
+)
+
+func requireRoot(t testing.TB) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: mounts, device nodes, trusted xattrs")
+	}
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// captureTo captures dir into a new file and checks the file.
+func captureTo(t testing.TB, dir, id string, parent Chain) (string, Stats) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "m"))
+	must(t, err)
+	defer f.Close()
+	s, err := Capture(t.Context(), dir, id, parent, f)
+	must(t, err)
+	gotID, gotStats, err := ReadStats(f.Name())
+	must(t, err)
+	if gotID != id || gotStats != s {
+		t.Fatalf("capture of layer %s says layer %s with %+v, Capture said %+v", id, gotID, gotStats, s)
+	}
+	return f.Name(), s
+}
+
+// writeTo writes the tree of the chain into a new file and puts it before the judges.
+func writeTo(t testing.TB, c Chain) string {
+	t.Helper()
+	f, err := os.Create(filepath.Join(t.TempDir(), "tree.erofs"))
+	must(t, err)
+	defer f.Close()
+	s, err := Write(t.Context(), c, f)
+	must(t, err)
+	fi, err := f.Stat()
+	must(t, err)
+	if fi.Size() != s.Bytes {
+		t.Fatalf("image has %d bytes, Write said %d", fi.Size(), s.Bytes)
+	}
+	judge(t, c, f.Name(), s)
+	return f.Name()
+}
+
+// judge has the image checked by our own check, fsck.erofs, and go-erofs's reader, which must see what Entries says.
+// The third judge is the kernel, wherever the image is mounted.
+func judge(t testing.TB, c Chain, image string, s TreeStats) {
+	t.Helper()
+	must(t, VerifyImage(image))
+	switch path, err := exec.LookPath("fsck.erofs"); {
+	case err == nil:
+		if out, err := exec.Command(path, image).CombinedOutput(); err != nil {
+			t.Fatalf("fsck.erofs: %v\n%s", err, out)
+		}
+	case os.Getenv("CI") != "":
+		t.Fatal("fsck.erofs is missing: install erofs-utils")
+	}
+	want := map[string]Entry{}
+	inodes := map[uint64]bool{}
+	for e, err := range c.Entries(t.Context()) {
+		must(t, err)
+		if _, twice := want[e.Path]; twice {
+			t.Fatalf("%q is listed twice", e.Path)
+		}
+		want[e.Path] = e
+		inodes[e.Inode] = true
+	}
+	if int64(len(want)) != s.Entries || int64(len(inodes)) != s.Inodes {
+		t.Fatalf("Write says %d entries and %d inodes, Entries has %d and %d", s.Entries, s.Inodes, len(want), len(inodes))
+	}
+	f, err := os.Open(image)
+	must(t, err)
+	defer f.Close()
+	img, err := erofs.Open(f)
+	must(t, err)
+	seen := 0
+	var visit func(path string, d fs.DirEntry)
+	visit = func(path string, d fs.DirEntry) {
+		seen++
+		fi, err := d.Info()
+		must(t, err)
+		e, ok := want[path]
+		if !ok {
+			t.Fatalf("go-erofs sees %q, which is not in the chain", path)
+		}
+		st := fi.Sys().(*erofs.Stat)
+		checkErofsStat(t, e, st)
+		if !d.IsDir() {
+			return
+		}
+		entries, err := fs.ReadDir(img, strings.TrimPrefix(path, "/")+map[bool]string{true: "."}[path == "/"])
+		must(t, err)
+		for _, child := range entries {
+			visit(strings.TrimSuffix(path, "/")+"/"+child.Name(), child)
+		}
+	}
+	root, err := fs.Stat(img, ".")
+	must(t, err)
+	visit("/", fs.FileInfoToDirEntry(root))
+	if seen != len(want) {
+		t.Fatalf("go-erofs sees %d entries, the chain has %d", seen, len(want))
+	}
+}
+
+func checkErofsStat(t testing.TB, e Entry, st *erofs.Stat) {
+	t.Helper()
+	want := map[string]string{}
+	for k, v := range e.Xattrs {
+		want[k] = string(v)
+	}
+	if e.Redirect != "" {
+		want[redirectName], want[metacopyName] = e.Redirect, ""
+	}
+	got := map[string]string{}
+	for k, v := range st.Xattrs {
+		got[strings.TrimSuffix(k, ".")] = v // go-erofs puts a dot behind the names of ACLs
+	}
+	if !maps.Equal(want, got) {
+		t.Fatalf("%q: go-erofs sees xattrs %q, want %q", e.Path, got, want)
+	}
+	if int64(st.Mtime) != e.Sec || st.MtimeNs != e.Nsec || st.UID != e.UID || st.GID != e.GID ||
+		!isDir(e.Mode) && (st.Size != e.Size || st.Nlink != int(e.Nlink)) || uint32(st.Mode.Perm()) != e.Mode&0o777 {
+		t.Fatalf("%q: go-erofs sees %+v, want %+v", e.Path, *st, e)
+	}
+}
+
+// mountTree mounts an image, from the file or, on kernels that cannot, through a loop device.
+func mountTree(t testing.TB, image string) string {
+	t.Helper()
+	dir := t.TempDir()
+	err := unix.Mount(image, dir, "erofs", unix.MS_RDONLY, "")
+	if errors.Is(err, unix.ENOTBLK) || errors.Is(err, unix.EINVAL) {
+		if out, lerr := exec.Command("mount", "-t", "erofs", "-o", "ro,loop", image, dir).CombinedOutput(); lerr != nil {
+			t.Fatalf("mount %s: %v, by loop: %v\n%s", image, err, lerr, out)
+		}
+	} else {
+		must(t, err)
+	}
+	t.Cleanup(func() { unmount(t, dir) })
+	return dir
+}
+
+func unmount(t testing.TB, dir string) {
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Errorf("unmount %s: %v", dir, err)
+		unix.Unmount(dir, unix.MNT_DETACH)
+	}
+}
+
+// mountOverlay mounts an overlay by the mount API, which has no limit on the length of the options.
+func mountOverlay(t testing.TB, options ...string) string {
+	t.Helper()
+	fd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
+	must(t, err)
+	defer unix.Close(fd)
+	for _, o := range options {
+		key, value, _ := strings.Cut(o, "=")
+		if err := unix.FsconfigSetString(fd, key, value); err != nil {
+			t.Fatalf("overlay option %q: %v", o, err)
+		}
+	}
+	must(t, unix.FsconfigCreate(fd))
+	mnt, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(mnt)
+	dir := t.TempDir()
+	must(t, unix.MoveMount(mnt, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH))
+	t.Cleanup(func() { unmount(t, dir) })
+	return dir
+}
+
+// overlayLayers mounts layers as overlayfs does it for everybody: the reference.
+func overlayLayers(t testing.TB, dirs []string, options ...string) string {
+	t.Helper()
+	var o []string
+	for _, d := range slices.Backward(dirs) {
+		o = append(o, "lowerdir+="+d)
+	}
+	if len(dirs) == 1 && len(options) == 0 { // one lower alone needs a second
+		o = append(o, "lowerdir+="+t.TempDir())
+	}
+	return mountOverlay(t, append(o, options...)...)
+}
+
+// roots are two data roots.
+type roots struct{ nvm, hdd string }
+
+func newRoots(t testing.TB) roots {
+	r := roots{t.TempDir(), t.TempDir()}
+	return r
+}
+
+// options are the mount options of a container, in the form that goes through mount(2).
+func (r roots) options(tree string, more ...string) string {
+	o := []string{"lowerdir+=" + tree, "datadir+=" + r.nvm, "datadir+=" + r.hdd}
+	return strings.Join(append(o, more...), ",")
+}
+
+func (r roots) mount(t testing.TB, tree string, more ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	must(t, unix.Mount("overlay", dir, "overlay", 0, r.options(tree, more...)))
+	t.Cleanup(func() { unmount(t, dir) })
+	return dir
+}
+
+// fill puts the data of the layer in dir below the roots, where pick chooses. The files are linked, not copied.
+func (r roots) fill(t testing.TB, c Chain, dirs map[string]string, pick func() bool) {
+	t.Helper()
+	for e, err := range c.Entries(t.Context()) {
+		must(t, err)
+		if e.Redirect == "" || len(e.Redirect) > maxTarget {
+			continue
+		}
+		if exists(r.nvm+e.Redirect) || exists(r.hdd+e.Redirect) {
+			continue
+		}
+		to := r.hdd
+		if pick() {
+			to = r.nvm
+		}
+		id, path, _ := strings.Cut(e.Redirect[1:], "/")
+		must(t, os.MkdirAll(filepath.Dir(to+e.Redirect), 0o755))
+		must(t, os.Link(filepath.Join(dirs[id], path), to+e.Redirect))
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// file is all that can be seen of a file.
+type file struct {
+	Mode, UID, GID uint32
+	Size           int64
+	Sec, Nsec      int64
+	Rdev           uint64
+	Target, Sum    string
+	Xattrs         string
+	Names          string // of all names of the inode, if there are several
+}
+
+// list lists everything below root, the root as "". Names that a directory lists and that cannot be looked up are left
+// out: overlayfs lists the whiteouts of a directory that only one layer has.
+func list(t testing.TB, root string) map[string]file {
+	t.Helper()
+	files, _ := listLinks(t, root)
+	return files
+}
+
+// listTree is list, and checks that link counts are the visible names. Over the layers themselves they are not:
+// there they count hidden names too.
+func listTree(t testing.TB, root string) map[string]file {
+	t.Helper()
+	files, wrong := listLinks(t, root)
+	for _, w := range wrong {
+		t.Errorf("wrong link count: %s", w)
+	}
+	return files
+}
+
+func listLinks(t testing.TB, root string) (_ map[string]file, wrong []string) {
+	t.Helper()
+	files := map[string]file{}
+	type id struct{ dev, ino uint64 }
+	names := map[id][]string{}
+	nlinks := map[id]uint64{}
+	var visit func(rel string)
+	visit = func(rel string) {
+		path := root + rel
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			if errors.Is(err, unix.ENOENT) {
+				return
+			}
+			t.Fatalf("stat %q: %v", path, err)
+		}
+		f := file{Mode: st.Mode, UID: st.Uid, GID: st.Gid, Sec: st.Mtim.Sec, Nsec: st.Mtim.Nsec, Xattrs: xattrsOf(t, path)}
+		switch st.Mode & unix.S_IFMT {
+		case unix.S_IFREG:
+			f.Size = st.Size
+			f.Sum = sumOf(t, path)
+		case unix.S_IFLNK:
+			f.Size = st.Size
+			var err error
+			f.Target, err = os.Readlink(path)
+			must(t, err)
+		case unix.S_IFCHR, unix.S_IFBLK:
+			f.Rdev = st.Rdev
+		case unix.S_IFDIR:
+			dir, err := os.Open(path)
+			must(t, err)
+			entries, err := dir.Readdirnames(-1)
+			dir.Close()
+			must(t, err)
+			for _, e := range entries {
+				visit(rel + "/" + e)
+			}
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			k := id{st.Dev, st.Ino}
+			names[k] = append(names[k], rel)
+			nlinks[k] = uint64(st.Nlink)
+		}
+		files[rel] = f
+	}
+	visit("")
+	for k, group := range names {
+		if nlinks[k] != uint64(len(group)) {
+			wrong = append(wrong, fmt.Sprintf("%d for %q", nlinks[k], group))
+		}
+		if len(group) > 1 {
+			slices.Sort(group)
+			for _, name := range group {
+				f := files[name]
+				f.Names = fmt.Sprintf("%q", group)
+				files[name] = f
+			}
+		}
+	}
+	return files, wrong
+}
+
+func xattrsOf(t testing.TB, path string) string {
+	t.Helper()
+	buf := make([]byte, 1<<16)
+	n, err := unix.Llistxattr(path, buf)
+	must(t, err)
+	var all []string
+	for _, name := range strings.Split(string(buf[:n]), "\x00") {
+		if name == "" || strings.HasPrefix(name, "user.overlay.") || strings.HasPrefix(name, "trusted.overlay.") {
+			continue // never in a tree; judge sees to it
+		}
+		v := make([]byte, 1<<16)
+		n, err := unix.Lgetxattr(path, name, v)
+		if err != nil {
+			t.Fatalf("%q: xattr %q: %v", path, name, err)
+		}
+		all = append(all, fmt.Sprintf("%q=%x", name, sha256.Sum256(v[:n])))
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
+}
+
+func sumOf(t testing.TB, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatalf("open %q: %v", path, err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	_, err = io.Copy(h, f)
+	must(t, err)
+	return fmt.Sprintf("%x", h.Sum(nil))
+}
+
+// same compares two listings.
+func same(t testing.TB, what string, want, got map[string]file) {
+	t.Helper()
+	bad := 0
+	for name, w := range want {
+		g, ok := got[name]
+		switch {
+		case !ok:
+			t.Errorf("%s: %q is missing", what, name)
+		case g != w:
+			t.Errorf("%s: %q is\n%+v, want\n%+v", what, name, g, w)
+		default:
+			continue
+		}
+		bad++
+	}
+	for name := range got {
+		if _, ok := want[name]; !ok {
+			t.Errorf("%s: %q should not be there", what, name)
+			bad++
+		}
+	}
+	if bad > 0 {
+		t.Fatalf("%s: %d of %d names differ", what, bad, len(want))
+	}
+}
