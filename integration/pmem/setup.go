@@ -226,13 +226,18 @@ func backports(ctx context.Context, cache string) ([]string, error) {
 	if uri == "" {
 		return nil, errors.New("find backports: this machine's package sources name no Debian release; add one to /etc/apt/sources.list.d")
 	}
+	// The keys that Debian's own sources name; where they are not there, apt looks in its usual places.
 	const keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
+	signed := ""
+	if _, err := os.Stat(keys); err == nil {
+		signed = "[signed-by=" + keys + "] "
+	}
 	dir := filepath.Join(cache, "apt")
 	if err := os.MkdirAll(filepath.Join(dir, "lists", "partial"), 0o755); err != nil {
 		return nil, fmt.Errorf("make directory for package lists: %w", err)
 	}
 	list := filepath.Join(dir, "backports.list")
-	entry := fmt.Sprintf("deb [signed-by=%s] %s %s-backports main\n", keys, uri, codename)
+	entry := fmt.Sprintf("deb %s%s %s-backports main\n", signed, uri, codename)
 	if err := os.WriteFile(list, []byte(entry), 0o644); err != nil {
 		return nil, fmt.Errorf("write package source: %w", err)
 	}
