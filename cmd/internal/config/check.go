@@ -10,7 +10,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/sirupsen/logrus"
+
+	"github.com/nhybrid/nhybrid/placement"
 )
 
 const (
@@ -128,17 +131,10 @@ func checkMetrics(address string) error {
 }
 
 func checkPolicy(policy string) error {
-	switch policy {
-	case "lass", "drain", "nvm", "hdd":
-		return nil
+	if _, err := placement.ParsePolicy(policy); err != nil {
+		return invalid("placement.policy: %s", strings.TrimSuffix(err.Error(), ": "+errdefs.ErrInvalidArgument.Error()))
 	}
-	if n, ok := strings.CutPrefix(policy, "boundary="); ok {
-		if _, err := strconv.ParseUint(n, 10, 16); err == nil {
-			return nil
-		}
-		return invalid("placement.policy: %q: the boundary is no layer index, such as boundary=2", policy)
-	}
-	return invalid("placement.policy: %q is none of lass, drain, nvm, hdd, boundary=N", policy)
+	return nil
 }
 
 // within tells if child lies below parent; both are clean and absolute.

@@ -1,0 +1,88 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/status"
+
+	"github.com/nhybrid/nhybrid/snapshotter/control"
+)
+
+// with calls f with a client of the daemon and makes of its error one that a person understands.
+func (a *app) with(f func(control.ControlClient) error) error {
+	if !filepath.IsAbs(a.address) {
+		return usage(fmt.Sprintf("--address %q is not the absolute path of a socket", a.address))
+	}
+	client, done, err := control.Dial(a.address)
+	if err != nil {
+		return err
+	}
+	defer done()
+	return a.explain(f(client))
+}
+
+func (a *app) explain(err error) error {
+	s, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	native := errgrpc.ToNative(err)
+	if errdefs.IsUnavailable(native) {
+		return fmt.Errorf("cannot reach the daemon at %s: is containerd-nhybrid-grpc running, and may you open its socket? (%s)", a.address, s.Message())
+	}
+	if errdefs.IsNotImplemented(native) {
+		return fmt.Errorf("the daemon at %s does not know this request: is it older than nhybridctl? (%s)", a.address, s.Message())
+	}
+	return errors.New(s.Message())
+}
+
+// receive calls f for each message of a stream. The end of ctx, Ctrl-C that is, is no error.
+func receive[T any](ctx context.Context, stream grpc.ServerStreamingClient[T], f func(*T) error) error {
+	for {
+		m, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF) || err != nil && ctx.Err() != nil:
+			return nil
+		case err != nil:
+			return err
+		}
+		if err := f(m); err != nil {
+			return err
+		}
+	}
+}
+
+// images completes image references with those that the daemon knows, if it answers at once.
+func (a *app) images(c *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(c.Context(), time.Second)
+	defer cancel()
+	var names []string
+	_ = a.with(func(client control.ControlClient) error { // without an answer there is nothing to complete
+		stream, err := client.List(ctx, &control.ListRequest{Namespace: a.namespace})
+		if err != nil {
+			return err
+		}
+		return receive(ctx, stream, func(s *control.Snapshot) error {
+			names = append(names, s.GetImages()...)
+			return nil
+		})
+	})
+	slices.Sort(names)
+	return slices.Compact(names), cobra.ShellCompDirectiveNoFileComp
+}

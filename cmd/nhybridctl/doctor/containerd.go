@@ -1,0 +1,222 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
+)
+
+// What containerd calls the things that are looked at.
+const (
+	pluginTransfer = "io.containerd.transfer.v1.local"
+	pluginImages   = "io.containerd.cri.v1.images" // since configuration version 3
+	pluginRuntime  = "io.containerd.cri.v1.runtime"
+	pluginCRI      = "io.containerd.grpc.v1.cri"    // version 2
+	pluginGRPC     = "io.containerd.server.v1.grpc" // since version 4
+	annotations    = "enable_remote_snapshot_annotations"
+)
+
+// Containerd looks at containerd's configuration, whole and raw as Read gives them, for a daemon with configuration c
+// that is to be known to containerd as name.
+func Containerd(file string, whole, raw Table, c config.Config, name string) []Finding {
+	f := &findings{area: "containerd"}
+	switch v := whole.number("version"); {
+	case v < 2:
+		f.add(Warn, fmt.Sprintf("write \"version = 2\" or newer at the top of %s and its names for plugins", file), "the configuration is of version 1: what it says of plugins may be read otherwise than you think")
+	case v > 4:
+		f.add(Warn, "look for a newer nhybrid", "the configuration is of version %d, which is newer than what is known here", v)
+	}
+	name = proxy(f, file, whole, c, name)
+	unpack(f, file, whole, name)
+	cri(f, file, whole, name)
+	address(f, file, whole, raw, c)
+	metadata(f, whole)
+	return f.all
+}
+
+// proxy looks for the entry of the snapshotter and gives the name that it goes by.
+func proxy(f *findings, file string, t Table, c config.Config, name string) string {
+	plugins := t.at("proxy_plugins")
+	section := "[proxy_plugins." + name + "]"
+	if _, ok := plugins[name]; !ok {
+		for _, other := range keys(plugins) {
+			if strings.TrimPrefix(plugins.at(other).text("address"), "unix://") == c.Address {
+				name, section = other, "[proxy_plugins."+other+"]"
+			}
+		}
+	}
+	if _, ok := plugins[name]; !ok {
+		f.add(Fail, fmt.Sprintf("add to %s: %s with type = \"snapshot\" and address = %q", file, section, c.Address), "containerd knows no snapshotter %q: %s is missing", name, section)
+		return name
+	}
+	p := plugins.at(name)
+	good := true
+	if kind := p.text("type"); kind != "snapshot" && kind != "io.containerd.snapshotter.v1" {
+		good = false
+		f.add(Fail, fmt.Sprintf("in %s, %s: type = \"snapshot\"", file, section), "%s has type %q", section, kind)
+	}
+	if have := p.text("address"); have != c.Address {
+		good = false
+		f.add(Fail, fmt.Sprintf("in %s, %s: address = %q", file, section, c.Address), "%s has address %q, the daemon listens on %q", section, have, c.Address)
+	}
+	if good {
+		f.ok("snapshotter %q at %s", name, c.Address)
+	}
+	exports := section[:len(section)-1] + ".exports]"
+	switch root := p.at("exports").text("root"); {
+	case root == "":
+		f.add(Warn, fmt.Sprintf("in %s, %s: root = %q", file, exports, c.Root), "exports.root is missing: the kubelet sees no image filesystem, so it neither reports nor collects images")
+	case root != c.Root:
+		f.add(Warn, fmt.Sprintf("in %s, %s: root = %q", file, exports, c.Root), "exports.root is %q and the daemon's root %q: the kubelet watches the wrong filesystem", root, c.Root)
+	default:
+		f.ok("exports.root is the HDD tier")
+	}
+	if v := p.at("exports")[annotations]; v == "true" {
+		f.ok("containerd tells with each layer which image it belongs to")
+	} else {
+		f.add(Warn, fmt.Sprintf("in %s, %s: %s = \"true\"", file, exports, annotations), "%s is not \"true\": which image a layer belongs to has to be found from manifests, which takes longer", annotations)
+	}
+	capabilities := p.texts("capabilities")
+	if slices.Contains(capabilities, "remap-ids") {
+		f.ok("capability remap-ids: pods with user namespaces share layers")
+	} else {
+		f.add(Warn, fmt.Sprintf("in %s, %s: capabilities = [\"remap-ids\"]", file, section), "capability remap-ids is missing: for a pod with a user namespace containerd copies the whole image")
+	}
+	rebase := slices.Contains(capabilities, "rebase")
+	unpacks := t.at("plugins", pluginTransfer).number("max_concurrent_unpacks")
+	switch {
+	case rebase && unpacks > 1:
+		f.ok("layers are unpacked in parallel, %d at a time", unpacks)
+	case unpacks > 1:
+		f.add(Warn, fmt.Sprintf("in %s, %s: add \"rebase\" to capabilities", file, section), "max_concurrent_unpacks is %d, but capability rebase is missing: layers are unpacked one by one", unpacks)
+	case rebase:
+		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: max_concurrent_unpacks = 3", file, pluginTransfer), "capability rebase does nothing as long as max_concurrent_unpacks is 1")
+	}
+	return name
+}
+
+// unpack looks at what the transfer service, behind ctr, nerdctl and CRI, unpacks for.
+func unpack(f *findings, file string, t Table, name string) {
+	var have []string
+	for _, u := range t.at("plugins", pluginTransfer).tables("unpack_config") {
+		platform := u.text("platform")
+		if platform == "" || platform == "linux" || platform == "linux/"+runtime.GOARCH || strings.HasPrefix(platform, "linux/"+runtime.GOARCH+"/") {
+			have = append(have, u.text("snapshotter"))
+		}
+	}
+	section := fmt.Sprintf("[[plugins.'%s'.unpack_config]]", pluginTransfer)
+	cure := func(s string) string {
+		return fmt.Sprintf("add to %s: %s with platform = \"linux/%s\" and snapshotter = %q", file, section, runtime.GOARCH, s)
+	}
+	if !slices.Contains(have, name) {
+		f.add(Fail, cure(name), "no unpack_config names %q: ctr, nerdctl and CRI cannot pull for it (\"no unpack platforms defined\")", name)
+		return
+	}
+	f.ok("unpack_config names %q", name)
+	if !slices.Contains(have, "overlayfs") {
+		f.add(Warn, cure("overlayfs"), "unpack_config does not name overlayfs any more, since a list of one's own replaces containerd's: pulls for overlayfs fail")
+	}
+}
+
+func cri(f *findings, file string, t Table, name string) {
+	disabled := t.texts("disabled_plugins")
+	if slices.Contains(disabled, pluginCRI) || slices.Contains(disabled, "cri") || slices.Contains(disabled, pluginImages) {
+		f.ok("CRI is disabled: no Kubernetes on this containerd")
+		return
+	}
+	section, images := pluginImages, t.at("plugins", pluginImages)
+	runtimes := t.at("plugins", pluginRuntime, "containerd", "runtimes")
+	if t.number("version") < 3 {
+		section, images = pluginCRI+"'.'containerd", t.at("plugins", pluginCRI, "containerd")
+		runtimes = images.at("runtimes")
+	}
+	if images.text("snapshotter") == name {
+		f.ok("CRI: pods use %q", name)
+	} else {
+		users := slices.DeleteFunc(keys(runtimes), func(r string) bool { return runtimes.at(r).text("snapshotter") != name })
+		if len(users) > 0 {
+			f.ok("CRI: pods of runtime %s use %q", strings.Join(users, ", "), name)
+		} else {
+			used := images.text("snapshotter")
+			if used == "" {
+				used = "overlayfs"
+			}
+			f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: snapshotter = %q, if pods are to use it", file, section, name), "CRI: pods use %q", used)
+		}
+	}
+	if images.truth("discard_unpacked_layers") {
+		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: discard_unpacked_layers = false", file, section), "CRI throws blobs away once they are unpacked: after a crash or the loss of NVM, layers cannot be rebuilt from them")
+	}
+}
+
+// address compares the socket of containerd with the one that the daemon asks about downloads.
+func address(f *findings, file string, whole, raw Table, c config.Config) {
+	version := whole.number("version")
+	have := whole.at("grpc").text("address")
+	if version >= 4 {
+		have = whole.at("plugins", pluginGRPC).text("address")
+	}
+	if raw.number("version") >= 4 && raw.at("grpc").text("address") != "" {
+		f.add(Warn, fmt.Sprintf("in %s, write [plugins.'%s'] instead", file, pluginGRPC), "[grpc] in a configuration of version 4 is ignored")
+	}
+	if have == "" {
+		have = config.Default().Containerd.Address
+	}
+	if have != c.Containerd.Address {
+		f.add(Fail, fmt.Sprintf("set containerd.address = %q in nhybrid's configuration", have), "containerd listens on %q and nhybrid asks %q: no download would be seen, and each layer taken for the last", have, c.Containerd.Address)
+	} else {
+		f.ok("nhybrid asks the socket that containerd listens on")
+	}
+}
+
+// startSyncs is how many times the start of a container waits for containerd's meta.db to reach the disk.
+const startSyncs = 20
+
+// slowSync is what no device but a disk that turns takes for one small write.
+const slowSync = 2 * time.Millisecond
+
+func metadata(f *findings, t Table) {
+	root := t.text("root")
+	if root == "" {
+		root = "/var/lib/containerd"
+	}
+	db := filepath.Join(root, "io.containerd.metadata.v1.bolt")
+	dir, err := host.Existing(db)
+	if err != nil {
+		f.add(Warn, "", "containerd's root was not looked at: %s", plain(err))
+		return
+	}
+	sync, err := Fsync(dir)
+	if err != nil {
+		f.add(Warn, "", "the disk of containerd's meta.db was not measured: %s", plain(err))
+		return
+	}
+	cost := (startSyncs * sync).Round(time.Millisecond)
+	if _, err := os.Stat(db); err != nil {
+		db = root
+	}
+	if sync > slowSync {
+		f.add(Warn, fmt.Sprintf("move %s to a fast disk, by a bind mount", db), "containerd's meta.db is on a slow disk, %.1f ms a write: each start of a container waits about %v for it", float64(sync)/1e6, cost)
+		return
+	}
+	f.ok("containerd's meta.db takes %.2f ms a write, about %v a start", float64(sync)/1e6, cost)
+}
+
+func keys(t Table) []string {
+	var all []string
+	for k := range t {
+		all = append(all, k)
+	}
+	slices.Sort(all)
+	return all
+}

@@ -1,0 +1,182 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package doctor
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
+)
+
+// Host looks at the kernel and at the filesystems of both tiers, by trial. It needs root.
+func Host(c config.Config) []Finding {
+	k := &findings{area: "kernel"}
+	if os.Geteuid() != 0 {
+		k.add(Fail, "run nhybridctl doctor as root", "trial mounts need root")
+		return k.all
+	}
+	nvm, nvmFound := tier("nvm", c.NVMRoot, c)
+	hdd, hddFound := tier("hdd", c.Root, c)
+	all := append(nvmFound, hddFound...)
+	if nvm != nil && hdd != nil {
+		t := &findings{area: "tiers"}
+		if nvm.SameFilesystem(*hdd) {
+			t.add(Warn, fmt.Sprintf("mount a fast device at %q", c.NVMRoot), "both tiers stand on the same filesystem, %s at %s: nothing gets faster and the reserve counts twice", nvm.Source, nvm.MountPoint)
+		} else {
+			t.ok("the tiers stand on two filesystems")
+		}
+		all = append(all, t.all...)
+	}
+	if nvm == nil || nvm.ReadOnly {
+		k.add(Warn, "cure the tier first", "the kernel was not tried: there is no NVM tier to try it on")
+		return append(k.all, all...)
+	}
+	return append(kernel(nvm.Path), all...)
+}
+
+// kernel tries what the daemon needs on the tier at dir.
+func kernel(dir string) []Finding {
+	f := &findings{area: "kernel"}
+	features, err := host.Probe(dir, host.Image())
+	if err == nil {
+		err = features.Check()
+	}
+	if err != nil {
+		text, cure, _ := strings.Cut(plain(err), "; ")
+		f.add(Fail, cure, "%s", text)
+		return f.all
+	}
+	how := "without metacopy=on"
+	if features.Metacopy {
+		how = "with metacopy=on"
+	}
+	f.ok("Linux %s: overlayfs has data-only layers, %s", features.Kernel, how)
+	switch {
+	case !features.UseLoop() && features.StackOK:
+		f.ok("trees are mounted from plain files")
+	case features.UseLoop():
+		f.ok("trees are mounted through loop devices")
+	default:
+		f.add(Warn, "enable loop devices (CONFIG_BLK_DEV_LOOP)", "trees are mounted from plain files, and on this kernel containers cannot mount an overlay of their own then")
+	}
+	if features.IDMap {
+		f.ok("trees can be id-mapped, for pods with user namespaces")
+	} else {
+		f.add(Warn, "run Linux 5.19 or newer with CONFIG_USER_NS", "trees cannot be id-mapped: pods with user namespaces do not start")
+	}
+	return f.all
+}
+
+// tier looks at one tier; what it stands on is nil where there is nothing to look at.
+func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
+	f := &findings{area: name}
+	dir, err := host.Existing(root)
+	if err != nil {
+		f.add(Fail, "choose another directory in the configuration", "%s", plain(err))
+		return nil, f.all
+	}
+	if name == "nvm" && dir != root && dir != filepath.Dir(root) {
+		f.add(Fail, fmt.Sprintf("mount the NVM filesystem at %q, or set nvm_root", filepath.Dir(root)), "%q does not exist, nor does the directory above it", root)
+		return nil, f.all
+	}
+	d, err := host.Facts(dir)
+	if err != nil {
+		f.add(Fail, "see dmesg for errors of the device", "%s", plain(err))
+		return nil, f.all
+	}
+	if d.ReadOnly {
+		f.add(Fail, fmt.Sprintf("mount -o remount,rw %s; look in dmesg why it is so", d.MountPoint), "%q is read-only", root)
+		return &d, f.all
+	}
+	f.ok("%s is on %s (%s at %s), %s of %s free", root, d.Filesystem, d.Source, d.MountPoint, placement.FormatBytes(d.Free), placement.FormatBytes(d.Total))
+	if d.Inodes > 0 && d.InodesFree < d.Inodes/20 {
+		f.add(Warn, "make the filesystem with more inodes, or remove images", "only %d of %d inodes are free", d.InodesFree, d.Inodes)
+	}
+	if name == "nvm" {
+		nvm(f, d, c)
+	} else if d.Rotational == host.No {
+		f.ok("the device does not seek: it is not a disk that nhybrid would have to spare")
+	}
+	upper(f, dir, c, name)
+	return &d, f.all
+}
+
+func nvm(f *findings, d host.Dir, c config.Config) {
+	switch {
+	case d.Rotational == host.Yes:
+		f.add(Warn, "put nvm_root on persistent memory or a fast disk", "the NVM tier stands on a disk that has to seek")
+	case d.DAX == host.Yes:
+		f.ok("DAX: programs run from the device without a copy in the page cache")
+	case strings.HasPrefix(d.Source, "/dev/pmem"):
+		f.add(Warn, fmt.Sprintf("mount %s with -o dax=always (ext4, or xfs without reflink, on an fsdax namespace)", d.Source), "persistent memory without DAX: everything is copied to the page cache")
+	default:
+		f.ok("no DAX: files go through the page cache, as on any disk")
+	}
+	if reserve := c.Placement.NVMReserve.Of(d.Total); d.Free <= reserve {
+		f.add(Warn, "remove images, or lower placement.nvm_reserve", "%s are free and %s are to stay free: new layers go to HDD", placement.FormatBytes(d.Free), placement.FormatBytes(reserve))
+	}
+}
+
+// upper tries what only the tier of writable directories needs.
+func upper(f *findings, dir string, c config.Config, name string) {
+	if name == "hdd" { // the NVM tier is tried with the kernel
+		if features, err := host.Probe(dir, host.Image()); err != nil || !features.DataOnly {
+			f.add(Fail, "use ext4 or xfs (with ftype=1)", "overlayfs does not take the filesystem for its writable directories")
+		}
+	}
+	if c.Snapshot.UpperTier != name {
+		return
+	}
+	switch err := host.TryProjectQuota(dir); {
+	case err == nil:
+		f.ok("project quotas: the label containerd.io/snapshot/max-size is honoured")
+	case errors.Is(err, errdefs.ErrNotImplemented):
+		f.add(Warn, "mount ext4 (tune2fs -O project,quota) or xfs with prjquota, if containers are to be limited", "no project quotas: the label containerd.io/snapshot/max-size is ignored")
+	default:
+		f.add(Warn, "", "project quotas were not tried: %s", plain(err))
+	}
+}
+
+// Fsync measures what one small write takes until it is on the disk of dir: the median of a few.
+func Fsync(dir string) (time.Duration, error) {
+	file, err := os.CreateTemp(dir, ".nhybrid-doctor-")
+	if err != nil {
+		return 0, fmt.Errorf("measure fsync: %w", err)
+	}
+	defer os.Remove(file.Name())
+	defer file.Close()
+	var took []time.Duration
+	for range 7 {
+		start := time.Now()
+		if _, err := file.WriteAt(make([]byte, 4096), 0); err != nil {
+			return 0, fmt.Errorf("measure fsync: %w", err)
+		}
+		if err := unix.Fdatasync(int(file.Fd())); err != nil {
+			return 0, fmt.Errorf("measure fsync: %w", err)
+		}
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	return took[len(took)/2], nil
+}
+
+// plain is an error's text without the class at its end, in one line.
+func plain(err error) string {
+	s := strings.Join(strings.Fields(err.Error()), " ")
+	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotFound, errdefs.ErrNotImplemented, errdefs.ErrUnavailable} {
+		s = strings.TrimSuffix(s, ": "+class.Error())
+	}
+	return s
+}

@@ -1,0 +1,322 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nhybrid/nhybrid/snapshotter/control"
+)
+
+func (a *app) status() *cobra.Command {
+	return &cobra.Command{
+		Use: "status", Short: "Show how the daemon and its tiers are", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.with(func(client control.ControlClient) error {
+				r, err := client.Status(c.Context(), &control.StatusRequest{})
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printMessage(r)
+				}
+				return a.printStatus(r, time.Now())
+			})
+		},
+	}
+}
+
+func (a *app) printStatus(r *control.StatusResponse, now time.Time) error {
+	k := r.GetKernel()
+	kernel := []string{k.GetRelease()}
+	switch {
+	case k.GetFileBacked() && (k.GetStackOk() || !k.GetLoop()):
+		kernel = append(kernel, "trees from files")
+	default:
+		kernel = append(kernel, "trees through loop devices")
+	}
+	if k.GetMetacopy() {
+		kernel = append(kernel, "metacopy=on")
+	}
+	if !k.GetIdMap() {
+		kernel = append(kernel, "no id-mapped trees")
+	}
+	containerd := r.GetContainerd().GetVersion()
+	if !r.GetContainerd().GetReachable() {
+		containerd = "not reachable: " + r.GetContainerd().GetError()
+	}
+	rows := [][]string{
+		{"version", strings.TrimSpace(r.GetVersion() + " " + r.GetRevision())},
+		{"process", fmt.Sprintf("%d, up %s", r.GetPid(), now.Sub(r.GetStarted().AsTime()).Round(time.Second))},
+		{"address", r.GetAddress()},
+		{"containerd", strings.TrimSpace(containerd + " at " + r.GetContainerd().GetAddress())},
+		{"kernel", strings.Join(kernel, ", ")},
+		{"policy", r.GetPolicy()},
+		{"snapshots", fmt.Sprintf("%d committed (%d not durable yet), %d active", r.GetCommitted(), r.GetNotDurable(), r.GetActive())},
+		{"pulls", strconv.FormatInt(r.GetPulls(), 10)},
+	}
+	for _, q := range r.GetQueues() {
+		line := fmt.Sprintf("%d waiting, %d running", q.GetWaiting(), q.GetRunning())
+		if q.GetFailed() > 0 {
+			line += fmt.Sprintf(", %d failed: %s", q.GetFailed(), q.GetLastError())
+		}
+		rows = append(rows, []string{"queue " + q.GetName(), line})
+	}
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.out)
+	rows = [][]string{{"TIER", "ROOT", "FILESYSTEM", "USED", "FREE", "RESERVE", "SIZE", "DAX", "QUOTA"}}
+	for _, t := range r.GetTiers() {
+		rows = append(rows, []string{
+			t.GetName(), t.GetRoot(), strings.TrimSpace(t.GetFilesystem() + " " + t.GetDevice()),
+			a.size(t.GetUsed()), a.size(t.GetFree()), a.size(t.GetReserve()), a.size(t.GetTotal()), yes(t.GetDax()), yes(t.GetQuota()),
+		})
+	}
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	for _, w := range r.GetWarnings() {
+		fmt.Fprintln(a.out, "warning:", oneLine(w))
+	}
+	return nil
+}
+
+func (a *app) ls() *cobra.Command {
+	var labels bool
+	c := &cobra.Command{
+		Use: "ls", Aliases: []string{"list"}, Short: "List the snapshots and where they stand", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			var all []*control.Snapshot
+			err := a.with(func(client control.ControlClient) error {
+				stream, err := client.List(c.Context(), &control.ListRequest{Namespace: a.namespace})
+				if err != nil {
+					return err
+				}
+				return receive(c.Context(), stream, func(s *control.Snapshot) error { all = append(all, s); return nil })
+			})
+			if err != nil {
+				return err
+			}
+			if a.json {
+				list := make([]json.RawMessage, 0, len(all))
+				for _, s := range all {
+					b, err := control.JSON(s)
+					if err != nil {
+						return err
+					}
+					list = append(list, b)
+				}
+				return a.printJSON(list)
+			}
+			return a.table(a.snapshotRows(all, labels))
+		},
+	}
+	c.Flags().BoolVar(&labels, "labels", false, "show labels too")
+	return c
+}
+
+func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
+	head := []string{"ID", "NAMESPACE", "NAME", "PARENT", "KIND", "TIER", "NVM", "HDD", "INODES", "TREE", "STATE", "IMAGES"}
+	if labels {
+		head = append(head, "LABELS")
+	}
+	byKey := map[string]string{}
+	for _, s := range all {
+		byKey[s.GetKey()] = s.GetId()
+	}
+	rows := [][]string{head}
+	for _, s := range all {
+		row := []string{
+			s.GetId(), s.GetNamespace(), control.Short(s.GetName()), orDash(byKey[s.GetParent()]), s.GetKind(), orDash(s.GetTier()),
+			a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()), strconv.FormatInt(s.GetInodes(), 10), a.size(s.GetTreeBytes()),
+			state(s), orDash(strings.Join(s.GetImages(), " ")),
+		}
+		if labels {
+			var l []string
+			for k, v := range s.GetLabels() {
+				l = append(l, k+"="+v)
+			}
+			row = append(row, orDash(strings.Join(sorted(l), " ")))
+		}
+		rows = append(rows, row)
+	}
+	return rows
+}
+
+// state is the furthest a snapshot has come.
+func state(s *control.Snapshot) string {
+	switch {
+	case s.GetError() != "":
+		return "unusable: " + oneLine(s.GetError())
+	case s.GetKind() != "committed":
+		return "-"
+	case s.GetDurable():
+		return "durable"
+	case s.GetCaptured():
+		return "captured"
+	}
+	return "committed"
+}
+
+func (a *app) inspect() *cobra.Command {
+	return &cobra.Command{
+		Use: "inspect IMAGE|SNAPSHOT", Short: "Show the layers of an image or of a snapshot",
+		Long: "Show the layers of an image, or those under a snapshot, bottom first.\nA snapshot is named by its key, its id, its chain ID or the start of that.",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.images,
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.with(func(client control.ControlClient) error {
+				r, err := client.Inspect(c.Context(), &control.InspectRequest{Ref: args[0], Namespace: a.namespace})
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printMessage(r)
+				}
+				return a.printInspect(r)
+			})
+		},
+	}
+}
+
+func (a *app) printInspect(r *control.InspectResponse) error {
+	var nvm, hdd int64
+	for _, l := range r.GetLayers() {
+		nvm, hdd = nvm+l.GetNvmBytes(), hdd+l.GetHddBytes()
+	}
+	var rows [][]string
+	if r.GetImage() != "" {
+		rows = append(rows, []string{"image", r.GetImage()}, []string{"digest", r.GetDigest()})
+	}
+	rows = append(rows, []string{"namespace", r.GetNamespace()})
+	if s := r.GetSnapshot(); s != nil {
+		rows = append(rows, []string{"snapshot", fmt.Sprintf("%s, %s, %s", s.GetId(), s.GetKind(), s.GetName())})
+		if s.GetKind() != "committed" {
+			rows = append(rows, []string{"writable", fmt.Sprintf("%s on NVM, %s on HDD", a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()))})
+		}
+	}
+	rows = append(rows, []string{"layers", fmt.Sprintf("%d, %s on NVM, %s on HDD", len(r.GetLayers()), a.size(nvm), a.size(hdd))})
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.out)
+	rows = [][]string{{"LAYER", "DIGEST", "SNAPSHOT", "COMPRESSED", "SIZE", "TIER", "NVM", "HDD", "LDL", "STATE", "WHY"}}
+	for _, l := range r.GetLayers() {
+		ldl := ""
+		if l.GetLdl() {
+			ldl = "last"
+		}
+		s := &control.Snapshot{Kind: "committed", Captured: l.GetCaptured(), Durable: l.GetDurable(), Error: l.GetError()}
+		st := state(s)
+		if l.GetSnapshotId() == "" {
+			st = "not unpacked"
+		}
+		rows = append(rows, []string{
+			strconv.Itoa(int(l.GetIndex())), control.Short(l.GetDigest()), orDash(l.GetSnapshotId()), a.size(l.GetCompressed()), a.size(l.GetUncompressed()),
+			orDash(l.GetTier()), a.size(l.GetNvmBytes()), a.size(l.GetHddBytes()), ldl, st, orDash(l.GetDecision().Cause()),
+		})
+	}
+	return a.table(rows)
+}
+
+func (a *app) why() *cobra.Command {
+	return &cobra.Command{
+		Use: "why IMAGE [LAYER|PATH]", Short: "Tell why a layer or a file stands where it does",
+		Long:    "Tell why the layers of an image stand where they do. A layer is named by its index, its digest, its chain ID or the\nstart of one of these; a path inside the image begins with /.",
+		Example: "  nhybridctl why docker.io/library/python:3\n  nhybridctl why docker.io/library/python:3 2\n  nhybridctl why docker.io/library/python:3 /usr/local/bin/python3",
+		Args:    cobra.RangeArgs(1, 2), ValidArgsFunction: a.images,
+		RunE: func(c *cobra.Command, args []string) error {
+			request := &control.WhyRequest{Image: args[0], Namespace: a.namespace}
+			if len(args) == 2 {
+				if strings.HasPrefix(args[1], "/") {
+					request.Path = args[1]
+				} else {
+					request.Layer = args[1]
+				}
+			}
+			return a.with(func(client control.ControlClient) error {
+				r, err := client.Why(c.Context(), request)
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printMessage(r)
+				}
+				if f := r.GetFile(); f != nil {
+					var from *control.Layer
+					if len(r.GetLayers()) > 0 {
+						from = r.GetLayers()[0]
+					}
+					fmt.Fprintln(a.out, f.Sentence(from, int(r.GetTotal())))
+				}
+				for _, l := range r.GetLayers() {
+					fmt.Fprintln(a.out, l.Sentence(int(r.GetTotal())))
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func (a *app) du() *cobra.Command {
+	return &cobra.Command{
+		Use: "du", Short: "Show who occupies which tier", Args: cobra.NoArgs,
+		Long: "Show what each image occupies on each tier. Own bytes would go with the image, shared ones stay with another.",
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.with(func(client control.ControlClient) error {
+				r, err := client.Usage(c.Context(), &control.UsageRequest{Namespace: a.namespace})
+				if err != nil {
+					return err
+				}
+				if a.json {
+					return a.printMessage(r)
+				}
+				return a.printUsage(r)
+			})
+		},
+	}
+}
+
+func (a *app) printUsage(r *control.UsageResponse) error {
+	rows := [][]string{{"IMAGE", "NAMESPACE", "LAYERS", "NVM OWN", "NVM SHARED", "HDD OWN", "HDD SHARED"}}
+	for _, i := range r.GetImages() {
+		rows = append(rows, []string{
+			i.GetName(), i.GetNamespace(), strconv.Itoa(int(i.GetLayers())),
+			a.size(i.GetNvmOwn()), a.size(i.GetNvmShared()), a.size(i.GetHddOwn()), a.size(i.GetHddShared()),
+		})
+	}
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	fmt.Fprintln(a.out)
+	rows = [][]string{{"TIER", "LAYERS", "WRITABLE", "TREES", "METADATA", "ORPHANS", "FREE", "SIZE"}}
+	for _, t := range r.GetTiers() {
+		rows = append(rows, []string{
+			t.GetName(), a.size(t.GetLayers()), a.size(t.GetUppers()), a.size(t.GetTrees()), a.size(t.GetMetadata()),
+			a.size(t.GetOrphans()), a.size(t.GetFree()), a.size(t.GetTotal()),
+		})
+	}
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	if len(r.GetOrphans()) == 0 {
+		return nil
+	}
+	fmt.Fprintln(a.out)
+	rows = [][]string{{"ORPHAN", "NVM", "HDD", "WHY"}}
+	for _, o := range r.GetOrphans() {
+		name := o.GetKey()
+		if name == "" {
+			name = o.GetPath()
+		}
+		rows = append(rows, []string{name, a.size(o.GetNvmBytes()), a.size(o.GetHddBytes()), oneLine(o.GetReason())})
+	}
+	return a.table(rows)
+}
