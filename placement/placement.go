@@ -64,8 +64,10 @@ type Layer struct {
 	// order of these times is looked at, to name the layer that was downloaded last.
 	Arrived time.Time `json:"arrived,omitzero"`
 	Storing bool      `json:"storing"` // writing it to Tier has started
-	Stored  bool      `json:"stored"`  // committed
-	Tier    Tier      `json:"tier"`    // meaningful once Storing or Stored
+	// Stored: it is committed, by this pull or an earlier one. containerd never downloads a layer whose snapshot it has, so
+	// Stored counts as arrived even without Downloaded.
+	Stored bool `json:"stored"`
+	Tier   Tier `json:"tier"` // meaningful once Storing or Stored
 }
 
 // Size returns the uncompressed size in bytes, or a cautious estimate where it is unknown.
@@ -85,14 +87,6 @@ func (l Layer) least() int64 {
 	return max(l.Compressed, 0)
 }
 
-// left returns the bytes of the blob that have not arrived.
-func (l Layer) left() int64 {
-	if l.Downloaded {
-		return 0
-	}
-	return max(l.Compressed-max(l.Offset, 0), 0)
-}
-
 // Input is everything a decision may look at.
 type Input struct {
 	Index  int     `json:"index"`  // the layer to be placed
@@ -108,6 +102,28 @@ type Input struct {
 	UnpackRate  float64 `json:"unpack_rate"` // uncompressed bytes/s at which a layer is unpacked; 0 unknown
 	Concurrency int     `json:"concurrency"` // downloads at a time; 0 no limit
 	Sequential  bool    `json:"sequential"`  // layer i is unpacked after i-1 was committed
+}
+
+// here tells whether layer i need not be waited for any more.
+func (in Input) here(i int) bool {
+	l := in.Layers[i]
+	// In sequence all layers below have been committed before this one can be asked for.
+	return l.Downloaded || l.Storing || l.Stored || (in.Sequential && i < in.Index)
+}
+
+// left returns the bytes that have not arrived yet, by layer. A blob that several layers share is downloaded once, and counted at
+// the lowest of them.
+func (in Input) left() []int64 {
+	out := make([]int64, len(in.Layers))
+	seen := make(map[string]bool, len(in.Layers))
+	for i, l := range in.Layers {
+		if in.here(i) || (l.Digest != "" && seen[l.Digest]) {
+			continue
+		}
+		seen[l.Digest] = true
+		out[i] = max(l.Compressed-max(l.Offset, 0), 0)
+	}
+	return out
 }
 
 // Decision is the answer of a policy.
@@ -151,11 +167,9 @@ func Footprint(uncompressed int64) int64 {
 // finish last when the link is shared fairly among the in.Concurrency lowest unfinished layers. When all have arrived it is the
 // one that came last during this pull, and -1 if all were there before it. At a tie the lower index is returned.
 func LDL(in Input) int {
-	left := make([]int64, len(in.Layers))
 	pending := false
-	for i, l := range in.Layers {
-		left[i] = l.left()
-		pending = pending || !l.Downloaded
+	for i := range in.Layers {
+		pending = pending || !in.here(i)
 	}
 	if !pending {
 		last := -1
@@ -166,14 +180,14 @@ func LDL(in Input) int {
 		}
 		return last
 	}
-	waiting := func(i int) bool { return !in.Layers[i].Downloaded }
-	return lastOfFairShare(left, waiting, in.Concurrency)
+	return lastOfFairShare(in.left(), func(i int) bool { return !in.here(i) }, in.Concurrency)
 }
 
 // lastOfFairShare returns which of the waiting layers finishes last if the first n unfinished ones always get equal shares.
-func lastOfFairShare(left []int64, waiting func(int) bool, n int) int {
+// rest is what each lacks; it is used up.
+func lastOfFairShare(rest []int64, waiting func(int) bool, n int) int {
 	var queue []int
-	for i := range left {
+	for i := range rest {
 		if waiting(i) {
 			queue = append(queue, i)
 		}
@@ -181,8 +195,6 @@ func lastOfFairShare(left []int64, waiting func(int) bool, n int) int {
 	if n <= 0 {
 		n = len(queue)
 	}
-	rest := make([]int64, len(left))
-	copy(rest, left)
 	last := -1
 	for len(queue) > 0 {
 		active := queue[:min(n, len(queue))]

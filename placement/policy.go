@@ -4,7 +4,9 @@
 package placement
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -91,10 +93,10 @@ func roomOnNVM(in Input) int64 {
 
 // downloading returns how many layers but this one are still on their way, and the bytes that they lack.
 func downloading(in Input) (n int, left int64) {
-	for i, l := range in.Layers {
-		if i != in.Index && !l.Downloaded {
+	for i, b := range in.left() {
+		if i != in.Index && !in.here(i) {
 			n++
-			left += l.left()
+			left += b
 		}
 	}
 	return n, left
@@ -150,15 +152,20 @@ func boundary(n int) rule {
 //	R                   bytes/s at which the disk takes them, lately measured
 //	T                   the least time that the rest of the pull needs, this layer included
 //
-// With D = (bytes not yet downloaded)/bandwidth, u the uncompressed sizes and U the rate of unpacking,
+// With left the bytes of a blob that have not arrived, u the uncompressed sizes, b the bandwidth and U the rate of unpacking, T is
+// the largest of these, P being the layers that still download:
 //
-//	sequential: T = max( Σ{j≥i} u(j)/U ,  D + Σ{j≥p} u(j)/U )   p: the topmost layer that still downloads; 2nd term only if there is one
-//	parallel:   T = max( u(j)/U of each layer j that is not stored ,  D + min u(p)/U over the layers p that still download )
+//	sequential   Σ{j≥i} u(j)/U                                               all that is still to be unpacked
+//	             Σ{j∈P, j≤p} left(j)/b + Σ{j≥p} u(j)/U      for each p in P
+//	parallel     u(j)/U                                     for each j whose storing has not started, and i
+//	             Σ{j∈P, u(j)≥u(p)} left(j)/b + u(p)/U       for each p in P
 //
-// T is a lower bound: whichever layer arrives last, it must still be unpacked, in sequence with all above it. For a layer whose
-// size is not read from the blob yet, T counts its compressed size. So a layer on HDD is never what the pull waits for, as
-// far as the measured rates hold. Unlike lass it sends layers to NVM that would still be in the page cache when the pull is
-// over, and layers to HDD that come after the last download but have enough unpacking above them.
+// Each is a lower bound, in whatever order the layers arrive: of the layers of P up to p, the one that arrives last does so no sooner
+// than the link can carry them all, and then it and all above it, so at least p and all above p, must still be unpacked; in
+// parallel at least the smallest of those taken. For a layer whose size is not read from the blob yet, T counts its
+// compressed size. So a layer on HDD is never what the pull waits for, as far as the measured rates hold. Unlike lass this
+// sends layers to NVM that would still be in the page cache when the pull is over, and layers to HDD that come after the last
+// download but have enough unpacking above them.
 //
 // Where R, U or, with something left to download, the bandwidth is unknown, there is nothing to compute with: it falls back to lass
 // and says so.
@@ -197,33 +204,37 @@ func drain(in Input) (Tier, string) {
 
 // restOfPull is T of drain, in seconds. It wants UnpackRate > 0, and Bandwidth > 0 if another layer is downloading.
 func restOfPull(in Input) float64 {
-	_, left := downloading(in)
-	var t, above float64 // above: unpacking of this layer index and all above it
-	last := -1.0         // unpacking that follows the last arrival at best; < 0: nothing is on its way
-	for i := len(in.Layers) - 1; i >= 0; i-- {
-		l := in.Layers[i]
-		if l.Stored {
-			continue
+	left := in.left()
+	unpack := make([]float64, len(in.Layers))
+	var pending []int // bottom first
+	for i, l := range in.Layers {
+		// How much of a layer is written that is being stored already is not known: it may be nearly all.
+		if i == in.Index || !l.Storing && !l.Stored && !(in.Sequential && i < in.Index) {
+			unpack[i] = float64(l.least()) / in.UnpackRate
 		}
-		u := float64(l.least()) / in.UnpackRate
-		above += u
-		onItsWay := i != in.Index && !l.Downloaded
-		if in.Sequential {
-			if i >= in.Index {
-				t = max(t, above)
-			}
-			if onItsWay && last < 0 {
-				last = above
-			}
-			continue
-		}
-		t = max(t, u)
-		if onItsWay && (last < 0 || u < last) {
-			last = u
+		if i != in.Index && !in.here(i) {
+			pending = append(pending, i)
 		}
 	}
-	if last >= 0 {
-		t = max(t, float64(left)/in.Bandwidth+last)
+	var t float64
+	after := unpack // what must still be unpacked once layer i has arrived
+	if in.Sequential {
+		after = make([]float64, len(unpack))
+		var above float64
+		for i := len(unpack) - 1; i >= 0; i-- {
+			above += unpack[i]
+			after[i] = above
+		}
+		t = after[in.Index]
+	} else {
+		t = slices.Max(unpack)
+		slices.SortStableFunc(pending, func(a, b int) int { return cmp.Compare(unpack[b], unpack[a]) })
+	}
+	// after falls along pending, in both orders.
+	var carry float64
+	for _, p := range pending {
+		carry += float64(left[p]) / in.Bandwidth
+		t = max(t, carry+after[p])
 	}
 	return t
 }
