@@ -65,6 +65,24 @@ func SetProjectQuota(dir string, project uint32, bytes int64) error {
 	return nil
 }
 
+// ForgetProjectQuota takes the limit of a project away on the filesystem of dir, which itself is not changed. Where the
+// filesystem keeps no project quotas the error is an errdefs.ErrNotImplemented.
+func ForgetProjectQuota(dir string, project uint32) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("forget quota: %w", err)
+	}
+	defer f.Close()
+	q, err := projectUsage(f, project)
+	if err != nil {
+		return quotaError("forget quota of", dir, err)
+	}
+	if q.blockHard == 0 && q.blockSoft == 0 {
+		return nil
+	}
+	return quotactl(f, qSetQuota, project, &diskQuota{valid: validLimits})
+}
+
 // ProjectUsage gives what a project occupies on the filesystem of dir, in bytes.
 func ProjectUsage(dir string, project uint32) (int64, error) {
 	f, err := os.Open(dir)

@@ -1,0 +1,169 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// containerd-nhybrid-grpc serves the nhybrid snapshotter to containerd, as a
+// proxy plugin over a unix socket, and its control API to nhybridctl.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/pull"
+)
+
+// version is set by the build.
+var version = "unknown"
+
+func main() {
+	cmd := &cobra.Command{
+		Use:           "containerd-nhybrid-grpc",
+		Short:         "containerd snapshotter that keeps images on two tiers, NVM and HDD",
+		Version:       version,
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	load := config.Flags(cmd.Flags())
+	cmd.RunE = func(*cobra.Command, []string) error {
+		file, flags, err := load()
+		if err != nil {
+			return err
+		}
+		c, err := config.Load(file, os.Environ(), flags)
+		if err != nil {
+			return err
+		}
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+		defer stop()
+		return serve(ctx, c)
+	}
+	if err := cmd.Execute(); err != nil {
+		fmt.Fprintln(os.Stderr, "containerd-nhybrid-grpc:", err)
+		os.Exit(1)
+	}
+}
+
+// serve runs the daemon until ctx ends.
+func serve(ctx context.Context, c config.Config) (err error) {
+	if err := log.SetLevel(c.LogLevel); err != nil {
+		return err
+	}
+	if err := log.SetFormat(log.OutputFormat(c.LogFormat)); err != nil {
+		return err
+	}
+	if unknown := config.UnknownEnv(os.Environ()); len(unknown) > 0 {
+		log.G(ctx).Warnf("environment variables that mean nothing to nhybrid: %v", unknown)
+	}
+	// Garbage is mostly what a capture leaves; give it back rather than grow.
+	debug.SetGCPercent(50)
+
+	// Both sockets first: one that is in use must stop us before we touch the store.
+	snapshots, err := control.Listen(c.Address)
+	if err != nil {
+		return err
+	}
+	defer snapshots.Close()
+	operator, err := control.Listen(c.ControlAddress)
+	if err != nil {
+		return err
+	}
+	defer operator.Close()
+
+	policy, err := placement.ParsePolicy(c.Placement.Policy)
+	if err != nil {
+		return err
+	}
+	var upper placement.Tier
+	if err := upper.UnmarshalText([]byte(c.Snapshot.UpperTier)); err != nil {
+		return err
+	}
+	watcher := pull.New(c.Containerd.Address, pull.WithTimeout(time.Duration(c.Containerd.Timeout)))
+	sn, err := snapshotter.New(ctx, snapshotter.Config{
+		Root:          c.Root,
+		NVMRoot:       c.NVMRoot,
+		Policy:        policy,
+		Reserve:       c.Placement.NVMReserve.Of,
+		HDDRate:       float64(c.Placement.HDDRate),
+		Poll:          time.Duration(c.Placement.PollInterval),
+		UpperTier:     upper,
+		Workers:       c.Background.Workers,
+		WriteBack:     c.Background.WriteBack,
+		WriteBackRate: int64(c.Background.WriteBackRate),
+		SyncRemove:    c.Snapshot.SyncRemove,
+		Downloads:     watcher,
+	})
+	if err != nil {
+		return errors.Join(err, watcher.Close())
+	}
+	defer func() { err = errors.Join(err, sn.Close(), watcher.Close()) }()
+
+	following, stopFollowing := context.WithCancel(ctx)
+	defer stopFollowing()
+	go watcher.Run(following)
+
+	text, err := c.Marshal()
+	if err != nil {
+		return err
+	}
+	ctl := control.NewServer(sn.Control(), control.Info{Version: version, Address: c.Address, Config: text})
+	srv := grpc.NewServer()
+	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(sn))
+	failed := make(chan error, 3)
+	start := func(what string, serve func(net.Listener) error, l net.Listener) {
+		go func() {
+			if err := serve(l); err != nil && ctx.Err() == nil {
+				failed <- fmt.Errorf("serve %s on %q: %w", what, l.Addr(), err)
+			}
+		}()
+	}
+	start("snapshots", srv.Serve, snapshots)
+	start("control", ctl.Serve, operator)
+	stopMetrics, err := serveMetrics(c.MetricsAddress, sn, failed)
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
+	ctl.SetServing(true)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.G(ctx).WithError(err).Warn("could not tell systemd that the daemon is ready")
+	}
+	log.G(ctx).WithFields(log.Fields{"version": version, "address": c.Address, "policy": policy.Name()}).Info("ready")
+
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+		log.G(ctx).Info("stopping; containers go on")
+	}
+	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	// A call that hangs must not keep the daemon from being replaced.
+	patience, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	ctl.Stop(patience)
+	stopped := make(chan struct{})
+	go func() { srv.GracefulStop(); close(stopped) }()
+	select {
+	case <-stopped:
+	case <-patience.Done():
+		srv.Stop()
+	}
+	return err
+}

@@ -1,0 +1,245 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package tier owns the two data roots, the directories on NVM and on HDD
+// under which the bytes of all layers stand. It is the only package that
+// moves them.
+//
+// A layer's directory goes through two places:
+//
+//	<tier>/s/<id>/fs   staging: written to by containerd or by a container
+//	<tier>/d/<id>      committed: read through overlayfs data-only layers
+//
+// An extraction is staged behind a symlink, <hdd>/l/<id>, so that its tier can
+// be changed until something is written (see [Store.Swing]).
+//
+// All methods may be called from several goroutines at once, as long as calls
+// for one id do not overlap.
+package tier
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+const storeIDFile = "store-id"
+
+// Tiers lists both tiers, in the order in which the kernel looks for data.
+var Tiers = [...]placement.Tier{placement.NVM, placement.HDD}
+
+// Store is the pair of roots.
+type Store struct {
+	roots [2]string // by placement.Tier
+	id    string
+	fresh bool
+}
+
+// Open prepares the two roots and checks that they belong together. Both must
+// be absolute; the HDD root is created if missing, the NVM root only below an
+// existing parent directory, since a missing one mostly means that the device
+// is not mounted.
+//
+// Errors: ErrInvalidArgument for a path that cannot be used, ErrFailedPrecondition
+// for a root that belongs to another store or is read-only.
+func Open(hdd, nvm string) (*Store, error) {
+	s := &Store{}
+	s.roots[placement.HDD], s.roots[placement.NVM] = filepath.Clean(hdd), filepath.Clean(nvm)
+	for _, t := range Tiers {
+		if !filepath.IsAbs(s.roots[t]) {
+			return nil, fmt.Errorf("%s root %q is not an absolute path: %w", t, s.roots[t], errdefs.ErrInvalidArgument)
+		}
+		// containerd takes lowerdir apart at colons and mount options at commas.
+		if strings.ContainsAny(s.roots[t], ":,\\") {
+			return nil, fmt.Errorf("%s root %q holds a character with a meaning in overlayfs mount options (colon, comma, backslash); choose another path: %w", t, s.roots[t], errdefs.ErrInvalidArgument)
+		}
+	}
+	if within(s.roots[placement.HDD], s.roots[placement.NVM]) || within(s.roots[placement.NVM], s.roots[placement.HDD]) {
+		return nil, fmt.Errorf("NVM root %q and HDD root %q contain each other; give each its own directory: %w", s.roots[placement.NVM], s.roots[placement.HDD], errdefs.ErrInvalidArgument)
+	}
+	if err := os.MkdirAll(s.roots[placement.HDD], 0o700); err != nil {
+		return nil, fmt.Errorf("create HDD root %q: %w", s.roots[placement.HDD], err)
+	}
+	if err := os.Mkdir(s.roots[placement.NVM], 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("NVM root %q: its parent directory does not exist; mount the NVM filesystem there first: %w", s.roots[placement.NVM], errdefs.ErrFailedPrecondition)
+		}
+		if errors.Is(err, unix.EROFS) {
+			return nil, readOnly(placement.NVM, s.roots[placement.NVM])
+		}
+		return nil, fmt.Errorf("create NVM root %q: %w", s.roots[placement.NVM], err)
+	}
+	for _, t := range Tiers {
+		for _, dir := range []string{"d", "s"} {
+			if err := s.makeDir(t, dir); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if err := s.makeDir(placement.HDD, "l"); err != nil {
+		return nil, err
+	}
+	return s, s.pair()
+}
+
+func (s *Store) makeDir(t placement.Tier, name string) error {
+	dir := filepath.Join(s.roots[t], name)
+	// 0711: overlayfs reads data with the rights of the mounter, but the
+	// directory of an extraction is walked by path.
+	err := os.Mkdir(dir, 0o711)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.EROFS):
+		return readOnly(t, s.roots[t])
+	case !errors.Is(err, os.ErrExist):
+		return fmt.Errorf("create %q: %w", dir, err)
+	}
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return fmt.Errorf("look at %q: %w", dir, err)
+	}
+	// A symlink here would send every layer to wherever it points.
+	if !st.IsDir() {
+		return fmt.Errorf("%q is not a directory; remove it or choose another root: %w", dir, errdefs.ErrFailedPrecondition)
+	}
+	if err := unix.Access(dir, unix.W_OK); err != nil {
+		return readOnly(t, s.roots[t])
+	}
+	return nil
+}
+
+func readOnly(t placement.Tier, root string) error {
+	return fmt.Errorf("%s root %q is read-only; remount its filesystem read-write: %w", t, root, errdefs.ErrFailedPrecondition)
+}
+
+// pair makes sure that the two roots carry the same id, and gives them one
+// when both are new. An NVM root without an id beside an HDD root with one is
+// a replaced device: it is adopted, and Fresh reports it.
+func (s *Store) pair() error {
+	var ids [2]string
+	for _, t := range Tiers {
+		b, err := os.ReadFile(filepath.Join(s.roots[t], storeIDFile))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("read the store id of the %s root: %w", t, err)
+		}
+		ids[t] = strings.TrimSpace(string(b))
+	}
+	h, n := ids[placement.HDD], ids[placement.NVM]
+	switch {
+	case h != "" && h == n:
+		s.id = h
+		return nil
+	case h != "" && n != "":
+		return fmt.Errorf("NVM root %q belongs to store %s, HDD root %q to store %s; correct nvm_root or root: %w",
+			s.roots[placement.NVM], n, s.roots[placement.HDD], h, errdefs.ErrFailedPrecondition)
+	case n != "":
+		return fmt.Errorf("NVM root %q belongs to store %s, but HDD root %q is new; correct root, or empty the NVM root to begin anew: %w",
+			s.roots[placement.NVM], n, s.roots[placement.HDD], errdefs.ErrFailedPrecondition)
+	case h == "":
+		h = rand.Text()
+	default:
+		s.fresh = true
+	}
+	s.id = h
+	for _, t := range [...]placement.Tier{placement.HDD, placement.NVM} {
+		if ids[t] == "" {
+			if err := writeSynced(filepath.Join(s.roots[t], storeIDFile), []byte(h+"\n")); err != nil {
+				return fmt.Errorf("write the store id of the %s root: %w", t, err)
+			}
+		}
+	}
+	return nil
+}
+
+// ID names the store; both roots carry it.
+func (s *Store) ID() string { return s.id }
+
+// Fresh reports that the NVM root was empty while the HDD root was not: the
+// NVM device was lost or replaced.
+func (s *Store) Fresh() bool { return s.fresh }
+
+// Root is the directory of a tier.
+func (s *Store) Root(t placement.Tier) string { return s.roots[t] }
+
+// DataRoot is the data-only layer of a tier.
+func (s *Store) DataRoot(t placement.Tier) string { return filepath.Join(s.roots[t], "d") }
+
+// Data is the directory of a committed layer on a tier. It may not exist.
+func (s *Store) Data(t placement.Tier, id string) string {
+	return filepath.Join(s.roots[t], "d", id)
+}
+
+// Staging is the staging directory of an active snapshot on a tier; it holds
+// fs and work.
+func (s *Store) Staging(t placement.Tier, id string) string {
+	return filepath.Join(s.roots[t], "s", id)
+}
+
+// Space tells the free and the total bytes of a tier's filesystem. Free is
+// what an unprivileged writer would get, so that the filesystem's own reserve
+// is left alone.
+func (s *Store) Space(t placement.Tier) (free, total int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.roots[t], &st); err != nil {
+		return 0, 0, fmt.Errorf("ask for the free space of %q: %w", s.roots[t], err)
+	}
+	return int64(st.Bavail) * st.Bsize, int64(st.Blocks) * st.Bsize, nil
+}
+
+// Sync writes all that is dirty on a tier to its device.
+func (s *Store) Sync(t placement.Tier) error {
+	f, err := os.Open(s.roots[t])
+	if err != nil {
+		return fmt.Errorf("open the %s root: %w", t, err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync the filesystem of %q: %w", s.roots[t], err)
+	}
+	return nil
+}
+
+// SameFilesystem reports that both roots stand on one filesystem, which is of
+// use for nothing but a trial.
+func (s *Store) SameFilesystem() bool {
+	var a, b unix.Stat_t
+	if unix.Stat(s.roots[0], &a) != nil || unix.Stat(s.roots[1], &b) != nil {
+		return false
+	}
+	return a.Dev == b.Dev
+}
+
+func within(dir, parent string) bool {
+	return dir == parent || strings.HasPrefix(dir, strings.TrimSuffix(parent, "/")+"/")
+}
+
+func writeSynced(path string, data []byte) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	if _, err = f.Write(data); err == nil {
+		err = f.Sync()
+	}
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}

@@ -1,0 +1,158 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package tier
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// writeBackChunk is how many bytes are copied between two calls of pace.
+const writeBackChunk = 1 << 20
+
+// WriteBack copies the data of a layer from NVM to HDD, so that they stand on
+// both, and returns the bytes copied. The caller syncs the HDD afterwards; only
+// then the copy counts. Files that are there already with the right size are
+// skipped, so that an interrupted call can be repeated: a filesystem that
+// orders data before size shows the right size only for written data.
+//
+// pace is called before each piece of at most 1 MiB with its size; it may
+// sleep, and ends the copying by an error.
+func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) (copied int64, err error) {
+	from, to := s.Data(placement.NVM, id), s.Data(placement.HDD, id)
+	type inode struct{ dev, ino uint64 }
+	links := map[inode]string{}
+	tmp := filepath.Join(s.roots[placement.HDD], "s", id+".home")
+	defer os.Remove(tmp)
+	err = filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(from, path)
+		dst := filepath.Join(to, rel)
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			return copyDir(info, dst)
+		}
+		// The rest of a layer, and empty files, is metadata: it stands in the capture.
+		if !d.Type().IsRegular() || info.Size() == 0 {
+			return nil
+		}
+		st := info.Sys().(*syscall.Stat_t)
+		if first, ok := links[inode{st.Dev, st.Ino}]; ok {
+			return link(first, dst)
+		}
+		if st.Nlink > 1 {
+			links[inode{st.Dev, st.Ino}] = dst
+		}
+		if have, err := os.Lstat(dst); err == nil && have.Mode().IsRegular() && have.Size() == info.Size() {
+			return nil
+		}
+		n, err := copyFile(path, tmp, pace)
+		copied += n
+		if err != nil {
+			return err
+		}
+		return os.Rename(tmp, dst)
+	})
+	if err != nil {
+		return copied, fmt.Errorf("copy layer %q to HDD: %w", id, err)
+	}
+	return copied, nil
+}
+
+// copyDir makes a directory with owner and mode of the original, which
+// containerd's applier reads for a layer on top that does not list it.
+func copyDir(info fs.FileInfo, dst string) error {
+	if err := os.Mkdir(dst, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	st := info.Sys().(*syscall.Stat_t)
+	if err := os.Lchown(dst, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	return syscall.Chmod(dst, st.Mode&0o7777)
+}
+
+func link(first, dst string) error {
+	err := os.Link(first, dst)
+	if errors.Is(err, os.ErrExist) {
+		return nil
+	}
+	return err
+}
+
+// copyFile copies data and holes; everything else about the file is metadata
+// and stands in the capture.
+func copyFile(src, dst string, pace func(int) error) (n int64, err error) {
+	in, err := os.Open(src)
+	if err != nil {
+		return 0, err
+	}
+	defer in.Close()
+	st, err := in.Stat()
+	if err != nil {
+		return 0, err
+	}
+	out, err := os.OpenFile(dst, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer func() {
+		if e := out.Close(); err == nil {
+			err = e
+		}
+	}()
+	for off := int64(0); off < st.Size(); {
+		data, err := syscall.Seek(int(in.Fd()), off, seekData)
+		if errors.Is(err, syscall.ENXIO) {
+			break // a hole up to the end
+		}
+		if err != nil {
+			return n, err
+		}
+		hole, err := syscall.Seek(int(in.Fd()), data, seekHole)
+		if err != nil {
+			return n, err
+		}
+		if _, err := in.Seek(data, io.SeekStart); err != nil {
+			return n, err
+		}
+		if _, err := out.Seek(data, io.SeekStart); err != nil {
+			return n, err
+		}
+		for off = data; off < hole; {
+			piece := min(writeBackChunk, hole-off)
+			if err := pace(int(piece)); err != nil {
+				return n, err
+			}
+			m, err := io.CopyN(out, in, piece)
+			n, off = n+m, off+m
+			if err != nil {
+				return n, err
+			}
+		}
+	}
+	return n, out.Truncate(st.Size())
+}
+
+// Values of lseek(2).
+const (
+	seekData = 3
+	seekHole = 4
+)

@@ -1,0 +1,212 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
+)
+
+// isExtraction tells whether containerd is going to unpack a layer into the
+// snapshot. Such a snapshot is written by path, never mounted.
+//
+// containerd's metadata layer turns a client's key into "<namespace>/<n>/<key>".
+// ctr pull --local sets no labels, so that the key is all there is.
+func isExtraction(key string, labels map[string]string) bool {
+	if labels[labelRef] != "" {
+		return true
+	}
+	return strings.HasPrefix(clientKey(key), snapshots.UnpackKeyPrefix+"-")
+}
+
+func clientKey(key string) string {
+	if p := strings.SplitN(key, "/", 3); len(p) == 3 {
+		if _, err := strconv.ParseUint(p[1], 10, 64); err == nil {
+			return p[2]
+		}
+	}
+	return key
+}
+
+// chainIDOf is the chain id that an extraction will be committed as, "" if unknown.
+func chainIDOf(key string, labels map[string]string) string {
+	if ref := labels[labelRef]; ref != "" {
+		return ref
+	}
+	// "extract-<time>-<random> <chain id>"
+	if i := strings.LastIndexByte(key, ' '); i >= 0 {
+		return key[i+1:]
+	}
+	return ""
+}
+
+func namespaceOf(ctx context.Context, key string) string {
+	if ns, ok := namespaces.Namespace(ctx); ok {
+		return ns
+	}
+	// garbage collection brings no namespace along
+	ns, _, _ := strings.Cut(key, "/")
+	return ns
+}
+
+func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) (_ []mount.Mount, err error) {
+	var base snapshots.Info
+	for _, opt := range opts {
+		if err := opt(&base); err != nil {
+			return nil, err
+		}
+	}
+	r := record{Tier: s.config.UpperTier, Namespace: namespaceOf(ctx, key)}
+	extraction := kind == snapshots.KindActive && isExtraction(key, base.Labels)
+	var e *extract
+	if extraction {
+		r.ChainID = chainIDOf(key, base.Labels)
+		e = s.placer.plan(ctx, r.Namespace, r.ChainID, parent, base.Labels)
+		r.Tier, r.Image = e.tier(), e.image()
+	} else {
+		if err := s.readLabels(key, base.Labels, &r); err != nil {
+			return nil, err
+		}
+		s.admitUpper(ctx, key, &r)
+	}
+
+	var sn storage.Snapshot
+	staged := false
+	err = s.db.update(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+		if sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err != nil {
+			return fmt.Errorf("create snapshot %q: %w", key, err)
+		}
+		staged = true
+		if err := s.stage(sn, &r, extraction); err != nil {
+			return err
+		}
+		return putRecord(tx, sn.ID, r)
+	})
+	if err != nil {
+		if staged {
+			err = errors.Join(err, s.tiers.Remove(sn.ID))
+		}
+		return nil, err
+	}
+	s.mirror.changed()
+	if extraction {
+		s.placer.began(ctx, e, sn.ID, r.Tier)
+	}
+	mounts, err := s.mounts(ctx, sn, snapshots.Info{Kind: kind, Labels: base.Labels, Parent: parent, Name: key}, r)
+	if err != nil {
+		// A snapshot whose mounts cannot be had is of no use to the caller,
+		// who never learns of it: it must not stand in the way of the next try.
+		if err2 := s.Remove(context.WithoutCancel(ctx), key); err2 != nil {
+			log.G(ctx).WithError(err2).WithField("key", key).Warn("could not take back a snapshot")
+		}
+		return nil, err
+	}
+	return mounts, nil
+}
+
+// readLabels takes from the labels of a container's snapshot what concerns us.
+// Labels come from users, and from images: nonsense is an error that names it.
+func (s *Snapshotter) readLabels(key string, labels map[string]string, r *record) error {
+	if v, ok := labels[LabelUpperTier]; ok {
+		if err := r.Tier.UnmarshalText([]byte(v)); err != nil {
+			return fmt.Errorf("label %s=%q of snapshot %q: want nvm or hdd: %w", LabelUpperTier, v, key, errdefs.ErrInvalidArgument)
+		}
+	}
+	r.UIDMap, r.GIDMap = labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]
+	if (r.UIDMap == "") != (r.GIDMap == "") {
+		return fmt.Errorf("snapshot %q has only one of the labels %s and %s: %w", key,
+			snapshots.LabelSnapshotUIDMapping, snapshots.LabelSnapshotGIDMapping, errdefs.ErrInvalidArgument)
+	}
+	if v, ok := labels[labelMaxSize]; ok {
+		n, err := strconv.ParseInt(v, 10, 64)
+		if err != nil || n <= 0 {
+			return fmt.Errorf("label %s=%q of snapshot %q: want a positive number of bytes: %w", labelMaxSize, v, key, errdefs.ErrInvalidArgument)
+		}
+		r.MaxSize = n
+	}
+	return nil
+}
+
+// admitUpper sends a writable directory to HDD when NVM has no room but its reserve.
+func (s *Snapshotter) admitUpper(ctx context.Context, key string, r *record) {
+	if r.Tier != placement.NVM {
+		return
+	}
+	free, total, err := s.tiers.Space(placement.NVM)
+	if err == nil && free > s.config.Reserve(total) {
+		return
+	}
+	r.Tier = placement.HDD
+	log.G(ctx).WithField("key", key).Infof("writable directory on HDD: NVM has %s free, the reserve is %s",
+		placement.FormatBytes(free), placement.FormatBytes(s.config.Reserve(total)))
+}
+
+// stage makes the directories of a new snapshot.
+func (s *Snapshotter) stage(sn storage.Snapshot, r *record, extraction bool) error {
+	if sn.Kind == snapshots.KindView && len(sn.ParentIDs) > 0 {
+		return nil // nothing is written
+	}
+	uid, gid, err := s.rootOwner(sn, *r)
+	if err != nil {
+		return err
+	}
+	if err := s.tiers.Stage(sn.ID, r.Tier, uid, gid); err != nil {
+		// NVM without room for a directory is full; HDD is not.
+		if !errors.Is(err, unix.ENOSPC) || r.Tier == placement.HDD {
+			return err
+		}
+		r.Tier = placement.HDD
+		if err := s.tiers.Stage(sn.ID, r.Tier, uid, gid); err != nil {
+			return err
+		}
+	}
+	if extraction {
+		return s.tiers.Link(sn.ID, r.Tier)
+	}
+	if r.MaxSize > 0 && sn.Kind == snapshots.KindActive {
+		return s.quota.limit(sn.ID, r.Tier, r.MaxSize)
+	}
+	return nil
+}
+
+// rootOwner is the owner of the root directory of a new snapshot: the mapped
+// root in a user namespace, else that of the parent, as overlayfs shows the
+// root with the attributes of the upper directory.
+func (s *Snapshotter) rootOwner(sn storage.Snapshot, r record) (uid, gid int, err error) {
+	if r.UIDMap != "" {
+		if uid, err = mappedRoot(r.UIDMap); err != nil {
+			return 0, 0, err
+		}
+		gid, err = mappedRoot(r.GIDMap)
+		return uid, gid, err
+	}
+	if len(sn.ParentIDs) == 0 {
+		return 0, 0, nil
+	}
+	for _, t := range tier.Tiers {
+		var st unix.Stat_t
+		if err := unix.Lstat(s.tiers.Data(t, sn.ParentIDs[0]), &st); err == nil {
+			return int(st.Uid), int(st.Gid), nil
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return 0, 0, fmt.Errorf("stat layer %s: %w", sn.ParentIDs[0], err)
+		}
+	}
+	return 0, 0, nil
+}

@@ -1,0 +1,327 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+const (
+	databaseFile = "nhybrid.db"
+	// schemaVersion is the layout of our own buckets. containerd's metastore
+	// keeps a version of its own in the same file.
+	schemaVersion = 1
+)
+
+var (
+	bucketOwn     = []byte("nhybrid")
+	bucketLayers  = []byte("layers")  // snapshot id -> record
+	bucketRemoved = []byte("removed") // snapshot id of which files may still stand
+	keySchema     = []byte("schema")
+
+	bucketMetastore = []byte("v1") // containerd's, absent before the first snapshot
+)
+
+// record is what the database knows of a snapshot beside containerd's
+// metastore. It is keyed by snapshot id, which stays the same on commit.
+type record struct {
+	Tier      placement.Tier      `json:"tier"`
+	Namespace string              `json:"namespace,omitempty"`
+	ChainID   string              `json:"chain_id,omitempty"` // of an extraction
+	Image     *imageRef           `json:"image,omitempty"`    // the pull that stored it
+	Decision  *placement.Decision `json:"decision,omitempty"`
+	Decided   time.Time           `json:"decided,omitzero"` // when storing began
+	Swings    int                 `json:"swings,omitempty"` // changes of tier between Prepare and then
+
+	Boot     string          `json:"boot,omitempty"` // boot id at the time of commit
+	Captured bool            `json:"captured,omitempty"`
+	Durable  bool            `json:"durable,omitempty"`
+	Home     bool            `json:"home,omitempty"`    // all data stand on HDD too
+	Damaged  string          `json:"damaged,omitempty"` // why it cannot be used
+	Usage    snapshots.Usage `json:"usage,omitzero"`
+	Data     int64           `json:"data_bytes,omitempty"`
+	Files    int64           `json:"files,omitempty"`
+
+	// IDMap is set for the active snapshot of a container in a user namespace.
+	UIDMap string `json:"uidmap,omitempty"`
+	GIDMap string `json:"gidmap,omitempty"`
+	// MaxSize is the quota of the upper directory in bytes, 0 for none.
+	MaxSize int64 `json:"max_size,omitempty"`
+}
+
+// imageRef names the image that a layer came with.
+type imageRef struct {
+	Name     string `json:"name,omitempty"`
+	Manifest string `json:"manifest"`
+	Index    int    `json:"index"`  // of the layer, from the bottom
+	Layers   int    `json:"layers"` // in the image
+	Digest   string `json:"digest"` // of the layer's blob
+	Size     int64  `json:"size"`   // of the layer's blob
+}
+
+// database is containerd's snapshot metastore and our own buckets in one bolt
+// file on NVM, where an fsync costs microseconds.
+type database struct {
+	ms   *storage.MetaStore
+	path string
+}
+
+// openDatabase opens or creates the database. A file of a newer schema is
+// refused untouched with ErrFailedPrecondition.
+func openDatabase(ctx context.Context, nvm string) (*database, error) {
+	d := &database{path: filepath.Join(nvm, databaseFile)}
+	ms, err := storage.NewMetaStore(d.path, func(o *bolt.Options) error {
+		// Another daemon on the same root holds the file's lock for good.
+		o.Timeout = 3 * time.Second
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.ms = ms
+	if err := d.checkSchema(ctx); err != nil {
+		ms.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *database) checkSchema(ctx context.Context) error {
+	err := d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		own := tx.Bucket(bucketOwn)
+		if own == nil {
+			return nil
+		}
+		v, err := strconv.Atoi(string(own.Get(keySchema)))
+		if err != nil {
+			return fmt.Errorf("database %q has an unreadable schema version %q: %w", d.path, own.Get(keySchema), errdefs.ErrFailedPrecondition)
+		}
+		if v > schemaVersion {
+			return fmt.Errorf("database %q has schema version %d, this daemon knows up to %d; run the newer nhybrid that wrote it: %w",
+				d.path, v, schemaVersion, errdefs.ErrFailedPrecondition)
+		}
+		return nil
+	})
+	if err != nil {
+		if errors.Is(err, bolterrors.ErrTimeout) {
+			return fmt.Errorf("open database %q: another process holds it; is a second daemon running on this root? %w", d.path, errdefs.ErrFailedPrecondition)
+		}
+		return err
+	}
+	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		own, err := tx.CreateBucketIfNotExists(bucketOwn)
+		if err != nil {
+			return err
+		}
+		for _, b := range [][]byte{bucketLayers, bucketRemoved} {
+			if _, err := own.CreateBucketIfNotExists(b); err != nil {
+				return err
+			}
+		}
+		return own.Put(keySchema, []byte(strconv.Itoa(schemaVersion)))
+	})
+}
+
+func (d *database) view(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
+	ctx, t, err := d.ms.TransactionContext(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer t.Rollback()
+	return fn(ctx, t.(*bolt.Tx))
+}
+
+func (d *database) update(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
+	ctx, t, err := d.ms.TransactionContext(ctx, true)
+	if err != nil {
+		return err
+	}
+	if err := fn(ctx, t.(*bolt.Tx)); err != nil {
+		return errors.Join(err, t.Rollback())
+	}
+	return t.Commit()
+}
+
+// copyTo writes a consistent copy of the database to path, synced and renamed
+// into place, while the daemon goes on.
+func (d *database) copyTo(ctx context.Context, path string) error {
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("copy database: %w", err)
+	}
+	err = d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		_, err := tx.WriteTo(f)
+		return err
+	})
+	if err == nil {
+		err = f.Sync()
+	}
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("copy database to %q: %w", path, err)
+	}
+	return nil
+}
+
+// databaseBallast is the space on NVM that the database keeps for its growth,
+// in bytes: containers may fill the rest, and must still be removable then.
+const databaseBallast = 8 << 20
+
+// ballast gives the file blocks beyond its end, which later writes take.
+func (d *database) ballast(bytes int64) error {
+	f, err := os.OpenFile(d.path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, bytes)
+}
+
+func getRecord(tx *bolt.Tx, id string) (record, error) {
+	var r record
+	b := tx.Bucket(bucketOwn).Bucket(bucketLayers).Get([]byte(id))
+	if b == nil {
+		return r, fmt.Errorf("record of snapshot id %s: %w", id, errdefs.ErrNotFound)
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("read record of snapshot id %s: %w", id, err)
+	}
+	return r, nil
+}
+
+func putRecord(tx *bolt.Tx, id string, r record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return tx.Bucket(bucketOwn).Bucket(bucketLayers).Put([]byte(id), b)
+}
+
+// updateRecord changes the record of a snapshot that still exists; a snapshot
+// that was removed meanwhile is no error.
+func (d *database) updateRecord(ctx context.Context, id string, change func(*record)) error {
+	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		r, err := getRecord(tx, id)
+		if err != nil {
+			if errdefs.IsNotFound(err) {
+				return nil
+			}
+			return err
+		}
+		change(&r)
+		return putRecord(tx, id, r)
+	})
+}
+
+// moveToRemoved forgets a snapshot and remembers that its files are to go.
+func moveToRemoved(tx *bolt.Tx, id string) error {
+	own := tx.Bucket(bucketOwn)
+	if err := own.Bucket(bucketLayers).Delete([]byte(id)); err != nil {
+		return err
+	}
+	return own.Bucket(bucketRemoved).Put([]byte(id), []byte{})
+}
+
+// removed lists the ids whose files are still to go.
+func (d *database) removed(ctx context.Context) (ids []string, err error) {
+	err = d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		return tx.Bucket(bucketOwn).Bucket(bucketRemoved).ForEach(func(k, _ []byte) error {
+			ids = append(ids, string(k))
+			return nil
+		})
+	})
+	return ids, err
+}
+
+func (d *database) forgetRemoved(ctx context.Context, id string) error {
+	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		return tx.Bucket(bucketOwn).Bucket(bucketRemoved).Delete([]byte(id))
+	})
+}
+
+// snapshot is one entry of the metastore with its record.
+type snapshot struct {
+	ID   string
+	Info snapshots.Info
+	record
+}
+
+// snapshots lists all snapshots, active and committed, in the order of their keys.
+func (d *database) snapshots(ctx context.Context) (all []snapshot, err error) {
+	err = d.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		return walk(ctx, tx, func(ctx context.Context, info snapshots.Info) error {
+			id, _, _, err := storage.GetInfo(ctx, info.Name)
+			if err != nil {
+				return err
+			}
+			r, err := getRecord(tx, id)
+			if err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+			all = append(all, snapshot{ID: id, Info: info, record: r})
+			return nil
+		})
+	})
+	return all, err
+}
+
+// walk is storage.WalkInfo for a database that may hold nothing yet.
+func walk(ctx context.Context, tx *bolt.Tx, fn snapshots.WalkFunc, filters ...string) error {
+	if tx.Bucket(bucketMetastore) == nil {
+		return nil
+	}
+	return storage.WalkInfo(ctx, fn, filters...)
+}
+
+// chain lists the snapshot ids from name downwards: itself first, the bottom last.
+func chain(ctx context.Context, name string) (ids []string, err error) {
+	for name != "" {
+		id, info, _, err := storage.GetInfo(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, id)
+		name = info.Parent
+	}
+	return ids, nil
+}
+
+func (d *database) chain(ctx context.Context, name string) (ids []string, err error) {
+	err = d.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		ids, err = chain(ctx, name)
+		return err
+	})
+	return ids, err
+}
+
+func (d *database) record(ctx context.Context, id string) (r record, err error) {
+	err = d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		r, err = getRecord(tx, id)
+		return err
+	})
+	return r, err
+}

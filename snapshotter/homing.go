@@ -1,0 +1,159 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// homing copies layers that stand on NVM only to HDD, the home of all data,
+// so that the loss of NVM loses no image. It yields to pulls.
+type homing struct {
+	s      *Snapshotter
+	wake   chan struct{}
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu      sync.Mutex
+	left    int
+	current string
+	failed  int64
+	lastErr string
+}
+
+// yield is how long homing waits before it looks again whether a pull is over.
+const yield = time.Second
+
+func newHoming(s *Snapshotter) *homing {
+	ctx, cancel := context.WithCancel(context.Background())
+	h := &homing{s: s, wake: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{})}
+	go h.run(ctx)
+	return h
+}
+
+// kick tells that there may be something to copy.
+func (h *homing) kick() {
+	select {
+	case h.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (h *homing) close() {
+	h.cancel()
+	<-h.done
+}
+
+func (h *homing) run(ctx context.Context) {
+	defer close(h.done)
+	// The I/O class belongs to the thread: this one is homing's until it ends.
+	runtime.LockOSThread()
+	if err := setIdleIO(); err != nil {
+		log.G(ctx).WithError(err).Debug("copying to HDD keeps its normal I/O priority")
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-h.wake:
+		}
+		if !h.s.config.WriteBack {
+			continue
+		}
+		if err := h.copyAll(ctx); err != nil && ctx.Err() == nil {
+			h.mu.Lock()
+			h.failed++
+			h.lastErr = err.Error()
+			h.mu.Unlock()
+			log.G(ctx).WithError(err).Error("copying layers to HDD stopped")
+		}
+	}
+}
+
+func (h *homing) copyAll(ctx context.Context) error {
+	all, err := h.s.db.snapshots(ctx)
+	if err != nil {
+		return err
+	}
+	var todo []snapshot
+	for _, sn := range all {
+		if sn.Info.Kind == snapshots.KindCommitted && sn.Tier == placement.NVM && sn.Durable && !sn.Home && sn.Damaged == "" {
+			todo = append(todo, sn)
+		}
+	}
+	defer func() {
+		h.mu.Lock()
+		h.left, h.current = 0, ""
+		h.mu.Unlock()
+	}()
+	for i, sn := range todo {
+		h.mu.Lock()
+		h.left, h.current = len(todo)-i, sn.ID
+		h.mu.Unlock()
+		if err := h.copyLayer(ctx, sn); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
+	limit := rate.NewLimiter(rate.Inf, 0)
+	if r := h.s.config.WriteBackRate; r > 0 {
+		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
+	}
+	start := time.Now()
+	n, err := h.s.tiers.WriteBack(ctx, sn.ID, func(n int) error {
+		for h.s.placer.busy() {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(yield):
+			}
+		}
+		return limit.WaitN(ctx, n)
+	})
+	if err == nil {
+		err = h.s.tiers.Sync(placement.HDD)
+	}
+	if errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("HDD root %q is full; free space there: %w", h.s.tiers.Root(placement.HDD), err)
+	}
+	if err != nil {
+		if _, e := h.s.db.record(ctx, sn.ID); errdefs.IsNotFound(e) {
+			// Removed meanwhile; what was copied after that goes too.
+			return h.s.tiers.Remove(sn.ID)
+		}
+		return err
+	}
+	if err := h.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Home = true }); err != nil {
+		return err
+	}
+	h.s.mirror.changed()
+	log.G(ctx).WithFields(log.Fields{"id": sn.ID, "bytes": n, "took": time.Since(start)}).Info("layer copied to HDD")
+	return nil
+}
+
+// setIdleIO puts the calling thread into the idle class of the I/O schedulers
+// that have one (ioprio_set(2)).
+func setIdleIO() error {
+	const whoProcess, classIdle, classShift = 1, 3, 13
+	if _, _, e := unix.Syscall(unix.SYS_IOPRIO_SET, whoProcess, 0, classIdle<<classShift); e != 0 {
+		return e
+	}
+	return nil
+}

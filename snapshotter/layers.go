@@ -1,0 +1,312 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/tree"
+)
+
+// settle starts the background work that follows a commit.
+func (s *Snapshotter) settle(id, name string) {
+	s.jobs.add("capture "+id, s.capture(id, name))
+}
+
+// capturePath is where the metadata of a layer stand.
+func (s *Snapshotter) capturePath(id string) string { return s.path("m", id) }
+
+// captured waits until the metadata of the named layer are captured.
+func (s *Snapshotter) captured(ctx context.Context, name string) error {
+	var id string
+	var r record
+	err := s.db.view(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+		if id, _, _, err = storage.GetInfo(ctx, name); err != nil {
+			return err
+		}
+		r, err = getRecord(tx, id)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if r.Damaged != "" {
+		if err := s.jobs.do(ctx, "repair "+id, s.repair(id, name)); err != nil {
+			return err
+		}
+	}
+	if r.Captured && r.Damaged == "" {
+		return nil
+	}
+	return s.jobs.do(ctx, "capture "+id, s.capture(id, name))
+}
+
+// capture walks the directory of a committed layer once and writes down its
+// metadata. What follows from it is queued: the sync that makes the layer
+// durable, and the tree if the layer is the top of an image.
+func (s *Snapshotter) capture(id, name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		r, err := s.db.record(ctx, id)
+		if errdefs.IsNotFound(err) || r.Captured {
+			return nil // removed, or done before
+		}
+		if err != nil {
+			return err
+		}
+		stats, err := s.writeCapture(ctx, id, name, r)
+		if err != nil {
+			return fmt.Errorf("capture metadata of layer %q: %w", name, err)
+		}
+		err = s.db.updateRecord(ctx, id, func(r *record) {
+			r.Captured, r.Files, r.Data = true, stats.Files, stats.DataBytes
+			r.Usage = snapshots.Usage{Size: stats.Bytes, Inodes: stats.Inodes}
+		})
+		if err != nil {
+			return err
+		}
+		if err := s.tiers.Unstage(id); err != nil {
+			log.G(ctx).WithError(err).Warn("could not clear staging directory")
+		}
+		if r.MaxSize > 0 {
+			s.quota.forget(id) // what is committed does not grow
+		}
+		if _, err := s.db.record(ctx, id); errdefs.IsNotFound(err) {
+			return os.Remove(s.capturePath(id)) // removed meanwhile
+		}
+		s.mirror.changed()
+		s.syncer.add(id, r.Tier, stats.DataBytes)
+		if s.isTop(ctx, name, r) {
+			s.jobs.add("tree "+id, s.buildTree(id, name))
+		}
+		log.G(ctx).WithFields(log.Fields{"id": id, "entries": stats.Entries, "bytes": stats.DataBytes}).Debug("captured")
+		return nil
+	}
+}
+
+func (s *Snapshotter) writeCapture(ctx context.Context, id, name string, r record) (stats tree.Stats, err error) {
+	chain, err := s.parentCaptures(ctx, name)
+	if err != nil {
+		return stats, err
+	}
+	tmp := s.path("m", "."+id)
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return stats, err
+	}
+	stats, err = tree.Capture(ctx, s.tiers.Data(r.Tier, id), id, chain, f)
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err == nil {
+		err = os.Rename(tmp, s.capturePath(id))
+	}
+	if err != nil {
+		os.Remove(tmp)
+	}
+	return stats, err
+}
+
+// parentCaptures are the captures of all layers below the named one. Upper
+// directories of containers may refer to them.
+func (s *Snapshotter) parentCaptures(ctx context.Context, name string) (tree.Chain, error) {
+	var parent string
+	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		_, info, _, err := storage.GetInfo(ctx, name)
+		parent = info.Parent
+		return err
+	})
+	if err != nil || parent == "" {
+		return nil, err
+	}
+	return s.captures(ctx, parent)
+}
+
+// captures are the capture files of the chain that ends in the named layer,
+// bottom first; missing ones are made.
+func (s *Snapshotter) captures(ctx context.Context, name string) (tree.Chain, error) {
+	var names, ids []string
+	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
+		for n := name; n != ""; {
+			id, info, _, err := storage.GetInfo(ctx, n)
+			if err != nil {
+				return err
+			}
+			names, ids, n = append(names, n), append(ids, id), info.Parent
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.Reverse(names)
+	slices.Reverse(ids)
+	c := make(tree.Chain, len(names))
+	for i := range names {
+		if err := s.captured(ctx, names[i]); err != nil {
+			return nil, err
+		}
+		c[i] = s.capturePath(ids[i])
+	}
+	return c, nil
+}
+
+// isTop tells whether containers are likely to run from the layer: it is the
+// last of its image, or nobody knows its image and nothing stands on it.
+func (s *Snapshotter) isTop(ctx context.Context, name string, r record) bool {
+	if r.Image != nil {
+		return r.Image.Index == r.Image.Layers-1
+	}
+	children := false
+	err := s.db.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		return walk(ctx, tx, func(_ context.Context, info snapshots.Info) error {
+			children = children || info.Parent == name
+			return nil
+		})
+	})
+	return err == nil && !children
+}
+
+// tree returns the mount point of the tree of the chain that ends in the named
+// layer, and mounts it first where it is not.
+func (s *Snapshotter) tree(ctx context.Context, name, id string) (string, error) {
+	dir := s.path("t", id)
+	if isErofs(dir) {
+		return dir, nil
+	}
+	if err := s.jobs.do(ctx, "tree "+id, s.buildTree(id, name)); err != nil {
+		return "", err
+	}
+	if !isErofs(dir) {
+		return "", fmt.Errorf("tree of layer %q is not mounted on %q: %w", name, dir, errdefs.ErrUnavailable)
+	}
+	return dir, nil
+}
+
+// treeImages are the places where the image of a tree may stand: NVM, or HDD
+// when NVM was full.
+func (s *Snapshotter) treeImages(id string) []string {
+	return []string{filepath.Join(s.tiers.Root(placement.NVM), "t", id+".erofs"), s.path("t", id+".erofs")}
+}
+
+// buildTree merges the captures of a chain into an image, unless a good one is
+// there, and mounts it.
+func (s *Snapshotter) buildTree(id, name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if _, err := s.db.record(ctx, id); errdefs.IsNotFound(err) {
+			return fmt.Errorf("layer %q: %w", name, errdefs.ErrNotFound)
+		}
+		dir := s.path("t", id)
+		if isErofs(dir) {
+			return nil
+		}
+		image, err := s.treeImage(ctx, id, name)
+		if err != nil {
+			return err
+		}
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return fmt.Errorf("create mount point: %w", err)
+		}
+		options := []string{"ro"}
+		if s.features.UseLoop() {
+			options = append(options, "loop")
+		}
+		m := mount.Mount{Type: "erofs", Source: image, Options: options}
+		if err := m.Mount(dir); err != nil {
+			return fmt.Errorf("mount tree %q: %w", image, err)
+		}
+		if _, err := s.db.record(ctx, id); errdefs.IsNotFound(err) { // removed meanwhile
+			return errors.Join(unmount(dir), os.Remove(image), fmt.Errorf("layer %q: %w", name, errdefs.ErrNotFound))
+		}
+		return nil
+	}
+}
+
+func (s *Snapshotter) treeImage(ctx context.Context, id, name string) (string, error) {
+	for _, image := range s.treeImages(id) {
+		err := tree.VerifyImage(image)
+		if err == nil {
+			return image, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			log.G(ctx).WithError(err).WithField("image", image).Warn("tree image is unusable, building it again")
+		}
+	}
+	chain, err := s.captures(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	images := s.treeImages(id)
+	if free, total, err := s.tiers.Space(placement.NVM); err != nil || free <= s.config.Reserve(total) {
+		images = images[1:] // NVM is full but for its reserve
+	}
+	for _, image := range images {
+		err = writeTree(ctx, chain, image)
+		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			return image, err
+		}
+		log.G(ctx).WithError(err).WithField("image", image).Warn("no room for a tree, trying the HDD")
+	}
+	return "", err
+}
+
+// writeTree writes and syncs the image before it gets its name, so that what
+// is found under the name after a crash is whole.
+func writeTree(ctx context.Context, c tree.Chain, path string) error {
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("create tree: %w", err)
+	}
+	_, err = tree.Write(ctx, c, f)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err2 := f.Close(); err == nil {
+		err = err2
+	}
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("write tree %q: %w", path, err)
+	}
+	return nil
+}
+
+// removal deletes what stands of a removed snapshot.
+func (s *Snapshotter) removal(id string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		err := errors.Join(unmount(s.path("i", id)), unmount(s.path("t", id)))
+		if err == nil {
+			for _, f := range append(s.treeImages(id), s.capturePath(id)) {
+				if e := os.Remove(f); e != nil && !errors.Is(e, os.ErrNotExist) {
+					err = errors.Join(err, e)
+				}
+			}
+		}
+		if err == nil {
+			err = s.tiers.Remove(id)
+		}
+		if err != nil {
+			return fmt.Errorf("remove files of snapshot id %s: %w", id, err)
+		}
+		s.quota.forget(id)
+		return s.db.forgetRemoved(ctx, id)
+	}
+}

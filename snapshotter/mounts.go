@@ -1,0 +1,164 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
+)
+
+// mounts says how to mount an active snapshot or a view.
+func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snapshots.Info, r record) ([]mount.Mount, error) {
+	if sn.Kind == snapshots.KindActive && isExtraction(info.Name, info.Labels) {
+		return s.extractionMounts(sn), nil
+	}
+	upper := filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "fs")
+	if len(sn.ParentIDs) == 0 {
+		mode := "rw"
+		if sn.Kind == snapshots.KindView {
+			mode = "ro"
+		}
+		return []mount.Mount{{Type: "bind", Source: upper, Options: []string{mode, "rbind"}}}, nil
+	}
+	tree, err := s.tree(ctx, info.Parent, sn.ParentIDs[0])
+	if err != nil {
+		return nil, fmt.Errorf("mount snapshot %q: %w", info.Name, err)
+	}
+	if r.UIDMap != "" {
+		if tree, err = s.idmapped(tree, sn.ID, r.UIDMap, r.GIDMap); err != nil {
+			return nil, err
+		}
+	}
+	var options []string
+	if sn.Kind == snapshots.KindActive {
+		options = append(options, "workdir="+filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "work"), "upperdir="+upper)
+	}
+	options = append(options, s.lowerOptions(tree)...)
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, nil
+}
+
+// lowerOptions are the overlay options for a tree with the two data roots
+// behind it. They hold no "lowerdir=": see docs/design.md.
+func (s *Snapshotter) lowerOptions(tree string) []string {
+	o := []string{
+		"lowerdir+=" + tree,
+		"datadir+=" + s.tiers.DataRoot(placement.NVM),
+		"datadir+=" + s.tiers.DataRoot(placement.HDD),
+	}
+	if s.features.IndexOff {
+		o = append(o, "index=off")
+	}
+	if s.features.Metacopy {
+		o = append(o, "metacopy=on")
+	}
+	return o
+}
+
+// extractionMounts are written to by path and never mounted: the upper
+// directory through the link, and the parents' own directories, from which
+// containerd's applier takes owner and mode of parent directories that a layer
+// does not list. Without parents it is still an overlay: on a bind mount the
+// applier drops whiteouts (containerd#13030).
+func (s *Snapshotter) extractionMounts(sn storage.Snapshot) []mount.Mount {
+	options := []string{"upperdir=" + s.tiers.Linked(sn.ID)}
+	if parents := s.ownDirs(sn.ParentIDs); len(parents) > 0 {
+		options = append(options, "lowerdir="+strings.Join(parents, ":"))
+	}
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+}
+
+// ownDirs are the directories of layers, on whatever tiers they have some.
+func (s *Snapshotter) ownDirs(ids []string) (dirs []string) {
+	for _, id := range ids {
+		for _, t := range tier.Tiers {
+			if st, err := os.Lstat(s.tiers.Data(t, id)); err == nil && st.IsDir() {
+				dirs = append(dirs, s.tiers.Data(t, id))
+			}
+		}
+	}
+	return dirs
+}
+
+// idmapped returns a mount of the tree in which owners are shifted by the maps.
+// Only the tree needs it: the owner of every file comes from there.
+func (s *Snapshotter) idmapped(tree, id, uidmap, gidmap string) (string, error) {
+	dir := s.path("i", id)
+	if isErofs(dir) {
+		return dir, nil
+	}
+	if !s.features.IDMap {
+		return "", fmt.Errorf("this kernel cannot idmap an EROFS mount; run the pod without a user namespace: %w", errdefs.ErrNotImplemented)
+	}
+	userns, err := mount.GetUsernsFD(uidmap, gidmap)
+	if err != nil {
+		return "", fmt.Errorf("make a user namespace for uid map %q, gid map %q: %w", uidmap, gidmap, err)
+	}
+	defer userns.Close()
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", fmt.Errorf("create mount point: %w", err)
+	}
+	if err := mount.IDMapMount(tree, dir, int(userns.Fd())); err != nil {
+		return "", fmt.Errorf("idmap the tree for snapshot id %s: %w", id, err)
+	}
+	return dir, nil
+}
+
+// mappedRoot is the host id of root in a map "container:host:size[,…]".
+func mappedRoot(idmap string) (int, error) {
+	for m := range strings.SplitSeq(idmap, ",") {
+		p := strings.Split(m, ":")
+		if len(p) != 3 {
+			return 0, fmt.Errorf("id map %q: want container:host:size: %w", idmap, errdefs.ErrInvalidArgument)
+		}
+		var n [3]uint64
+		for i := range p {
+			v, err := strconv.ParseUint(p[i], 10, 32)
+			if err != nil {
+				return 0, fmt.Errorf("id map %q: %q is not a number: %w", idmap, p[i], errdefs.ErrInvalidArgument)
+			}
+			n[i] = v
+		}
+		if n[0] == 0 && n[2] > 0 {
+			return int(n[1]), nil
+		}
+	}
+	return 0, fmt.Errorf("id map %q does not map root: %w", idmap, errdefs.ErrInvalidArgument)
+}
+
+// erofsMagic is EROFS_SUPER_MAGIC_V1.
+const erofsMagic = 0xe0f5e1e2
+
+// isErofs reports that a tree is mounted on dir. The roots themselves cannot
+// be EROFS, which is read-only.
+func isErofs(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && uint32(st.Type) == erofsMagic
+}
+
+// unmount takes a mount point away, also while something still looks into it.
+func unmount(dir string) error {
+	if isErofs(dir) {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %q: %w", dir, err)
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove mount point: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,68 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"fmt"
+	"path/filepath"
+	"strconv"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
+)
+
+// quotas limits the size of writable directories by project quotas, where the
+// filesystem of their tier enforces them.
+type quotas struct{ tiers *tier.Store }
+
+// projectBase keeps our project ids away from those that people give out by
+// hand, which start low.
+const projectBase = 1 << 24
+
+func project(id string) (uint32, error) {
+	n, err := strconv.ParseUint(id, 10, 32)
+	if err != nil || n >= 1<<32-projectBase {
+		return 0, fmt.Errorf("snapshot id %q has no project id: %w", id, errdefs.ErrOutOfRange)
+	}
+	return projectBase + uint32(n), nil
+}
+
+// limit bounds what may stand in a staging directory. A filesystem without
+// project quotas is no error: the hint is then ignored, which the log says.
+func (q *quotas) limit(id string, t placement.Tier, bytes int64) error {
+	p, err := project(id)
+	if err != nil {
+		return err
+	}
+	// overlayfs moves what it copies up from work to fs, and a move between
+	// projects is refused: both belong to one.
+	for _, sub := range []string{"fs", "work"} {
+		err := host.SetProjectQuota(filepath.Join(q.tiers.Staging(t, id), sub), p, bytes)
+		if errdefs.IsNotImplemented(err) {
+			log.L.WithError(err).WithField("id", id).Warnf("label %s is ignored", labelMaxSize)
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("limit snapshot id %s to %d bytes: %w", id, bytes, err)
+		}
+	}
+	return nil
+}
+
+// forget takes a limit away. Where there was none it does nothing.
+func (q *quotas) forget(id string) {
+	p, err := project(id)
+	if err != nil {
+		return
+	}
+	for _, t := range tier.Tiers {
+		if err := host.ForgetProjectQuota(q.tiers.Root(t), p); err != nil && !errdefs.IsNotImplemented(err) {
+			log.L.WithError(err).WithField("id", id).Debug("cannot take a quota away")
+		}
+	}
+}

@@ -1,0 +1,296 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/containerd/v2/pkg/archive/compression"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
+	"github.com/nhybrid/nhybrid/snapshotter/pull"
+)
+
+// LayerSource opens the blob of a layer in containerd's content store;
+// implemented by [pull.Watcher]. Layers lost in a crash are rebuilt from it.
+type LayerSource interface {
+	OpenLayer(ctx context.Context, namespace, chainID string) (pull.LayerInfo, io.ReadCloser, error)
+}
+
+// probe asks the kernel what it can do, once, by trial mounts on NVM, or on
+// HDD where NVM has no room for them.
+func (s *Snapshotter) probe(ctx context.Context) (f host.Features, err error) {
+	image := host.Image()
+	for _, t := range tier.Tiers {
+		if f, err = host.Probe(s.tiers.Root(t), image); err == nil {
+			break
+		}
+		log.G(ctx).WithError(err).Debugf("trial mounts on %s", t)
+	}
+	if err != nil {
+		return f, err
+	}
+	if err := f.Check(); err != nil {
+		return f, err
+	}
+	log.G(ctx).WithField("features", fmt.Sprintf("%+v", f)).Debug("kernel probed")
+	return f, nil
+}
+
+// restoreDatabase puts the copy of the database into an NVM root that has none.
+func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
+	path, saved := filepath.Join(s.tiers.Root(placement.NVM), databaseFile), s.path(databaseFile)
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	in, err := os.Open(saved)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open the copy of the database: %w", err)
+	}
+	defer in.Close()
+	log.G(ctx).Warnf("NVM root %q holds no database: it was lost or replaced; restoring from the copy %q", s.tiers.Root(placement.NVM), saved)
+	tmp := path + ".tmp"
+	out, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("restore database: %w", err)
+	}
+	_, err = io.Copy(out, in)
+	if err == nil {
+		err = out.Sync()
+	}
+	err = errors.Join(err, out.Close())
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("restore database: %w", err)
+	}
+	return nil
+}
+
+// recover takes up what an earlier run left: work that was not done, layers
+// that a crash may have torn, files that nothing refers to.
+func (s *Snapshotter) recover(ctx context.Context) error {
+	all, err := s.db.snapshots(ctx)
+	if err != nil {
+		return fmt.Errorf("read database: %w", err)
+	}
+	removed, err := s.db.removed(ctx)
+	if err != nil {
+		return fmt.Errorf("read database: %w", err)
+	}
+	known := map[string]bool{}
+	for _, sn := range all {
+		known[sn.ID] = true
+		if sn.Info.Kind != snapshots.KindCommitted {
+			if err := s.recoverActive(ctx, sn); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := s.recoverLayer(ctx, sn); err != nil {
+			return err
+		}
+	}
+	for _, id := range removed {
+		known[id] = true
+		s.jobs.add("remove "+id, s.removal(id))
+	}
+	if err := s.sweep(ctx, known); err != nil {
+		return err
+	}
+	s.homing.kick()
+	s.mirror.changed()
+	return nil
+}
+
+// recoverActive takes back a commit that did not reach the database.
+func (s *Snapshotter) recoverActive(ctx context.Context, sn snapshot) error {
+	if _, err := s.tiers.StagedOn(sn.ID); err == nil || sn.Info.Kind != snapshots.KindActive {
+		return nil
+	}
+	for _, t := range tier.Tiers {
+		if st, err := os.Lstat(s.tiers.Data(t, sn.ID)); err == nil && st.IsDir() {
+			log.G(ctx).WithField("id", sn.ID).Info("taking back an interrupted commit")
+			return s.tiers.Uncommit(sn.ID, t)
+		}
+	}
+	log.G(ctx).WithField("id", sn.ID).Warnf("the writable directory of snapshot %q is gone", sn.Info.Name)
+	return nil
+}
+
+// recoverLayer decides what is to be done for a committed layer.
+func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) error {
+	damage := sn.Damaged
+	switch {
+	case damage != "":
+	case s.tiers.Fresh() && sn.Tier == placement.NVM && sn.Home:
+		// Its data are at home; NVM was only faster.
+		if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Tier = placement.HDD }); err != nil {
+			return err
+		}
+		sn.Tier = placement.HDD
+	case s.tiers.Fresh() && sn.Tier == placement.NVM:
+		damage = "its data were on the NVM device that was lost"
+	case !sn.Durable && sn.Boot != s.config.BootID:
+		damage = "the machine went down before it was on the disk"
+	}
+	if damage == "" {
+		if _, err := os.Lstat(s.tiers.Data(sn.Tier, sn.ID)); err != nil {
+			damage = fmt.Sprintf("its data directory on %s is gone", sn.Tier)
+		}
+	}
+	if damage != "" {
+		if damage != sn.Damaged {
+			log.G(ctx).WithField("id", sn.ID).Warnf("layer %q has to be rebuilt: %s", sn.Info.Name, damage)
+			err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Damaged, r.Durable, r.Captured = damage, false, false })
+			if err != nil {
+				return err
+			}
+		}
+		s.jobs.add("repair "+sn.ID, s.repair(sn.ID, sn.Info.Name))
+		return nil
+	}
+	if sn.Captured {
+		if _, err := os.Lstat(s.capturePath(sn.ID)); err != nil {
+			sn.Captured = false
+			if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Captured = false }); err != nil {
+				return err
+			}
+		}
+	}
+	switch {
+	case !sn.Captured:
+		s.settle(sn.ID, sn.Info.Name)
+	case !sn.Durable:
+		s.syncer.add(sn.ID, sn.Tier, sn.Data)
+	}
+	return nil
+}
+
+// sweep deletes what no snapshot refers to. Only what carries a name of ours
+// goes; anything else is left alone and reported.
+func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool) error {
+	found, err := s.tiers.IDs()
+	if err != nil {
+		return err
+	}
+	for _, dir := range []string{s.path("m"), s.path("t"), s.path("i"), filepath.Join(s.tiers.Root(placement.NVM), "t")} {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return fmt.Errorf("list %q: %w", dir, err)
+		}
+		for _, e := range entries {
+			found[strings.TrimSuffix(strings.TrimSuffix(e.Name(), ".tmp"), ".erofs")] = true
+		}
+	}
+	for name := range found {
+		id := strings.TrimSuffix(strings.TrimPrefix(name, "."), ".home")
+		if known[id] {
+			continue
+		}
+		if _, err := strconv.ParseUint(id, 10, 64); err != nil {
+			log.G(ctx).Warnf("%q in the store is not nhybrid's; it is left alone", name)
+			continue
+		}
+		s.jobs.add("remove "+id, s.removal(id))
+	}
+	return nil
+}
+
+// repair rebuilds a layer on HDD from its blob in the content store.
+func (s *Snapshotter) repair(id, name string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		r, err := s.db.record(ctx, id)
+		if errdefs.IsNotFound(err) || (err == nil && r.Damaged == "") {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.rebuild(ctx, id, name, r); err != nil {
+			return fmt.Errorf("layer %q cannot be used, %s, and could not be rebuilt (%v); remove the image and pull it again: %w",
+				name, r.Damaged, err, errdefs.ErrDataLoss)
+		}
+		err = s.db.updateRecord(ctx, id, func(r *record) {
+			r.Damaged, r.Tier, r.Boot, r.Home = "", placement.HDD, s.config.BootID, false
+		})
+		if err != nil {
+			return err
+		}
+		log.G(ctx).WithField("id", id).Infof("layer %q rebuilt", name)
+		s.settle(id, name)
+		return nil
+	}
+}
+
+func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) error {
+	source, ok := s.config.Downloads.(LayerSource)
+	if !ok || r.ChainID == "" {
+		return errors.New("it came from no blob")
+	}
+	layer, blob, err := source.OpenLayer(ctx, r.Namespace, r.ChainID)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	tar, err := compression.DecompressStream(blob)
+	if err != nil {
+		return err
+	}
+	defer tar.Close()
+	// The layers below come first: owners of parent directories are taken from them.
+	if _, err := s.parentCaptures(ctx, name); err != nil {
+		return err
+	}
+	ids, err := s.db.chain(ctx, name)
+	if err != nil {
+		return err
+	}
+	parents := s.ownDirs(ids[1:])
+	if err := errors.Join(unmount(s.path("t", id)), s.tiers.Remove(id)); err != nil {
+		return err
+	}
+	for _, image := range s.treeImages(id) {
+		os.Remove(image)
+	}
+	if err := s.tiers.Stage(id, placement.HDD, 0, 0); err != nil {
+		return err
+	}
+	sum := digest.Canonical.Digester()
+	in := io.TeeReader(tar, sum.Hash())
+	opts := []archive.ApplyOpt{archive.WithConvertWhiteout(archive.OverlayConvertWhiteout)}
+	if len(parents) > 0 {
+		opts = append(opts, archive.WithParents(parents))
+	}
+	if _, err := archive.Apply(ctx, filepath.Join(s.tiers.Staging(placement.HDD, id), "fs"), in, opts...); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, in); err != nil {
+		return err
+	}
+	if got := sum.Digest(); got != layer.DiffID {
+		return fmt.Errorf("blob %s unpacks to %s, not %s", layer.Digest, got, layer.DiffID)
+	}
+	_, err = s.tiers.Commit(id)
+	return err
+}
