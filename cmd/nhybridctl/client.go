@@ -10,6 +10,7 @@ import (
 	"io"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -41,12 +42,20 @@ func (a *app) explain(err error) error {
 	}
 	native := errgrpc.ToNative(err)
 	if errdefs.IsUnavailable(native) {
-		return fmt.Errorf("cannot reach the daemon at %s: is containerd-nhybrid-grpc running, and may you open its socket? (%s)", a.address, s.Message())
+		return fmt.Errorf("cannot reach the daemon at %s: is containerd-nhybrid-grpc running, and may you open its socket? (%s)", a.address, cause(s.Message()))
 	}
 	if errdefs.IsNotImplemented(native) {
 		return fmt.Errorf("the daemon at %s does not know this request: is it older than nhybridctl? (%s)", a.address, s.Message())
 	}
 	return errors.New(s.Message())
+}
+
+// cause takes the system's word out of gRPC's wrapping of a failed connection.
+func cause(message string) string {
+	if i := strings.LastIndex(message, "connect: "); i >= 0 {
+		return strings.TrimSuffix(message[i+len("connect: "):], "\"")
+	}
+	return message
 }
 
 // receive calls f for each message of a stream. The end of ctx, Ctrl-C that is, is no error.

@@ -54,7 +54,7 @@ func (a *app) doctor() *cobra.Command {
 
 // steps shows progress on a terminal; the result is called after each of n steps.
 func (a *app) steps(n int, what string) func() {
-	if _, ok := terminal(a.errs); !ok {
+	if _, _, ok := terminal(a.errs); !ok {
 		return func() {}
 	}
 	bar := progressbar.NewOptions(n, progressbar.OptionSetWriter(a.errs), progressbar.OptionSetDescription(what), progressbar.OptionClearOnFinish())

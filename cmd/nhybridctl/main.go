@@ -62,7 +62,7 @@ func (u usage) Error() string { return string(u) }
 func run(ctx context.Context, args []string, out, errs io.Writer) int {
 	a := &app{out: out, errs: errs}
 	root := a.root()
-	root.SetArgs(args)
+	root.SetArgs(append([]string{}, args...)) // nil would mean os.Args
 	root.SetOut(out)
 	root.SetErr(errs)
 	err := root.ExecuteContext(ctx)
@@ -137,10 +137,10 @@ func buildVersion() (v, revision string) {
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
-// plain is an error's text in one line, without the class that errdefs puts at its end for programs.
+// plain is an error's text in one line, without a class at its end that is of use to programs only.
 func plain(err error) string {
 	s := oneLine(err.Error())
-	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotFound, errdefs.ErrNotImplemented, errdefs.ErrUnavailable} {
+	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition} {
 		s = strings.TrimSuffix(s, ": "+class.Error())
 	}
 	return s

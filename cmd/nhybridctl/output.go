@@ -76,14 +76,14 @@ func orDash(s string) string {
 	return s
 }
 
-// terminal gives the width of w where it is a terminal.
-func terminal(w io.Writer) (width int, ok bool) {
+// terminal gives the size of w where it is a terminal.
+func terminal(w io.Writer) (width, height int, ok bool) {
 	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return 0, false
+		return 0, 0, false
 	}
-	width, _, err := term.GetSize(int(f.Fd()))
-	return width, err == nil
+	width, height, err := term.GetSize(int(f.Fd()))
+	return width, height, err == nil
 }
 
 func sorted(s []string) []string {

@@ -91,7 +91,7 @@ func (a *app) readLayers(file string, stdin io.Reader) ([]placement.Image, error
 		}
 		in = f
 	}
-	if _, ok := terminal(a.errs); ok {
+	if _, _, ok := terminal(a.errs); ok {
 		bar := progressbar.NewOptions64(size, progressbar.OptionSetWriter(a.errs), progressbar.OptionShowBytes(true),
 			progressbar.OptionSetDescription("reading"), progressbar.OptionClearOnFinish())
 		defer bar.Finish() //nolint:errcheck // an ornament

@@ -29,11 +29,11 @@ func (a *app) watch() *cobra.Command {
 				request.Image = args[0]
 			}
 			show := a.eventLine
-			width, live := terminal(a.out)
+			width, height, live := terminal(a.out)
 			if a.json {
 				show = a.eventJSON
 			} else if live {
-				show = (&screen{out: a.out, width: width, view: newView(a.size)}).event
+				show = (&screen{out: a.out, width: width, height: height, view: newView(a.size)}).event
 			}
 			return a.with(func(client control.ControlClient) error {
 				stream, err := client.Watch(c.Context(), request)
@@ -156,17 +156,21 @@ func (v *view) apply(e *control.Event) {
 	}
 }
 
-// forget drops the pulls that are over, so that a long watch shows what runs.
-func (v *view) forget() {
+// takeEnded moves the pulls that are over into a view of their own.
+func (v *view) takeEnded() *view {
+	ended := newView(v.size)
 	var running []string
 	for _, id := range v.order {
 		if v.pulls[id].end == "" {
 			running = append(running, id)
-		} else {
-			delete(v.pulls, id)
+			continue
 		}
+		ended.order = append(ended.order, id)
+		ended.pulls[id] = v.pulls[id]
+		delete(v.pulls, id)
 	}
 	v.order = running
+	return ended
 }
 
 const barWidth = 24
@@ -174,7 +178,7 @@ const barWidth = 24
 func (v *view) lines(width int) []string {
 	var out []string
 	add := func(format string, args ...any) {
-		line := []rune(fmt.Sprintf(format, args...))
+		line := []rune(strings.TrimRight(fmt.Sprintf(format, args...), " "))
 		if width > 0 && len(line) > width {
 			line = append(line[:max(width-1, 0)], '…') // a line that wraps would break the count of lines
 		}
@@ -208,29 +212,36 @@ func bar(l *control.LayerProgress) string {
 
 // screen redraws a view in place.
 type screen struct {
-	out   io.Writer
-	width int
-	drawn int
-	view  *view
+	out           io.Writer
+	width, height int
+	drawn         int // lines above the cursor that are to be drawn over
+	view          *view
 }
 
 func (s *screen) event(e *control.Event) error {
 	s.view.apply(e)
-	lines := s.view.lines(s.width)
 	var b strings.Builder
 	if s.drawn > 0 {
 		fmt.Fprintf(&b, "\x1b[%dA", s.drawn) // up to the first line
 	}
+	s.drawn = 0
+	if e.GetType() == "done" || e.GetType() == "failed" {
+		// What is over is drawn for the last time, above what still runs.
+		write(&b, s.view.takeEnded().lines(s.width))
+	}
+	lines := s.view.lines(s.width)
+	if over := len(lines) - (s.height - 1); s.height > 1 && over > 0 { // nothing above the screen's edge can be drawn over
+		lines = append(lines[:max(len(lines)-over-1, 0)], fmt.Sprintf("… and %d lines more", over+1))
+	}
+	write(&b, lines)
+	s.drawn = len(lines)
+	b.WriteString("\x1b[J")
+	_, err := io.WriteString(s.out, b.String())
+	return err
+}
+
+func write(b *strings.Builder, lines []string) {
 	for _, l := range lines {
 		b.WriteString("\x1b[2K" + l + "\n") // clear the line that stood there
 	}
-	b.WriteString("\x1b[J")
-	s.drawn = len(lines)
-	if e.GetType() == "done" || e.GetType() == "failed" {
-		// What is over stays on the screen as it is, the rest is drawn below it.
-		s.view.forget()
-		s.drawn = 0
-	}
-	_, err := io.WriteString(s.out, b.String())
-	return err
 }

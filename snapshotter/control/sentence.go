@@ -48,11 +48,13 @@ func (l *Layer) Sentence(total int) string {
 // inputs says what the decision rested on.
 func (d *Decision) inputs() string {
 	var parts []string
-	switch {
-	case d.GetDownloading() > 0:
-		parts = append(parts, fmt.Sprintf("%d other layers with %s to come", d.GetDownloading(), placement.FormatBytes(d.GetBytesLeft())))
-	default:
+	switch n, left := d.GetDownloading(), placement.FormatBytes(d.GetBytesLeft()); n {
+	case 0:
 		parts = append(parts, "no other layer downloading")
+	case 1:
+		parts = append(parts, "1 other layer with "+left+" to come")
+	default:
+		parts = append(parts, fmt.Sprintf("%d other layers with %s to come", n, left))
 	}
 	if ldl := d.GetLdl(); ldl >= 0 {
 		parts = append(parts, fmt.Sprintf("last download layer %d", ldl))

@@ -39,11 +39,13 @@ func Host(c config.Config) []Finding {
 		}
 		all = append(all, t.all...)
 	}
-	if nvm == nil || nvm.ReadOnly {
-		k.add(Warn, "cure the tier first", "the kernel was not tried: there is no NVM tier to try it on")
-		return append(k.all, all...)
+	for _, d := range []*host.Dir{nvm, hdd} { // the kernel is the same on either
+		if d != nil && !d.ReadOnly {
+			return append(kernel(d.Path), all...)
+		}
 	}
-	return append(kernel(nvm.Path), all...)
+	k.add(Warn, "cure the tiers first", "the kernel was not tried: no tier can be written to")
+	return append(k.all, all...)
 }
 
 // kernel tries what the daemon needs on the tier at dir.
@@ -175,7 +177,7 @@ func Fsync(dir string) (time.Duration, error) {
 // plain is an error's text without the class at its end, in one line.
 func plain(err error) string {
 	s := strings.Join(strings.Fields(err.Error()), " ")
-	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotFound, errdefs.ErrNotImplemented, errdefs.ErrUnavailable} {
+	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented} {
 		s = strings.TrimSuffix(s, ": "+class.Error())
 	}
 	return s
