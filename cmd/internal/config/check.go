@@ -28,7 +28,7 @@ func (c Config) Check() error {
 	if c.Version != Version {
 		return invalid("version: %d is not known; this nhybrid reads version %d", c.Version, Version)
 	}
-	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"nvm_root", c.NVMRoot}} {
+	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"nvm_root", c.NVMRoot}, {"state", c.State}} {
 		if err := checkRoot(p.key, p.path); err != nil {
 			return err
 		}
@@ -40,6 +40,8 @@ func (c Config) Check() error {
 		return invalid("nvm_root: %q lies inside root %q; give each tier a directory of its own", c.NVMRoot, c.Root)
 	case within(c.NVMRoot, c.Root):
 		return invalid("root: %q lies inside nvm_root %q; give each tier a directory of its own", c.Root, c.NVMRoot)
+	case c.State == c.Root || c.State == c.NVMRoot:
+		return invalid("state: %q is the directory of a tier; give it a directory of its own", c.State)
 	}
 	for _, s := range []struct{ key, path string }{
 		{"address", c.Address}, {"control_address", c.ControlAddress}, {"containerd.address", c.Containerd.Address},

@@ -28,6 +28,7 @@ type Config struct {
 	Version        int    `toml:"version" comment:"Layout of this file. Must be 1."`
 	Root           string `toml:"root" comment:"Directory of the HDD tier: the home of all image data. Absolute; created when missing."`
 	NVMRoot        string `toml:"nvm_root" comment:"Directory of the NVM tier: persistent memory, or any fast disk. Absolute; the directory above it\nmust exist, since a tier that is not mounted would silently fill the filesystem below. Best on a filesystem of its own."`
+	State          string `toml:"state" comment:"Directory for mount points and links, which need not outlive the machine's run. Absolute; best on a tmpfs.\nSeveral daemons may share it."`
 	Address        string `toml:"address" comment:"Unix socket on which containerd reaches the snapshotter: the address of its [proxy_plugins.nhybrid]."`
 	ControlAddress string `toml:"control_address" comment:"Unix socket, mode 0600, of nhybridctl."`
 	MetricsAddress string `toml:"metrics_address" comment:"Where Prometheus metrics are served: \"host:port\" or the absolute path of a unix socket. Empty: nowhere."`
@@ -73,6 +74,7 @@ func Default() Config {
 		Version:        Version,
 		Root:           "/var/lib/nhybrid",
 		NVMRoot:        "/mnt/nvm/nhybrid",
+		State:          "/run/nhybrid/state",
 		Address:        "/run/nhybrid/nhybrid.sock",
 		ControlAddress: DefaultControlAddress,
 		LogLevel:       "info",

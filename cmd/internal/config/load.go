@@ -166,6 +166,6 @@ func plain(message string) string {
 	case strings.HasPrefix(m[2], "config."):
 		return "this is a table, not a value of type " + m[1]
 	default:
-		return "a " + m[1] + " stands where a " + m[2] + " belongs"
+		return "the value is of type " + m[1] + " and should be of type " + m[2]
 	}
 }
