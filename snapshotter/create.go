@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
@@ -21,7 +20,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
-	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
 // isExtraction tells whether containerd is going to unpack a layer into the
@@ -85,6 +83,10 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, err
 		}
 		s.admitUpper(ctx, key, &r)
+		// The tree first: if it cannot be had, nothing has been created.
+		if err := s.awaitTree(ctx, parent); err != nil {
+			return nil, fmt.Errorf("prepare snapshot %q: %w", key, err)
+		}
 	}
 
 	var sn storage.Snapshot
@@ -186,6 +188,28 @@ func (s *Snapshotter) stage(sn storage.Snapshot, r *record, extraction bool) err
 	return nil
 }
 
+// awaitTree makes sure that the tree of a committed parent is mounted. Whether
+// the parent exists and is committed is for the transaction to tell.
+func (s *Snapshotter) awaitTree(ctx context.Context, parent string) error {
+	if parent == "" {
+		return nil
+	}
+	var id string
+	var info snapshots.Info
+	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) (err error) {
+		id, info, _, err = storage.GetInfo(ctx, parent)
+		return err
+	})
+	if errdefs.IsNotFound(err) || info.Kind != snapshots.KindCommitted {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = s.tree(ctx, parent, id)
+	return err
+}
+
 // rootOwner is the owner of the root directory of a new snapshot: the mapped
 // root in a user namespace, else that of the parent, as overlayfs shows the
 // root with the attributes of the upper directory.
@@ -200,13 +224,17 @@ func (s *Snapshotter) rootOwner(sn storage.Snapshot, r record) (uid, gid int, er
 	if len(sn.ParentIDs) == 0 {
 		return 0, 0, nil
 	}
-	for _, t := range tier.Tiers {
-		var st unix.Stat_t
-		if err := unix.Lstat(s.tiers.Data(t, sn.ParentIDs[0]), &st); err == nil {
-			return int(st.Uid), int(st.Gid), nil
-		} else if !errors.Is(err, os.ErrNotExist) {
-			return 0, 0, fmt.Errorf("stat layer %s: %w", sn.ParentIDs[0], err)
-		}
+	// Where the tree is mounted, the HDD need not be asked.
+	dirs := []string{s.state("t", sn.ParentIDs[0])}
+	if !isErofs(dirs[0]) {
+		dirs = s.ownDirs(sn.ParentIDs[:1])
 	}
-	return 0, 0, nil
+	if len(dirs) == 0 {
+		return 0, 0, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(dirs[0], &st); err != nil {
+		return 0, 0, fmt.Errorf("stat the root of layer %s: %w", sn.ParentIDs[0], err)
+	}
+	return int(st.Uid), int(st.Gid), nil
 }

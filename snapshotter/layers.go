@@ -184,7 +184,7 @@ func (s *Snapshotter) isTop(ctx context.Context, name string, r record) bool {
 // tree returns the mount point of the tree of the chain that ends in the named
 // layer, and mounts it first where it is not.
 func (s *Snapshotter) tree(ctx context.Context, name, id string) (string, error) {
-	dir := s.path("t", id)
+	dir := s.state("t", id)
 	if isErofs(dir) {
 		return dir, nil
 	}
@@ -210,7 +210,7 @@ func (s *Snapshotter) buildTree(id, name string) func(context.Context) error {
 		if _, err := s.db.record(ctx, id); errdefs.IsNotFound(err) {
 			return fmt.Errorf("layer %q: %w", name, errdefs.ErrNotFound)
 		}
-		dir := s.path("t", id)
+		dir := s.state("t", id)
 		if isErofs(dir) {
 			return nil
 		}
@@ -292,7 +292,7 @@ func writeTree(ctx context.Context, c tree.Chain, path string) error {
 // removal deletes what stands of a removed snapshot.
 func (s *Snapshotter) removal(id string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		err := errors.Join(unmount(s.path("i", id)), unmount(s.path("t", id)))
+		err := errors.Join(unmount(s.state("i", id)), unmount(s.state("t", id)))
 		if err == nil {
 			for _, f := range append(s.treeImages(id), s.capturePath(id)) {
 				if e := os.Remove(f); e != nil && !errors.Is(e, os.ErrNotExist) {

@@ -97,7 +97,7 @@ func (s *Snapshotter) ownDirs(ids []string) (dirs []string) {
 // idmapped returns a mount of the tree in which owners are shifted by the maps.
 // Only the tree needs it: the owner of every file comes from there.
 func (s *Snapshotter) idmapped(tree, id, uidmap, gidmap string) (string, error) {
-	dir := s.path("i", id)
+	dir := s.state("i", id)
 	if isErofs(dir) {
 		return dir, nil
 	}

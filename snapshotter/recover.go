@@ -125,7 +125,13 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 
 // recoverActive takes back a commit that did not reach the database.
 func (s *Snapshotter) recoverActive(ctx context.Context, sn snapshot) error {
-	if _, err := s.tiers.StagedOn(sn.ID); err == nil || sn.Info.Kind != snapshots.KindActive {
+	if sn.Info.Kind != snapshots.KindActive {
+		return nil
+	}
+	if t, err := s.tiers.StagedOn(sn.ID); err == nil {
+		if isExtraction(sn.Info.Name, sn.Info.Labels) {
+			return s.tiers.Link(sn.ID, t) // the state directory may be new
+		}
 		return nil
 	}
 	for _, t := range tier.Tiers {
@@ -194,7 +200,7 @@ func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool) error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), s.path("i"), filepath.Join(s.tiers.Root(placement.NVM), "t")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i")} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			return fmt.Errorf("list %q: %w", dir, err)
@@ -267,7 +273,7 @@ func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) er
 		return err
 	}
 	parents := s.ownDirs(ids[1:])
-	if err := errors.Join(unmount(s.path("t", id)), s.tiers.Remove(id)); err != nil {
+	if err := errors.Join(unmount(s.state("t", id)), s.tiers.Remove(id)); err != nil {
 		return err
 	}
 	for _, image := range s.treeImages(id) {

@@ -48,7 +48,9 @@ const (
 type Config struct {
 	Root    string // HDD tier, absolute
 	NVMRoot string // NVM tier, absolute
-	Policy  placement.Policy
+	// State holds mount points and links, best on a tmpfs; default: run below Root.
+	State  string
+	Policy placement.Policy
 	// Reserve tells how many bytes of an NVM filesystem of the given size
 	// stay free of layers. nil keeps 5 %.
 	Reserve   func(total int64) int64
@@ -105,6 +107,9 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if c.Reserve == nil {
 		c.Reserve = func(total int64) int64 { return total / 20 }
 	}
+	if c.State == "" {
+		c.State = filepath.Join(c.Root, "run")
+	}
 	if c.BootID == "" {
 		b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 		if err != nil {
@@ -113,13 +118,13 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 		c.BootID = strings.TrimSpace(string(b))
 	}
 	s := &Snapshotter{config: c}
-	if s.tiers, err = tier.Open(c.Root, c.NVMRoot); err != nil {
+	if s.tiers, err = tier.Open(c.Root, c.NVMRoot, c.State); err != nil {
 		return nil, err
 	}
 	if s.tiers.SameFilesystem() {
 		log.G(ctx).Warnf("root %q and nvm_root %q stand on one filesystem: placement has no effect; give NVM a filesystem of its own", c.Root, c.NVMRoot)
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), s.path("i"), filepath.Join(s.tiers.Root(placement.NVM), "t")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i")} {
 		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create %q: %w", dir, err)
 		}
@@ -155,6 +160,11 @@ func (s *Snapshotter) path(elem ...string) string {
 	return filepath.Join(append([]string{s.tiers.Root(placement.HDD)}, elem...)...)
 }
 
+// state is a path below the state directory.
+func (s *Snapshotter) state(elem ...string) string {
+	return filepath.Join(append([]string{s.tiers.State()}, elem...)...)
+}
+
 // Close ends the background work and closes the database. Nothing is unmounted
 // and nothing deleted: containers go on. It may be called twice.
 func (s *Snapshotter) Close() (err error) {
@@ -163,7 +173,7 @@ func (s *Snapshotter) Close() (err error) {
 		s.homing.close()
 		s.jobs.close()
 		s.syncer.close()
-		err = errors.Join(s.mirror.close(), s.db.ms.Close())
+		err = errors.Join(s.mirror.close(), s.db.ms.Close(), s.tiers.Close())
 	})
 	return err
 }

@@ -38,7 +38,7 @@ func newTiers(dir string, size string) (root, nvm string, clean func() error, er
 func unmountAll(s *Snapshotter) error {
 	var errs []error
 	for _, d := range []string{"t", "i"} {
-		names, err := filepath.Glob(s.path(d, "*"))
+		names, err := filepath.Glob(s.state(d, "*"))
 		errs = append(errs, err)
 		for _, n := range names {
 			if isErofs(n) {

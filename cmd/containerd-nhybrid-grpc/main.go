@@ -100,6 +100,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	sn, err := snapshotter.New(ctx, snapshotter.Config{
 		Root:          c.Root,
 		NVMRoot:       c.NVMRoot,
+		State:         c.State,
 		Policy:        policy,
 		Reserve:       c.Placement.NVMReserve.Of,
 		HDDRate:       float64(c.Placement.HDDRate),

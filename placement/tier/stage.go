@@ -66,7 +66,7 @@ func (s *Store) Link(id string, t placement.Tier) error {
 // Linked is the upper directory of an extraction, through the link.
 func (s *Store) Linked(id string) string { return filepath.Join(s.link(id), "fs") }
 
-func (s *Store) link(id string) string { return filepath.Join(s.roots[placement.HDD], "l", id) }
+func (s *Store) link(id string) string { return filepath.Join(s.state, "l", id) }
 
 // StagedOn tells on which tier the staging directory of a snapshot stands.
 func (s *Store) StagedOn(id string) (placement.Tier, error) {
@@ -135,7 +135,7 @@ func (s *Store) Swing(id string, to placement.Tier) error {
 
 // relink replaces the link by a rename, so that there is a link at every moment.
 func (s *Store) relink(id string, to placement.Tier) error {
-	tmp := filepath.Join(s.roots[placement.HDD], "l", "."+id)
+	tmp := filepath.Join(s.state, "l", "."+id)
 	os.Remove(tmp)
 	if err := os.Symlink(s.Staging(to, id), tmp); err != nil {
 		return fmt.Errorf("link staging directory of %q: %w", id, err)
@@ -206,7 +206,7 @@ func (s *Store) IDs() (map[string]bool, error) {
 	for _, dir := range []string{
 		s.DataRoot(placement.NVM), s.DataRoot(placement.HDD),
 		filepath.Join(s.roots[placement.NVM], "s"), filepath.Join(s.roots[placement.HDD], "s"),
-		filepath.Join(s.roots[placement.HDD], "l"),
+		filepath.Join(s.state, "l"),
 	} {
 		names, err := readNames(dir)
 		if err != nil {

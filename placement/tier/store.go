@@ -10,8 +10,8 @@
 //	<tier>/s/<id>/fs   staging: written to by containerd or by a container
 //	<tier>/d/<id>      committed: read through overlayfs data-only layers
 //
-// An extraction is staged behind a symlink, <hdd>/l/<id>, so that its tier can
-// be changed until something is written (see [Store.Swing]).
+// An extraction is staged behind a symlink, <state>/<store id>/l/<id>, so that
+// its tier can be changed until something is written (see [Store.Swing]).
 //
 // All methods may be called from several goroutines at once, as long as calls
 // for one id do not overlap.
@@ -39,18 +39,21 @@ var Tiers = [...]placement.Tier{placement.NVM, placement.HDD}
 // Store is the pair of roots.
 type Store struct {
 	roots [2]string // by placement.Tier
+	state string
 	id    string
 	fresh bool
+	pins  []*os.File
 }
 
 // Open prepares the two roots and checks that they belong together. Both must
 // be absolute; the HDD root is created if missing, the NVM root only below an
 // existing parent directory, since a missing one mostly means that the device
-// is not mounted.
+// is not mounted. state is a directory for what does not outlive the machine's
+// run, best on a tmpfs; several stores may share it.
 //
 // Errors: ErrInvalidArgument for a path that cannot be used, ErrFailedPrecondition
 // for a root that belongs to another store or is read-only.
-func Open(hdd, nvm string) (*Store, error) {
+func Open(hdd, nvm, state string) (*Store, error) {
 	s := &Store{}
 	s.roots[placement.HDD], s.roots[placement.NVM] = filepath.Clean(hdd), filepath.Clean(nvm)
 	for _, t := range Tiers {
@@ -84,10 +87,33 @@ func Open(hdd, nvm string) (*Store, error) {
 			}
 		}
 	}
-	if err := s.makeDir(placement.HDD, "l"); err != nil {
+	if err := s.pair(); err != nil {
 		return nil, err
 	}
-	return s, s.pair()
+	s.state = filepath.Join(state, s.id)
+	if err := os.MkdirAll(filepath.Join(s.state, "l"), 0o711); err != nil {
+		return nil, fmt.Errorf("create state directory: %w", err)
+	}
+	// Every rootfs is mounted over the data roots. While they are open their
+	// inodes stay in memory, so that a start does not wait for the HDD to find them.
+	for _, t := range Tiers {
+		f, err := os.Open(s.DataRoot(t))
+		if err != nil {
+			return nil, fmt.Errorf("open data root: %w", err)
+		}
+		s.pins = append(s.pins, f)
+	}
+	return s, nil
+}
+
+// Close lets go of the roots. Nothing is unmounted or deleted.
+func (s *Store) Close() error {
+	var err error
+	for _, f := range s.pins {
+		err = errors.Join(err, f.Close())
+	}
+	s.pins = nil
+	return err
 }
 
 func (s *Store) makeDir(t placement.Tier, name string) error {
@@ -159,6 +185,9 @@ func (s *Store) pair() error {
 	}
 	return nil
 }
+
+// State is the store's directory for what does not outlive the machine's run.
+func (s *Store) State() string { return s.state }
 
 // ID names the store; both roots carry it.
 func (s *Store) ID() string { return s.id }
