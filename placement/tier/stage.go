@@ -68,18 +68,14 @@ func (s *Store) Linked(id string) string { return filepath.Join(s.link(id), "fs"
 
 func (s *Store) link(id string) string { return filepath.Join(s.state, "l", id) }
 
-// StagedOn tells on which tier the staging directory of a snapshot stands.
+// StagedOn tells on which tier the staging directory of a snapshot stands:
+// where its link leads, or, without a link, where it is found.
 func (s *Store) StagedOn(id string) (placement.Tier, error) {
-	if to, err := os.Readlink(s.link(id)); err == nil {
-		for _, t := range Tiers {
-			if to == s.Staging(t, id) {
-				return t, nil
-			}
-		}
-		return 0, fmt.Errorf("link of snapshot %q leads to %q, which is no staging directory: %w", id, to, errdefs.ErrFailedPrecondition)
-	}
+	to, err := os.Readlink(s.link(id))
+	linked := err == nil
 	for _, t := range Tiers {
-		if isDir(filepath.Join(s.Staging(t, id), "fs")) {
+		dir := s.Staging(t, id)
+		if (!linked || to == dir) && isDir(filepath.Join(dir, "fs")) {
 			return t, nil
 		}
 	}
