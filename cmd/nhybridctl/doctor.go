@@ -37,7 +37,7 @@ func (a *app) doctor() *cobra.Command {
 					all = append(all, doctor.Finding{Area: "containerd", Level: doctor.Fail, Text: plain(err),
 						Cure: "mend it, or name containerd's configuration with --containerd-config"})
 				} else {
-					all = append(all, doctor.Containerd(containerd, whole, raw, *settings, name)...)
+					all = append(all, doctor.Containerd(containerd, whole, raw, *settings, name, doctor.Fsync)...)
 				}
 			}
 			bar()

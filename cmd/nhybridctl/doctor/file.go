@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -82,7 +81,10 @@ func Read(ctx context.Context, file, program string) (whole, raw Table, err erro
 	if missing != nil {
 		return nil, nil, missing
 	}
-	whole, err = imports(file, raw, nil)
+	whole, err = parse(file) // a table of its own, since imports are merged into it
+	if err == nil {
+		err = imports(file, whole, map[string]bool{file: true})
+	}
 	return whole, raw, err
 }
 
@@ -109,34 +111,34 @@ func decode(file string, data []byte) (Table, error) {
 
 // imports merges the files that a configuration names: containerd takes them in order, each going before what came
 // earlier, and globs relative to the directory of the file that names them.
-func imports(file string, t Table, seen []string) (Table, error) {
-	if slices.Contains(seen, file) {
-		return t, nil
-	}
-	seen = append(seen, file)
+func imports(file string, t Table, seen map[string]bool) error {
 	for _, pattern := range t.texts("imports") {
 		if !filepath.IsAbs(pattern) {
 			pattern = filepath.Join(filepath.Dir(file), pattern)
 		}
 		files, err := filepath.Glob(pattern)
 		if err != nil {
-			return nil, fmt.Errorf("%s: import %q: %w", file, pattern, err)
+			return fmt.Errorf("%s: import %q: %w", file, pattern, err)
 		}
 		if len(files) == 0 && !strings.ContainsAny(pattern, "*?[") {
-			return nil, fmt.Errorf("%s: import %q: %w", file, pattern, os.ErrNotExist)
+			return fmt.Errorf("%s: import %q: %w", file, pattern, os.ErrNotExist)
 		}
 		for _, f := range files {
+			if seen[f] { // as containerd does: each file counts once, so that circles end
+				continue
+			}
+			seen[f] = true
 			more, err := parse(f)
 			if err != nil {
-				return nil, err
+				return err
 			}
-			if more, err = imports(f, more, seen); err != nil {
-				return nil, err
+			if err := imports(f, more, seen); err != nil {
+				return err
 			}
 			merge(t, more)
 		}
 	}
-	return t, nil
+	return nil
 }
 
 func merge(into, from map[string]any) {

@@ -1,0 +1,96 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/cmd/nhybridctl/doctor"
+)
+
+// containerdConfig is one that fits the daemon's, for machines without containerd.
+func containerdConfig(t *testing.T, c config.Config) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.toml")
+	require.NoError(t, os.WriteFile(file, []byte(`
+version = 3
+root = '`+t.TempDir()+`'
+[proxy_plugins.nhybrid]
+  type = 'snapshot'
+  address = '`+c.Address+`'
+  exports = { root = '`+c.Root+`', enable_remote_snapshot_annotations = 'true' }
+[plugins.'io.containerd.transfer.v1.local']
+  unpack_config = [ { platform = 'linux/`+runtime.GOARCH+`', snapshotter = 'overlayfs' }, { platform = 'linux', snapshotter = 'nhybrid' } ]
+`), 0o600))
+	return file
+}
+
+func TestDoctor(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("doctor mounts, which needs root")
+	}
+	c := config.Default()
+	c.Root, c.NVMRoot = filepath.Join(t.TempDir(), "hdd"), filepath.Join(t.TempDir(), "nvm")
+	socket := serve(t, &backend{}, c)
+	args := []string{"doctor", "--address", socket, "--containerd", "", "--containerd-config", containerdConfig(t, c)}
+	code, out, errs := ctl(t, args...)
+	require.Zero(t, code, out)
+	require.Empty(t, errs)
+	require.Contains(t, out, "ok    daemon: v1.2.3 answers")
+	require.Contains(t, out, "warn  daemon: 1 jobs of queue sync failed: no space left on device")
+	require.Contains(t, out, "warn  daemon: NVM is nearly full")
+	require.Contains(t, out, "warn  tiers: both tiers stand on the same filesystem")
+	require.Contains(t, out, "ok    containerd: snapshotter \"nhybrid\"")
+	require.Contains(t, out, "warn  containerd: capability remap-ids is missing")
+	require.Contains(t, out, " 0 failures\n")
+
+	code, out, _ = ctl(t, append(args, "--json")...)
+	require.Zero(t, code)
+	var report struct {
+		OK       bool             `json:"ok"`
+		Findings []doctor.Finding `json:"findings"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(out), &report))
+	require.True(t, report.OK)
+	require.NotEmpty(t, report.Findings)
+	for _, f := range report.Findings {
+		require.NotEmpty(t, f.Area+string(f.Level)+f.Text)
+	}
+
+	// Another address in containerd's file.
+	wrong := c
+	wrong.Address = "/run/other.sock"
+	code, out, errs = ctl(t, "doctor", "--address", socket, "--containerd", "", "--containerd-config", containerdConfig(t, wrong))
+	require.Equal(t, exitFailure, code)
+	require.Empty(t, errs)
+	require.Contains(t, out, `fail  containerd: [proxy_plugins.nhybrid] has address "/run/other.sock"`)
+}
+
+func TestDoctorWithoutDaemon(t *testing.T) {
+	c := config.Default()
+	c.Root, c.NVMRoot = filepath.Join(t.TempDir(), "hdd"), filepath.Join(t.TempDir(), "nvm")
+	file := filepath.Join(t.TempDir(), "nhybrid.toml")
+	b, err := c.Marshal()
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(file, b, 0o600))
+	code, out, _ := ctl(t, "doctor", "--address", "/nowhere/s", "--config", file, "--containerd", "", "--containerd-config", "/nowhere/config.toml")
+	require.Equal(t, exitFailure, code)
+	require.Contains(t, out, "fail  daemon: cannot reach the daemon at /nowhere/s")
+	require.Contains(t, out, "ok    config: the configuration file is good")
+	require.Contains(t, out, "fail  containerd: read containerd's configuration: open /nowhere/config.toml: no such file or directory")
+
+	require.NoError(t, os.WriteFile(file, []byte("rot = 1"), 0o600))
+	code, out, _ = ctl(t, "doctor", "--address", "/nowhere/s", "--config", file)
+	require.Equal(t, exitFailure, code)
+	require.Contains(t, out, `unknown key "rot"; did you mean "root"?`)
+	require.Equal(t, 1, strings.Count(out, "fail  config"))
+}
