@@ -202,8 +202,9 @@ func (t *writer) layout() error {
 		n.nid = uint32(pos / slotSize)
 		pos += head + uint64(inline)
 	}
-	// Readers may fetch a whole block from the shared xattr on (go-erofs does), so there are at least two.
-	t.meta = max(align(pos, blockSize), 2*blockSize)
+	// Readers look further than they need: go-erofs fetches a whole block from the shared xattr on, fsck.erofs an xattr
+	// header behind inodes that have none. The image must not end there.
+	t.meta = max(align(pos+xattrHeaderSize, blockSize), 2*blockSize)
 	if t.meta/blockSize+t.data > 1<<32-1 {
 		return fmt.Errorf("write tree: the image needs more than 2^32 blocks: %w", errdefs.ErrInvalidArgument)
 	}
