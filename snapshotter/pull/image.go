@@ -35,7 +35,7 @@ type LayerInfo struct {
 type Image struct {
 	Namespace string
 	Manifest  digest.Digest
-	Name      string      // reference, as far as it is known; during a pull that may be registry/repository@digest only, or ""
+	Name      string      // reference, as far as it is known; during a pull that may be registry/repository@digest only (without the registry's port), or ""
 	Layers    []LayerInfo // bottom first, at least one
 	History   []string    // what made each layer ("RUN …"); "" where the config does not tell
 	Started   time.Time   // when the manifest arrived

@@ -31,6 +31,9 @@ type arrival struct {
 // uncompressed. Storing, Stored and Tier are the caller's to fill in: Stored also for layers that were in the snapshotter before
 // this pull, since containerd skips their download.
 //
+// containerd writes a download in steps of 1 MiB (copyWithBuffer in its core/content), so Offset moves in these, and a blob below
+// that size has none before it is whole.
+//
 // A layer that was once seen stays downloaded, even if containerd drops its blob after unpacking (discard_unpacked_layers).
 // The error is errdefs.ErrUnavailable if containerd is absent.
 func (w *Watcher) Progress(ctx context.Context, img *Image) ([]placement.Layer, error) {

@@ -22,6 +22,9 @@ import (
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 // DefaultTimeout bounds one call of a Watcher. Looking through a store of a few thousand blobs takes some 100 ms; a containerd
@@ -89,7 +92,7 @@ func (w *Watcher) Close() error {
 }
 
 // connect returns the client. Making it opens no connection: gRPC connects at the first call, fails calls at once while the
-// socket refuses, and tries again by itself, at the latest after the timeout given here.
+// socket refuses, and tries again by itself, at least once a second.
 func (w *Watcher) connect() (*containerd.Client, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -97,7 +100,14 @@ func (w *Watcher) connect() (*containerd.Client, error) {
 		return nil, fmt.Errorf("watcher of containerd at %q is closed: %w", w.address, errdefs.ErrUnavailable)
 	}
 	if w.client == nil {
-		c, err := containerd.New(w.address, containerd.WithTimeout(retryMost))
+		c, err := containerd.New(w.address, containerd.WithDialOpts([]grpc.DialOption{
+			grpc.WithTransportCredentials(insecure.NewCredentials()), // a unix socket; its mode is the guard
+			// containerd's own dialer waits for a socket to appear, which is what must not happen here.
+			grpc.WithConnectParams(grpc.ConnectParams{
+				Backoff:           backoff.Config{BaseDelay: retryFirst, Multiplier: 1.6, Jitter: 0.2, MaxDelay: retryMost},
+				MinConnectTimeout: retryMost,
+			}),
+		}))
 		if err != nil {
 			return nil, fmt.Errorf("connect to containerd at %q: %w: %w", w.address, err, errdefs.ErrUnavailable)
 		}
@@ -129,7 +139,6 @@ func namespaceRequired(ns string) error {
 // classify turns an error of a call that ran under a context of begin into one that says whether containerd was there.
 // outer is the caller's context: if that is over, the caller knows why.
 func (w *Watcher) classify(outer context.Context, what string, err error) error {
-	err = errgrpc.ToNative(err)
 	if outer.Err() == nil && (errors.Is(err, context.DeadlineExceeded) || errdefs.IsDeadlineExceeded(err)) {
 		return fmt.Errorf("%s: containerd at %q did not answer within %s: %w", what, w.address, w.timeout, errdefs.ErrUnavailable)
 	}
