@@ -139,7 +139,7 @@ type Decision struct {
 // EstimateUncompressed returns a cautious guess of the uncompressed size of a layer whose blob has not arrived, in bytes.
 //
 // Of the 243 layers of 100 kB and more in testdata/hub-2018-layers.csv whose uncompressed size is known, the median ratio is
-// 2.4, 99 % lie below 4.3 and the largest is 4.43. Small blobs go higher, since tar pads each entry and the archive to
+// 2.4, 99 % lie below 4.3 and the largest is 4.42. Small blobs go higher, since tar pads each entry and the archive to
 // 10 KiB; the constant covers that. Too high a guess costs at most a layer that goes to HDD when NVM is nearly full; it is
 // replaced by the real size as soon as the blob is there.
 func EstimateUncompressed(compressed int64) int64 {
