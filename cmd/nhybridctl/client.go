@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -42,7 +43,12 @@ func (a *app) explain(err error) error {
 	}
 	native := errgrpc.ToNative(err)
 	if errdefs.IsUnavailable(native) {
-		return fmt.Errorf("cannot reach the daemon at %s: is containerd-nhybrid-grpc running, and may you open its socket? (%s)", a.address, cause(s.Message()))
+		// The daemon says so too, of containerd. Only the socket tells which of the two is meant.
+		c, dialErr := net.DialTimeout("unix", a.address, time.Second)
+		if dialErr != nil {
+			return fmt.Errorf("cannot reach the daemon at %s: is containerd-nhybrid-grpc running, and may you open its socket? (%s)", a.address, cause(dialErr.Error()))
+		}
+		_ = c.Close() // it has told what it was for
 	}
 	if errdefs.IsNotImplemented(native) {
 		return fmt.Errorf("the daemon at %s does not know this request: is it older than nhybridctl? (%s)", a.address, s.Message())
@@ -50,7 +56,7 @@ func (a *app) explain(err error) error {
 	return errors.New(s.Message())
 }
 
-// cause takes the system's word out of gRPC's wrapping of a failed connection.
+// cause takes the system's word out of what wraps a failed connection.
 func cause(message string) string {
 	if i := strings.LastIndex(message, "connect: "); i >= 0 {
 		return strings.TrimSuffix(message[i+len("connect: "):], "\"")

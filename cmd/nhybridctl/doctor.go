@@ -89,13 +89,14 @@ func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []
 		return &c, all
 	}
 	add("daemon", doctor.OK, fmt.Sprintf("%s answers as process %d, policy %s", status.GetVersion(), status.GetPid(), status.GetPolicy()), "")
-	if v, _ := buildVersion(); v != status.GetVersion() && v != "" && status.GetVersion() != "" {
+	// Builds without a version in them have nothing to compare.
+	if v, s := version, status.GetVersion(); v != s && v != "" && s != "" && s != "unknown" {
 		add("daemon", doctor.Warn, fmt.Sprintf("the daemon is of version %s, nhybridctl of %s", status.GetVersion(), v), "restart the daemon; no container notices")
 	}
 	if k := status.GetContainerd(); k.GetReachable() {
 		add("daemon", doctor.OK, "it reaches containerd "+k.GetVersion(), "")
 	} else {
-		add("daemon", doctor.Fail, fmt.Sprintf("it does not reach containerd at %s: %s", k.GetAddress(), k.GetError()), "start containerd, or set containerd.address")
+		add("daemon", doctor.Fail, fmt.Sprintf("it does not reach containerd at %s: %s", k.GetAddress(), cause(k.GetError())), "start containerd, or set containerd.address")
 	}
 	for _, q := range status.GetQueues() {
 		if q.GetFailed() > 0 {

@@ -89,6 +89,9 @@ func (*backend) List(_ context.Context, r *control.ListRequest, send func(*contr
 }
 
 func known(ref string) error {
+	if ref == "unavailable" {
+		return fmt.Errorf("containerd is away: %w", errdefs.ErrUnavailable)
+	}
 	if ref != image {
 		return fmt.Errorf("image or snapshot %q: %w", ref, errdefs.ErrNotFound)
 	}

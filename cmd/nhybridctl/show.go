@@ -48,15 +48,17 @@ func (a *app) printStatus(r *control.StatusResponse, now time.Time) error {
 	if !k.GetIdMap() {
 		kernel = append(kernel, "no id-mapped trees")
 	}
-	containerd := r.GetContainerd().GetVersion()
-	if !r.GetContainerd().GetReachable() {
-		containerd = "not reachable: " + r.GetContainerd().GetError()
+	containerd := r.GetContainerd().GetAddress() + ", "
+	if r.GetContainerd().GetReachable() {
+		containerd += r.GetContainerd().GetVersion()
+	} else {
+		containerd += "not reachable: " + oneLine(cause(r.GetContainerd().GetError()))
 	}
 	rows := [][]string{
 		{"version", strings.TrimSpace(r.GetVersion() + " " + r.GetRevision())},
 		{"process", fmt.Sprintf("%d, up %s", r.GetPid(), now.Sub(r.GetStarted().AsTime()).Round(time.Second))},
 		{"address", r.GetAddress()},
-		{"containerd", strings.TrimSpace(containerd + " at " + r.GetContainerd().GetAddress())},
+		{"containerd", containerd},
 		{"kernel", strings.Join(kernel, ", ")},
 		{"policy", r.GetPolicy()},
 		{"snapshots", fmt.Sprintf("%d committed (%d not durable yet), %d active", r.GetCommitted(), r.GetNotDurable(), r.GetActive())},
