@@ -7,6 +7,8 @@ import (
 	"flag"
 	"os"
 	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
 )
 
 func requireRoot(t *testing.T) {
@@ -36,3 +38,5 @@ func TestMain(m *testing.M) {
 	}
 	os.Exit(m.Run())
 }
+
+func withLabel(k, v string) snapshots.Opt { return snapshots.WithLabels(map[string]string{k: v}) }

@@ -136,6 +136,34 @@ func (s *Snapshotter) parentCaptures(ctx context.Context, name string) (tree.Cha
 	return s.captures(ctx, parent)
 }
 
+// intact makes sure that no layer of a chain is damaged, and has repaired those that are.
+func (s *Snapshotter) intact(ctx context.Context, name string) error {
+	type layer struct{ id, name string }
+	var damaged []layer
+	err := s.db.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		for n := name; n != ""; {
+			id, info, _, err := storage.GetInfo(ctx, n)
+			if err != nil {
+				return err
+			}
+			if r, err := getRecord(tx, id); err == nil && r.Damaged != "" {
+				damaged = append(damaged, layer{id, n})
+			}
+			n = info.Parent
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, l := range damaged {
+		if err := s.jobs.do(ctx, "repair "+l.id, s.repair(l.id, l.name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // captures are the capture files of the chain that ends in the named layer,
 // bottom first; missing ones are made.
 func (s *Snapshotter) captures(ctx context.Context, name string) (tree.Chain, error) {
@@ -213,6 +241,10 @@ func (s *Snapshotter) buildTree(id, name string) func(context.Context) error {
 		dir := s.state("t", id)
 		if isErofs(dir) {
 			return nil
+		}
+		// A good tree over damaged data would serve what the crash left.
+		if err := s.intact(ctx, name); err != nil {
+			return err
 		}
 		image, err := s.treeImage(ctx, id, name)
 		if err != nil {

@@ -99,6 +99,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 		return fmt.Errorf("read database: %w", err)
 	}
 	known := map[string]bool{}
+	damaged := false
 	for _, sn := range all {
 		known[sn.ID] = true
 		if sn.Info.Kind != snapshots.KindCommitted {
@@ -107,9 +108,14 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 			}
 			continue
 		}
-		if err := s.recoverLayer(ctx, sn); err != nil {
+		whole, err := s.recoverLayer(ctx, sn)
+		if err != nil {
 			return err
 		}
+		damaged = damaged || !whole
+	}
+	if damaged {
+		s.detachTrees(ctx)
 	}
 	for _, id := range removed {
 		known[id] = true
@@ -144,15 +150,28 @@ func (s *Snapshotter) recoverActive(ctx context.Context, sn snapshot) error {
 	return nil
 }
 
-// recoverLayer decides what is to be done for a committed layer.
-func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) error {
+// detachTrees takes all trees down, to be mounted again by who needs them. A
+// running container has a clone of its own and does not notice.
+func (s *Snapshotter) detachTrees(ctx context.Context) {
+	trees, err := filepath.Glob(s.state("t", "*"))
+	for _, dir := range trees {
+		err = errors.Join(err, unmount(dir))
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot take trees down")
+	}
+}
+
+// recoverLayer decides what is to be done for a committed layer, and tells
+// whether it is whole.
+func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) (whole bool, err error) {
 	damage := sn.Damaged
 	switch {
 	case damage != "":
 	case s.tiers.Fresh() && sn.Tier == placement.NVM && sn.Home:
 		// Its data are at home; NVM was only faster.
 		if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Tier = placement.HDD }); err != nil {
-			return err
+			return false, err
 		}
 		sn.Tier = placement.HDD
 	case s.tiers.Fresh() && sn.Tier == placement.NVM:
@@ -170,17 +189,17 @@ func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) error {
 			log.G(ctx).WithField("id", sn.ID).Warnf("layer %q has to be rebuilt: %s", sn.Info.Name, damage)
 			err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Damaged, r.Durable, r.Captured = damage, false, false })
 			if err != nil {
-				return err
+				return false, err
 			}
 		}
 		s.jobs.add("repair "+sn.ID, s.repair(sn.ID, sn.Info.Name))
-		return nil
+		return false, nil
 	}
 	if sn.Captured {
 		if _, err := os.Lstat(s.capturePath(sn.ID)); err != nil {
 			sn.Captured = false
 			if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Captured = false }); err != nil {
-				return err
+				return false, err
 			}
 		}
 	}
@@ -190,7 +209,7 @@ func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) error {
 	case !sn.Durable:
 		s.syncer.add(sn.ID, sn.Tier, sn.Data)
 	}
-	return nil
+	return true, nil
 }
 
 // sweep deletes what no snapshot refers to. Only what carries a name of ours
