@@ -32,8 +32,7 @@ func (a *app) with(f func(control.ControlClient) error) error {
 	if err != nil {
 		return err
 	}
-	defer done()
-	return a.explain(f(client))
+	return errors.Join(a.explain(f(client)), done())
 }
 
 func (a *app) explain(err error) error {
@@ -68,10 +67,10 @@ func cause(message string) string {
 func receive[T any](ctx context.Context, stream grpc.ServerStreamingClient[T], f func(*T) error) error {
 	for {
 		m, err := stream.Recv()
-		switch {
-		case errors.Is(err, io.EOF) || err != nil && ctx.Err() != nil:
-			return nil
-		case err != nil:
+		if errors.Is(err, io.EOF) || ctx.Err() != nil {
+			return nil //nolint:nilerr // the user has seen enough
+		}
+		if err != nil {
 			return err
 		}
 		if err := f(m); err != nil {

@@ -51,11 +51,17 @@ func (f failing) Watch(ctx context.Context, _ *WatchRequest, _ func(*Event) erro
 	return ctx.Err()
 }
 
-func start(t *testing.T, b Backend) (*Server, string) {
+func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "control")
+	dir, err := os.MkdirTemp("", "control") //nolint:usetesting // t.TempDir may be longer than a socket's path may be
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
+	return dir
+}
+
+func start(t *testing.T, b Backend) (*Server, string) {
+	t.Helper()
+	dir := shortDir(t)
 	socket := filepath.Join(dir, "new", "control.sock")
 	l, err := Listen(socket)
 	require.NoError(t, err)
@@ -73,7 +79,7 @@ func TestStatusAndConfig(t *testing.T) {
 	_, socket := start(t, failing{})
 	c, done, err := Dial(socket)
 	require.NoError(t, err)
-	defer done()
+	t.Cleanup(func() { require.NoError(t, done()) })
 	s, err := c.Status(t.Context(), &StatusRequest{})
 	require.NoError(t, err)
 	require.Equal(t, "lass", s.GetPolicy())
@@ -119,7 +125,7 @@ func TestBadRequests(t *testing.T) {
 	_, socket := start(t, failing{})
 	c, done, err := Dial(socket)
 	require.NoError(t, err)
-	defer done()
+	t.Cleanup(func() { require.NoError(t, done()) })
 	_, err = c.Inspect(t.Context(), &InspectRequest{})
 	require.ErrorIs(t, errgrpc.ToNative(err), errdefs.ErrInvalidArgument)
 	_, err = c.Why(t.Context(), &WhyRequest{})
@@ -162,7 +168,7 @@ func TestStopEndsWatches(t *testing.T) {
 	s, socket := start(t, b)
 	c, done, err := Dial(socket)
 	require.NoError(t, err)
-	defer done()
+	t.Cleanup(func() { require.NoError(t, done()) })
 	stream, err := c.Watch(t.Context(), &WatchRequest{})
 	require.NoError(t, err)
 	<-b.watched
@@ -175,9 +181,7 @@ func TestStopEndsWatches(t *testing.T) {
 }
 
 func TestListen(t *testing.T) {
-	dir, err := os.MkdirTemp("", "control")
-	require.NoError(t, err)
-	defer os.RemoveAll(dir)
+	dir := shortDir(t)
 	socket := filepath.Join(dir, "s")
 	l, err := Listen(socket)
 	require.NoError(t, err)
@@ -189,7 +193,9 @@ func TestListen(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrAlreadyExists)
 	require.ErrorContains(t, err, "in use")
 
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // as if the process had been killed
+	unix, ok := l.(*net.UnixListener)
+	require.True(t, ok)
+	unix.SetUnlinkOnClose(false) // as if the process had been killed
 	require.NoError(t, l.Close())
 	l, err = Listen(socket)
 	require.NoError(t, err)

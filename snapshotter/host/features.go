@@ -45,7 +45,7 @@ func (f Features) Options() []string {
 
 // UseLoop tells if trees are to be mounted through loop devices: where files cannot be mounted, and where doing so
 // would take from containers the overlay mounts of their own.
-func (f Features) UseLoop() bool { return f.Loop && !(f.FileBacked && f.StackOK) }
+func (f Features) UseLoop() bool { return f.Loop && (!f.FileBacked || !f.StackOK) }
 
 // Check gives the reason why nhybrid cannot run here, with the cure, as an errdefs.ErrFailedPrecondition; nil: it can.
 func (f Features) Check() error {

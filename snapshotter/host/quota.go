@@ -183,7 +183,7 @@ func xattrIoctl(f *os.File, request uintptr, x *fsXattr) error {
 func quotaError(what, dir string, err error) error {
 	for _, none := range []error{unix.ESRCH, unix.ENOTSUP, unix.ENOTTY, unix.ENOSYS, unix.EINVAL, unix.ENODEV} {
 		if errors.Is(err, none) {
-			return fmt.Errorf("%s %q: the filesystem has no project quotas (%v); they need ext4 or xfs mounted with prjquota: %w", what, dir, err, errdefs.ErrNotImplemented)
+			return fmt.Errorf("%s %q: the filesystem has no project quotas; they need ext4 or xfs mounted with prjquota: %w: %w", what, dir, err, errdefs.ErrNotImplemented)
 		}
 	}
 	return fmt.Errorf("%s %q: %w", what, dir, err)
