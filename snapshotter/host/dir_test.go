@@ -143,7 +143,9 @@ func TestProjectQuota(t *testing.T) {
 			require.NoError(t, os.Mkdir(limited, 0o755))
 			require.NoError(t, SetProjectQuota(limited, 77, 1<<20))
 			require.NoError(t, os.WriteFile(filepath.Join(limited, "fits"), make([]byte, 512<<10), 0o600))
-			require.Error(t, os.WriteFile(filepath.Join(limited, "full"), make([]byte, 1<<20), 0o600))
+			require.Error(t, unprivileged(func() error {
+				return os.WriteFile(filepath.Join(limited, "full"), make([]byte, 1<<20), 0o600)
+			}))
 			used, err := ProjectUsage(dir, 77)
 			require.NoError(t, err)
 			require.GreaterOrEqual(t, used, int64(512<<10))

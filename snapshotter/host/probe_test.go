@@ -51,15 +51,17 @@ func TestProbeMissingDirectory(t *testing.T) {
 // The data that the redirect leads to is what makes the trial more than a mount that succeeds.
 func TestProbeSeesThatDataIsMissing(t *testing.T) {
 	requireRoot(t)
+	f, err := Probe(t.TempDir(), Image())
+	require.NoError(t, err)
 	x, err := newTrial(t.TempDir(), Image())
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, x.clean()) })
 	require.NoError(t, x.mountLoop(x.tree))
-	require.NoError(t, x.overlay("ro", x.tree, false, nil))
+	require.NoError(t, x.overlay("ro", x.tree, false, f.Options()))
 	require.True(t, x.reads("ro"))
 	x.unmount("ro")
 	require.NoError(t, os.Remove(filepath.Join(x.dir, "nvm", probeRedirect)))
-	require.NoError(t, x.overlay("ro", x.tree, false, nil))
+	require.NoError(t, x.overlay("ro", x.tree, false, f.Options()))
 	require.False(t, x.reads("ro"))
 }
 

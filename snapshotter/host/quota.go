@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"unsafe"
 
 	"github.com/containerd/errdefs"
@@ -43,6 +44,7 @@ type fsXattr struct {
 
 // SetProjectQuota puts the directory dir into a project and limits what the project may occupy, in bytes (rounded up to
 // 1 KiB; 0: no limit). Files made in dir from then on belong to the project; so does nothing that was there before.
+// ext4 does not hold to it who has CAP_SYS_RESOURCE, which containers have not by default; xfs holds everyone.
 // Where the filesystem keeps no project quotas the error is an errdefs.ErrNotImplemented.
 func SetProjectQuota(dir string, project uint32, bytes int64) error {
 	f, err := os.Open(dir)
@@ -117,13 +119,38 @@ func TryProjectQuota(dir string) (err error) {
 	defer func() { // runs before the directory goes: the project's record is empty afterwards either way
 		err = errors.Join(err, SetProjectQuota(tmp, project, 0))
 	}()
-	switch err := os.WriteFile(filepath.Join(tmp, "full"), make([]byte, 4*limit), 0o600); {
+	err = unprivileged(func() error {
+		return os.WriteFile(filepath.Join(tmp, "full"), make([]byte, 4*limit), 0o600)
+	})
+	switch {
 	case errors.Is(err, unix.EDQUOT), errors.Is(err, unix.ENOSPC): // xfs says ENOSPC for projects
 		return nil
 	case err != nil:
 		return fmt.Errorf("try quota: %w", err)
 	}
 	return fmt.Errorf("filesystem of %q counts project quotas but does not enforce them; mount it with prjquota: %w", dir, errdefs.ErrNotImplemented)
+}
+
+// unprivileged runs f without CAP_SYS_RESOURCE, which lets its owner pass over limits (ignore_hardlimit in fs/quota/dquot.c).
+func unprivileged(f func() error) error {
+	done := make(chan error)
+	go func() {
+		// Capabilities belong to a thread. This one is never unlocked, so it ends with the goroutine and nobody else runs on it.
+		runtime.LockOSThread()
+		done <- func() error {
+			header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var data [2]unix.CapUserData
+			if err := unix.Capget(&header, &data[0]); err != nil {
+				return fmt.Errorf("ask for capabilities: %w", err)
+			}
+			data[unix.CAP_SYS_RESOURCE/32].Effective &^= 1 << (unix.CAP_SYS_RESOURCE % 32)
+			if err := unix.Capset(&header, &data[0]); err != nil {
+				return fmt.Errorf("put down a capability: %w", err)
+			}
+			return f()
+		}()
+	}()
+	return <-done
 }
 
 // freeProject finds a project that nobody uses, far from the numbers that people choose.
