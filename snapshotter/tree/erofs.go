@@ -162,12 +162,15 @@ func (d *diskInode) append(b []byte) []byte {
 
 // encodeDev is the kernel's new_encode_dev.
 func encodeDev(rdev uint64) uint32 {
-	maj, min := major(rdev), minor(rdev)
+	maj, min := unix.Major(rdev), unix.Minor(rdev)
 	return min&0xff | maj<<8 | (min&^0xff)<<12
 }
 
-// devFits tells whether a device number survives encodeDev: 12 bits of major, 20 of minor.
-func devFits(rdev uint64) bool { return major(rdev) < 1<<12 && minor(rdev) < 1<<20 }
+// devFits tells whether rdev is a device number of Linux: 12 bits of major, 20 of minor.
+func devFits(rdev uint64) bool {
+	maj, min := unix.Major(rdev), unix.Minor(rdev)
+	return maj < 1<<12 && min < 1<<20 && rdev == unix.Mkdev(maj, min)
+}
 
 // fileType is the type in a directory entry, as in linux/fs_types.h.
 func fileType(mode uint32) byte {

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/erofs/go-erofs"
 	"golang.org/x/sys/unix"
@@ -408,3 +409,5 @@ func same(t testing.TB, what string, want, got map[string]file) {
 		t.Fatalf("%s: %d of %d names differ", what, bad, len(want))
 	}
 }
+
+func epoch(sec int64) time.Time { return time.Unix(sec, 0) }

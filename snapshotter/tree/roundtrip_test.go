@@ -60,6 +60,8 @@ func (g *gen) time() unix.Timespec {
 	return unix.Timespec{Sec: sec, Nsec: g.Int64N(1e9)}
 }
 
+func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) }
+
 // layer makes one layer in dir.
 func (g *gen) layer(dir string) {
 	var regular []string // for hard links
@@ -217,7 +219,7 @@ func seeded(t *testing.T, f func(t *testing.T, g *gen)) {
 	for i := range rounds {
 		seed := base + uint64(i)
 		ok := t.Run("", func(t *testing.T) {
-			f(t, &gen{Rand: rand.New(rand.NewPCG(seed, 0)), t: t, below: map[string]bool{}})
+			f(t, &gen{Rand: newRand(seed), t: t, below: map[string]bool{}})
 		})
 		if !ok {
 			t.Fatalf("again with: -run '^%s$' -seed %d", strings.Split(t.Name(), "/")[0], seed)

@@ -84,7 +84,6 @@ func walk(ctx context.Context, path string, idLen int) (*dir, *walker, *inode, e
 	}
 	w.todo, w.open = []*dir{root}, 1
 	stop := context.AfterFunc(ctx, func() { w.fail(ctx.Err()) })
-	defer stop()
 	var workers sync.WaitGroup
 	for range min(max(runtime.GOMAXPROCS(0), 2), 8) {
 		workers.Go(func() {
@@ -94,6 +93,9 @@ func walk(ctx context.Context, path string, idLen int) (*dir, *walker, *inode, e
 		})
 	}
 	workers.Wait()
+	stop()
+	w.mu.Lock() // the context may just be ending
+	defer w.mu.Unlock()
 	if w.err != nil {
 		return nil, nil, nil, fmt.Errorf("walk layer directory %q: %w", path, w.err)
 	}

@@ -154,9 +154,6 @@ func (n *node) measure(v *visible) error {
 		n.tail = uint32(chunks * 4)
 	case v.ino.target != nil:
 		n.tail = uint32(len(v.ino.target))
-	case v.ino.rdev != 0 && !devFits(v.ino.rdev):
-		return fmt.Errorf("write tree: %q of layer %s has device number %d:%d, which EROFS cannot hold: %w",
-			v.path, v.layer.id, major(v.ino.rdev), minor(v.ino.rdev), errdefs.ErrInvalidArgument)
 	}
 	x := xattrArea(v.ino, redirect)
 	if (x-xattrHeaderSize)/4+1 > 1<<16-1 || redirect > maxValue {
