@@ -16,7 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/types/known/timestamppb"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
@@ -144,14 +144,9 @@ func (sub *subject) messages() []*control.Layer {
 				l.Digest, l.Compressed = sn.Image.Digest, sn.Image.Size
 			}
 		}
-		if d := sn.Decision; d != nil {
-			l.Decision = control.NewDecision(*d)
-			l.Decision.Time, l.Decision.Swings = timestamppb.New(sn.Decided), int32(sn.Swings)
-			if sn.Image != nil {
-				l.Decision.Image = sn.Image.Name
-			}
-			// The topmost decision knew most of the downloads.
-			ldl = d.LDL
+		if d := (&control.Decision{}); sn.Decision != nil && protojson.Unmarshal(sn.Decision, d) == nil {
+			l.Decision = d
+			ldl = int(d.Ldl) // the topmost decision knew most of the downloads
 		}
 		out = append(out, l)
 	}

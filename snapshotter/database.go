@@ -42,13 +42,11 @@ var (
 // record is what the database knows of a snapshot beside containerd's
 // metastore. It is keyed by snapshot id, which stays the same on commit.
 type record struct {
-	Tier      placement.Tier      `json:"tier"`
-	Namespace string              `json:"namespace,omitempty"`
-	ChainID   string              `json:"chain_id,omitempty"` // of an extraction
-	Image     *imageRef           `json:"image,omitempty"`    // the pull that stored it
-	Decision  *placement.Decision `json:"decision,omitempty"`
-	Decided   time.Time           `json:"decided,omitzero"` // when storing began
-	Swings    int                 `json:"swings,omitempty"` // changes of tier between Prepare and then
+	Tier      placement.Tier  `json:"tier"`
+	Namespace string          `json:"namespace,omitempty"`
+	ChainID   string          `json:"chain_id,omitempty"` // of an extraction
+	Image     *imageRef       `json:"image,omitempty"`    // the pull that stored it
+	Decision  json.RawMessage `json:"decision,omitempty"` // a control.Decision, when storing began
 
 	Boot     string          `json:"boot,omitempty"` // boot id at the time of commit
 	Captured bool            `json:"captured,omitempty"`
@@ -324,4 +322,19 @@ func (d *database) record(ctx context.Context, id string) (r record, err error) 
 		return err
 	})
 	return r, err
+}
+
+// storedLayers tells the tier of each layer of a namespace, by chain id.
+func (s *Snapshotter) storedLayers(ctx context.Context, ns string) (map[string]placement.Tier, error) {
+	all, err := s.db.snapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	stored := map[string]placement.Tier{}
+	for _, sn := range all {
+		if sn.Info.Kind == snapshots.KindCommitted && sn.namespace() == ns {
+			stored[clientKey(sn.Info.Name)] = sn.Tier
+		}
+	}
+	return stored, nil
 }

@@ -5,7 +5,6 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -16,7 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/nhybrid/nhybrid/placement"
-	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 )
 
@@ -104,6 +103,16 @@ func (e *extract) image() *imageRef {
 	return &imageRef{Name: img.Name, Manifest: img.Manifest.String(), Index: e.index, Layers: len(img.Layers), Digest: l.Digest.String(), Size: l.Size}
 }
 
+// message is the decision as it is shown.
+func (e *extract) message() *control.Decision {
+	m := control.NewDecision(e.decision)
+	m.Swings = int32(e.swings)
+	if e.pulling != nil {
+		m.Image = e.pulling.img.Name
+	}
+	return m
+}
+
 func newPlacer(s *Snapshotter) *placer {
 	ctx, stop := context.WithCancel(context.Background())
 	p := &placer{
@@ -171,21 +180,42 @@ func (p *placer) find(ctx context.Context, ns, chainID string, labels map[string
 	if index < 0 || index >= len(img.Layers) {
 		return nil, 0, fmt.Errorf("image %s has no layer %d: %w", img.Manifest, index, errdefs.ErrOutOfRange)
 	}
+	key := ns + "/" + img.Manifest.String()
+	p.mu.Lock()
+	pl := p.pulls[key]
+	p.mu.Unlock()
+	if pl == nil {
+		if pl, err = p.newPull(ctx, key, img); err != nil {
+			return nil, 0, err
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	key := ns + "/" + img.Manifest.String()
-	pl := p.pulls[key]
-	if pl == nil {
-		pl = &pulling{key: key, img: img, placed: make([]placed, len(img.Layers)), began: time.Now()}
-		pl.layers = make([]placement.Layer, len(img.Layers))
-		for i, l := range img.Layers {
-			pl.layers[i] = placement.Layer{Digest: l.Digest.String(), Compressed: l.Size}
-		}
+	if known := p.pulls[key]; known != nil {
+		pl = known
+	} else {
 		p.pulls[key] = pl
 		p.watch.began(pl)
 	}
 	pl.touched = time.Now()
 	return pl, index, nil
+}
+
+func (p *placer) newPull(ctx context.Context, key string, img *pull.Image) (*pulling, error) {
+	pl := &pulling{key: key, img: img, began: time.Now()}
+	pl.layers, pl.placed = make([]placement.Layer, len(img.Layers)), make([]placed, len(img.Layers))
+	stored, err := p.s.storedLayers(ctx, img.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	for i, l := range img.Layers {
+		pl.layers[i] = placement.Layer{Digest: l.Digest.String(), Compressed: l.Size}
+		// containerd never downloads a layer whose snapshot it has.
+		if t, ok := stored[l.ChainID.String()]; ok {
+			pl.placed[i] = placed{prepared: true, stored: true, tier: t}
+		}
+	}
+	return pl, nil
 }
 
 // saw takes in what containerd has told of the downloads.
@@ -287,155 +317,11 @@ func (p *placer) removed(id string) {
 	}
 }
 
-// run looks at the downloads whenever something has arrived, and now and then.
-func (p *placer) run(ctx context.Context) {
-	defer close(p.done)
-	var arrived <-chan struct{}
-	if p.s.config.Downloads != nil {
-		c, cancel := p.s.config.Downloads.Subscribe("")
-		defer cancel()
-		arrived = c
-	}
-	tick := time.NewTicker(p.s.config.Poll)
-	defer tick.Stop()
-	for {
-		p.mu.Lock()
-		idle := len(p.pulls) == 0 && len(p.active) == 0
-		p.mu.Unlock()
-		if idle { // no timer wakes an idle daemon
-			tick.Stop()
-			select {
-			case <-ctx.Done():
-				return
-			case <-p.wake:
-			}
-			tick.Reset(p.s.config.Poll)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-arrived:
-		case <-p.wake:
-		case <-tick.C:
-		}
-		p.lookAt(ctx)
-	}
-}
-
-// lookAt brings all running pulls up to date.
-func (p *placer) lookAt(ctx context.Context) {
-	p.mu.Lock()
-	pulls := p.running()
-	p.mu.Unlock()
-	for _, pl := range pulls {
-		if p.giveUp(pl) {
-			continue
-		}
-		ask, cancel := context.WithTimeout(ctx, askTimeout)
-		layers, err := p.s.config.Downloads.Progress(ask, pl.img)
-		cancel()
-		if err != nil {
-			log.G(ctx).WithError(err).Debug("cannot see the downloads")
-			continue
-		}
-		p.mu.Lock()
-		pl.saw(layers)
-		p.watch.progress(pl)
-		for _, e := range p.active {
-			if e.pulling == pl && !e.bound {
-				p.reconsider(ctx, e)
-			}
-		}
-		if time.Since(pl.drained) > drainEvery && p.storingOnHDD(pl) {
-			pl.drained = time.Now()
-			p.s.syncer.drain()
-		}
-		p.mu.Unlock()
-	}
-}
-
-func (p *placer) storingOnHDD(pl *pulling) bool {
-	return slices.ContainsFunc(pl.placed, func(q placed) bool { return q.storing && q.tier == placement.HDD })
-}
-
-// giveUp forgets a pull of which nothing is heard any more.
-func (p *placer) giveUp(pl *pulling) bool {
+// busy tells whether a pull is going on.
+func (p *placer) busy() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, e := range p.active {
-		if e.pulling == pl {
-			return false
-		}
-	}
-	if time.Since(pl.touched) < forgotten {
-		return false
-	}
-	delete(p.pulls, pl.key)
-	p.watch.ended(pl, "no layer was stored for a while; the pull was cancelled or failed")
-	return true
-}
-
-// reconsider decides again for a layer whose storing has not been seen to
-// begin, and swings its link if the answer has changed. Called with p.mu held.
-func (p *placer) reconsider(ctx context.Context, e *extract) {
-	pl := e.pulling
-	if pl.layers[e.index].Downloaded {
-		// The blob arrived between two looks. containerd may be writing: the
-		// link stays where it was decided to be while the download still ran.
-		e.bound, e.since = true, time.Now()
-		e.decision.Input = p.input(pl, e.index)
-		p.settled(ctx, e)
-		return
-	}
-	d := p.s.config.Policy.Decide(p.input(pl, e.index))
-	if d.Tier != e.tier() {
-		switch err := p.s.tiers.Swing(e.id, d.Tier); {
-		case errors.Is(err, tier.ErrStoring):
-			e.bound = true
-			p.settled(ctx, e)
-			return
-		case err != nil:
-			log.G(ctx).WithError(err).WithField("id", e.id).Warn("cannot change the tier of a layer; it stays where it is")
-			return
-		}
-		e.swings++
-		p.swings.Inc()
-		pl.placed[e.index].tier = d.Tier
-		e.decision = d
-		p.announce(ctx, e, "swung")
-		p.watch.swung(e)
-		return
-	}
-	e.decision = d
-}
-
-// settled writes the decision down once it cannot change any more.
-func (p *placer) settled(ctx context.Context, e *extract) {
-	if e.pulling != nil {
-		e.pulling.placed[e.index].storing = true
-		e.pulling.placed[e.index].tier = e.tier()
-	}
-	p.announce(ctx, e, "storing")
-	p.decisions.WithLabelValues(e.tier().String()).Inc()
-	p.watch.decided(e)
-	d, swings := e.decision, e.swings
-	err := p.s.db.updateRecord(context.WithoutCancel(ctx), e.id, func(r *record) {
-		r.Tier, r.Decision, r.Decided, r.Swings = d.Tier, &d, time.Now().UTC(), swings
-	})
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("cannot record a decision")
-	}
-}
-
-// announce logs one line per event of a layer, for operators and tests.
-func (p *placer) announce(ctx context.Context, e *extract, what string) {
-	f := log.Fields{"id": e.id, "tier": e.tier().String(), "reason": e.decision.Reason, "policy": e.decision.Policy}
-	if e.pulling != nil {
-		f["layer"] = e.index
-		f["image"] = e.pulling.img.Name
-		f["digest"] = e.pulling.img.Layers[e.index].Digest.String()
-	}
-	log.G(ctx).WithFields(f).Info("layer " + what)
+	return len(p.pulls) > 0 || len(p.active) > 0
 }
 
 func ewma(old, sample float64) float64 {
@@ -443,11 +329,4 @@ func ewma(old, sample float64) float64 {
 		return sample
 	}
 	return 0.7*old + 0.3*sample
-}
-
-// busy tells whether a pull is going on.
-func (p *placer) busy() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.pulls) > 0 || len(p.active) > 0
 }

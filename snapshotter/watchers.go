@@ -142,8 +142,7 @@ func (w *watchers) about(x *extract, kind string) {
 	}
 	e := event(x.pulling, kind)
 	l := layerProgress(x.pulling, x.index)
-	l.Tier, l.Decision = x.tier().String(), control.NewDecision(x.decision)
-	l.Decision.Image, l.Decision.Swings = x.pulling.img.Name, int32(x.swings)
+	l.Tier, l.Decision = x.tier().String(), x.message()
 	e.Layers, e.Message = []*control.LayerProgress{l}, x.decision.Reason
 	w.publish(e)
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 )
 
@@ -37,7 +38,7 @@ const (
 )
 
 // Watcher asks one containerd. All methods may be called at the same time. While containerd is absent each gives an error
-// that is errdefs.ErrUnavailable, at once; when it is back they work again.
+// that is errdefs.ErrUnavailable, within 100 ms; when it is back they work again, at once.
 type Watcher struct {
 	address string
 	timeout time.Duration
@@ -125,8 +126,25 @@ func (w *Watcher) begin(ctx context.Context, ns string) (*containerd.Client, con
 	if err != nil {
 		return nil, nil, nil, err
 	}
+	reconnect(ctx, c)
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, ns), w.timeout)
 	return c, ctx, cancel, nil
+}
+
+// reconnectWait bounds the wait for a connection. One to a unix socket takes less than a millisecond where somebody listens.
+const reconnectWait = 100 * time.Millisecond
+
+// reconnect tries at once what gRPC would try when its backoff is over. Who asks about a pull has just been called by containerd,
+// so it is there, and a layer would be placed blindly for nothing.
+func reconnect(ctx context.Context, c *containerd.Client) {
+	conn, ok := c.Conn().(*grpc.ClientConn)
+	if !ok || conn.GetState() != connectivity.TransientFailure {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, reconnectWait)
+	defer cancel()
+	conn.ResetConnectBackoff()
+	conn.WaitForStateChange(ctx, connectivity.TransientFailure) // the call will tell what came of it
 }
 
 func namespaceRequired(ns string) error {
