@@ -68,14 +68,15 @@ func layers(probePath string) ([][]entry, error) {
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(blob)
 
 	base := []entry{dir("bin"), {name: "bin/busybox", mode: unix.S_IFREG | 0o755, data: busybox}}
-	for _, applet := range []string{"sh", "cat", "chmod", "chown", "dd", "ln", "mkdir", "mv", "rm", "sleep"} {
+	for _, applet := range []string{"sh", "cat", "chmod", "chown", "dd", "id", "ln", "mkdir", "mv", "rm", "sleep"} {
 		base = append(base, entry{name: "bin/" + applet, mode: unix.S_IFLNK | 0o777, link: "busybox"})
 	}
 	for _, d := range []string{"dev", "etc", "proc", "run", "sys", "tmp"} {
 		base = append(base, dir(d))
 	}
 	base = append(base,
-		file("etc/passwd", "root:x:0:0:root:/:/bin/sh\n"),
+		file("etc/passwd", "root:x:0:0:root:/:/bin/sh\nworker:x:1000:1000:worker:/:/bin/sh\n"),
+		file("etc/group", "root:x:0:\nworkers:x:1000:\ncrew:x:2000:worker\n"),
 		entry{name: "bin/probe-base", mode: unix.S_IFREG | 0o755, data: probe},
 		dir("data"),
 		file("data/gone", "a later layer deletes this\n"),

@@ -170,12 +170,13 @@ func buildRootDisk(ctx context.Context, o options, image [][]entry) (string, err
 		copies: map[string]string{"sbin/guest": guest, "bin/probe": probe, "bin/busybox": "busybox"},
 		texts:  map[string]string{"etc/expected.json": string(expected)},
 	}
-	for _, name := range []string{"containerd.toml", "nhybrid.toml", "mke2fs.conf"} {
+	// Where the programs look for them by default.
+	for name, place := range map[string]string{"containerd.toml": "etc/containerd/config.toml", "nhybrid.toml": "etc/nhybrid/config.toml", "mke2fs.conf": "etc/mke2fs.conf"} {
 		text, err := etc.ReadFile("etc/" + name)
 		if err != nil {
 			return "", fmt.Errorf("read configuration: %w", err)
 		}
-		disk.texts["etc/"+name] = string(text)
+		disk.texts[place] = string(text)
 	}
 	for _, program := range []string{"ndctl", "mkfs.ext4", "mkfs.xfs"} {
 		disk.copies["sbin/"+program] = program

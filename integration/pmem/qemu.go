@@ -71,6 +71,8 @@ func (m machine) test(ctx context.Context, image [][]entry) (passed, failed int)
 		passed, failed = passed+r.passed, failed+r.failed
 		if r.failed > 0 {
 			progress("%s the guest's console is in %s", prefix, m.console(boot.name))
+		}
+		if r.end != boot.end {
 			break
 		}
 	}

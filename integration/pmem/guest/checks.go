@@ -40,6 +40,7 @@ func (g *guest) first() []check {
 	}
 	checks = append(checks,
 		check{"container-runs", true, g.runs},
+		check{"user-by-name", false, g.namedUser},
 		check{"whole-tree", false, g.wholeTree},
 		check{"program-mapped-from-pmem", false, g.programMapping},
 	)
@@ -93,6 +94,19 @@ func (g *guest) runs(ctx context.Context) error {
 	}
 	if got := strings.TrimSpace(out); got != want {
 		return fmt.Errorf("the container said %q, want %q", got, want)
+	}
+	return nil
+}
+
+// namedUser runs a program as a user whose number only the image knows; containerd looks it up without mounting anything.
+func (g *guest) namedUser(ctx context.Context) error {
+	const want = "uid=1000(worker) gid=1000(workers) groups=1000(workers),2000(crew)"
+	out, err := g.runOnce(ctx, "worker", []string{"--user", "worker"}, "/bin/id")
+	if err != nil {
+		return err
+	}
+	if got := strings.TrimSpace(out); got != want {
+		return fmt.Errorf("the container says %q, want %q", got, want)
 	}
 	return nil
 }

@@ -117,9 +117,9 @@ func (g *guest) commit(ctx context.Context, applied bool) error {
 		name = "committed:applied"
 	}
 	if err := g.commitImage(ctx, client, c.id, name, applied); err != nil {
-		return fmt.Errorf("commit: %w", err)
+		return errors.Join(fmt.Errorf("commit: %w", err), c.forget(ctx))
 	}
-	if _, err := ctr(ctx, "containers", "rm", c.id); err != nil {
+	if err := c.forget(ctx); err != nil {
 		return err
 	}
 	again, err := g.startContainer(ctx, "again", name, nil)

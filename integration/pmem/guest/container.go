@@ -73,8 +73,12 @@ func (c container) stop(ctx context.Context) error {
 	return err
 }
 
-func (c container) remove(ctx context.Context) error {
-	stopErr := c.stop(ctx)
+// forget removes the record of a stopped container, and its snapshot.
+func (c container) forget(ctx context.Context) error {
 	_, err := ctr(ctx, "containers", "rm", c.id)
-	return errors.Join(stopErr, err)
+	return err
+}
+
+func (c container) remove(ctx context.Context) error {
+	return errors.Join(c.stop(ctx), c.forget(ctx))
 }

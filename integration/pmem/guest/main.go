@@ -54,9 +54,11 @@ func main() {
 		names = append(names, c.name)
 	}
 	g.say("plan %s", strings.Join(names, " "))
-	if !g.all(checks) {
+	good, alive := g.all(checks)
+	if !good {
 		g.dumpLogs()
-	} else if g.boot == "first" {
+	}
+	if alive && g.boot == "first" {
 		g.say("kill")
 		// Nothing may be flushed from here on by an orderly end: the host takes the power away.
 		for {
@@ -67,8 +69,8 @@ func main() {
 	powerOff()
 }
 
-// all makes the checks and reports each; it tells if all of them hold.
-func (g *guest) all(checks []check) bool {
+// all makes the checks and reports each; it tells if all of them hold, and if it makes sense to go on.
+func (g *guest) all(checks []check) (good, alive bool) {
 	good, broken := true, ""
 	for _, c := range checks {
 		if broken != "" {
@@ -90,7 +92,7 @@ func (g *guest) all(checks []check) bool {
 			broken = c.name
 		}
 	}
-	return good
+	return good, broken == ""
 }
 
 // begin mounts what every system has and reads what the host wants.

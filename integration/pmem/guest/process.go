@@ -34,16 +34,20 @@ func ctr(ctx context.Context, args ...string) (string, error) {
 	return output(ctx, "ctr", append([]string{"--address", socket}, args...)...)
 }
 
-// poll tries until the condition holds; the error is that of the last try.
+// poll tries until the condition holds; the error is that of the last try that came to its end.
 func poll(ctx context.Context, try func() error) error {
+	var last error
 	for {
 		err := try()
 		if err == nil {
 			return nil
 		}
+		if last == nil || ctx.Err() == nil {
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%w; at last: %w", ctx.Err(), err)
+			return fmt.Errorf("%w; at last: %w", ctx.Err(), last)
 		case <-time.After(pollGap):
 		}
 	}
@@ -108,7 +112,7 @@ func (g *guest) startContainerd(ctx context.Context) (err error) {
 	g.containerd, err = startService(ctx, func() error {
 		_, err := ctr(ctx, "version")
 		return err
-	}, "containerd", "--config", "/etc/containerd.toml")
+	}, "containerd")
 	return err
 }
 
@@ -117,7 +121,7 @@ func (g *guest) startDaemon(ctx context.Context) (err error) {
 	g.daemon, err = startService(ctx, func() error {
 		_, err := g.status(ctx)
 		return err
-	}, "containerd-nhybrid-grpc", "--config", "/etc/nhybrid.toml")
+	}, "containerd-nhybrid-grpc")
 	return err
 }
 
