@@ -75,7 +75,7 @@ func serveChild(args []string) error {
 			// waits for what this one serves.
 			_, _ = io.Copy(io.Discard, os.Stdin)
 			_ = exec.Command("umount", "-l", a.Mount).Run()
-			_ = exec.Command("umount", "-l", a.Dir).Run()  
+			_ = exec.Command("umount", "-l", a.Dir).Run()
 			os.Exit(1)
 		}()
 	}

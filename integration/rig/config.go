@@ -96,7 +96,8 @@ func (r *Rig) snapshotters() []string {
 
 // writeDaemonConfig holds what has no flag of its own.
 func (r *Rig) writeDaemonConfig() error {
-	config := fmt.Sprintf("version = 1\ncontrol_address = '%s'\n%s\n", r.ControlSocket(), r.options.DaemonConfig)
+	config := fmt.Sprintf("version = 1\ncontrol_address = '%s'\nstate = '%s'\n%s\n",
+		r.ControlSocket(), filepath.Join(r.Dir, "state"), r.options.DaemonConfig)
 	if !strings.Contains(r.options.DaemonConfig, "[containerd]") {
 		config += fmt.Sprintf("[containerd]\naddress = '%s'\n", r.ContainerdSocket())
 	}

@@ -171,6 +171,53 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 }
 
+func TestDaemonUnderContainerdIsKilledAndNothingIsLeft(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	r := New(t, Options{NVMSize: 128 << 20, DaemonArgs: []string{"--set", "placement.policy=nvm"}})
+	_, err := r.PushTiny(ctx, "tiny:1", image.TinySpec{Runnable: true, Layers: []int64{300_000, 100_000}})
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(ctx, "tiny:1"))
+	_, err = r.Ctr(ctx, "run", "-d", r.Ref("tiny:1"), "sleeper", "sleep", "100000")
+	require.NoError(t, err)
+	out, err := r.Nhybridctl(ctx, "status")
+	require.NoError(t, err)
+	require.NotEmpty(t, out)
+
+	require.NoError(t, r.Daemon.Kill())
+	out, err = r.Ctr(ctx, "tasks", "exec", "--exec-id", "e", "sleeper", "cat", "/data/shared")
+	require.NoError(t, err, "containers do not need the daemon")
+	require.Equal(t, "1", out)
+	require.NoError(t, r.Daemon.Start(ctx))
+	out, err = r.RunContainer(ctx, "tiny:1", "second", "cat", "/data/shared")
+	require.NoError(t, err)
+	require.Equal(t, "1", out)
+
+	require.NoError(t, r.Close())
+	checkGone(t, r)
+}
+
+func TestRemoveFindsEverythingByTheDirectory(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	r := New(t, Options{NVMSize: 128 << 20, Keep: true})
+	t.Cleanup(func() { _ = Remove(r.Dir) })
+	_, err := r.PushBusybox(ctx, "busybox:1")
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(ctx, "busybox:1"))
+	_, err = r.Ctr(ctx, "run", "-d", r.Ref("busybox:1"), "sleeper", "sleep", "100000")
+	require.NoError(t, err)
+	require.NoError(t, r.Close())
+	require.True(t, r.Containerd.Running(), "kept")
+	require.True(t, r.Daemon.Running())
+
+	require.NoError(t, Remove(r.Dir))
+	checkGone(t, r)
+	require.False(t, r.Containerd.Running())
+	require.Error(t, Remove("/"))
+	require.Error(t, Remove("relative"))
+}
+
 func TestStartThatFailsLeavesNothing(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(os.TempDir(), fmt.Sprintf("nh-fail-%d", os.Getpid()))
