@@ -142,16 +142,20 @@ func (d *database) view(ctx context.Context, fn func(context.Context, *bolt.Tx) 
 	if err != nil {
 		return err
 	}
-	defer t.Rollback()
-	return fn(ctx, t.(*bolt.Tx))
+	err = fn(ctx, boltTx(t))
+	return errors.Join(err, t.Rollback())
 }
+
+// boltTx is the transaction behind containerd's metastore, which is a bolt
+// transaction by construction: the buckets of both live in one file.
+func boltTx(t storage.Transactor) *bolt.Tx { return t.(*bolt.Tx) } //nolint:forcetypeassert // see above
 
 func (d *database) update(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
 	ctx, t, err := d.ms.TransactionContext(ctx, true)
 	if err != nil {
 		return err
 	}
-	if err := fn(ctx, t.(*bolt.Tx)); err != nil {
+	if err := fn(ctx, boltTx(t)); err != nil {
 		return errors.Join(err, t.Rollback())
 	}
 	return t.Commit()

@@ -53,20 +53,16 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 }
 
 // lowerOptions are the overlay options for a tree with the two data roots
-// behind it. They hold no "lowerdir=": see docs/design.md.
+// behind it.
+//
+// They must be one "lowerdir=". To see what a container has changed, containerd
+// mounts its snapshot read-only: it takes the upper directory away and puts it
+// in front of what follows "lowerdir=" (mount.WithReadonlyTempMount). With the
+// newer lowerdir+ and datadir+ it finds nothing there, and the commit of a
+// container would be empty without a word.
 func (s *Snapshotter) lowerOptions(tree string) []string {
-	o := []string{
-		"lowerdir+=" + tree,
-		"datadir+=" + s.tiers.DataRoot(placement.NVM),
-		"datadir+=" + s.tiers.DataRoot(placement.HDD),
-	}
-	if s.features.IndexOff {
-		o = append(o, "index=off")
-	}
-	if s.features.Metacopy {
-		o = append(o, "metacopy=on")
-	}
-	return o
+	lower := []string{tree, s.tiers.DataRoot(placement.NVM), s.tiers.DataRoot(placement.HDD)}
+	return append([]string{"lowerdir=" + strings.Join(lower, "::")}, s.features.Options()...)
 }
 
 // extractionMounts are written to by path and never mounted: the upper

@@ -180,7 +180,7 @@ func TestLateBinding(t *testing.T) {
 	require.Equal(t, placement.NVM, tierOf(t, s, upper2))
 	name2 := commitLayer(t, s, d, 2, key2)
 
-	sub, err := s.Control().(backend).subject(inNamespace(t), name2, "")
+	sub, err := backend{s}.subject(inNamespace(t), name2, "")
 	require.NoError(t, err)
 	var got []string
 	for _, l := range sub.messages() {

@@ -253,7 +253,7 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 			return err
 		}
 		if err := s.rebuild(ctx, id, name, r); err != nil {
-			return fmt.Errorf("layer %q cannot be used, %s, and could not be rebuilt (%v); remove the image and pull it again: %w",
+			return fmt.Errorf("layer %q cannot be used, %s, and could not be rebuilt (%w); remove the image and pull it again: %w",
 				name, r.Damaged, err, errdefs.ErrDataLoss)
 		}
 		err = s.db.updateRecord(ctx, id, func(r *record) {

@@ -209,7 +209,7 @@ func TestSweepTakesOnlyWhatIsOurs(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o644))
 	require.NoError(t, mkdirs(filepath.Join(orphan, "x"), foreign))
 	require.NoError(t, os.Symlink(outside, planted))
-	s = start(t, dir, nil)
+	start(t, dir, nil)
 	require.Eventually(t, func() bool {
 		_, e1 := os.Lstat(orphan)
 		_, e2 := os.Lstat(planted)

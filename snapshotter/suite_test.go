@@ -73,7 +73,7 @@ func suiteSnapshotter(policy, nvmSize string, throughSocket bool) func(context.C
 		}
 		srv := grpc.NewServer()
 		snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(s))
-		go srv.Serve(l)
+		go func() { _ = srv.Serve(l) }()
 		conn, err := grpc.NewClient("unix://"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 		if err != nil {
 			return nil, nil, errors.Join(err, stop())

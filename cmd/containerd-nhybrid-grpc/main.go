@@ -119,7 +119,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 
 	following, stopFollowing := context.WithCancel(ctx)
 	defer stopFollowing()
-	go watcher.Run(following)
+	go func() { _ = watcher.Run(following) }() // it ends with its context, by whose error
 
 	text, err := c.Marshal()
 	if err != nil {
@@ -154,7 +154,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	case <-ctx.Done():
 		log.G(ctx).Info("stopping; containers go on")
 	}
-	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	// A call that hangs must not keep the daemon from being replaced.
 	patience, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()

@@ -53,7 +53,7 @@ func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) 
 		if !d.Type().IsRegular() || info.Size() == 0 {
 			return nil
 		}
-		st := info.Sys().(*syscall.Stat_t)
+		st := stat(info)
 		if first, ok := links[inode{st.Dev, st.Ino}]; ok {
 			return link(first, dst)
 		}
@@ -82,11 +82,16 @@ func copyDir(info fs.FileInfo, dst string) error {
 	if err := os.Mkdir(dst, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	st := info.Sys().(*syscall.Stat_t)
+	st := stat(info)
 	if err := os.Lchown(dst, int(st.Uid), int(st.Gid)); err != nil {
 		return err
 	}
 	return syscall.Chmod(dst, st.Mode&0o7777)
+}
+
+// stat is what the os package keeps behind every FileInfo of its own on Linux.
+func stat(info fs.FileInfo) *syscall.Stat_t {
+	return info.Sys().(*syscall.Stat_t) //nolint:forcetypeassert // see above
 }
 
 func link(first, dst string) error {

@@ -20,7 +20,7 @@ import (
 
 // Features is what trial mounts showed.
 type Features struct {
-	DataOnly   bool   // overlayfs takes lowerdir+ and datadir+ and follows redirects into the data-only layers
+	DataOnly   bool   // overlayfs takes data-only layers and follows redirects into them
 	Metacopy   bool   // it does so only with metacopy=on (Linux before 6.16)
 	FileBacked bool   // EROFS mounts from a plain file, without a loop device
 	StackOK    bool   // on a container whose tree is file-backed, one more overlay can be mounted
@@ -55,7 +55,7 @@ func (f Features) Check() error {
 	case !f.FileBacked && !f.Loop:
 		return fmt.Errorf("kernel %s: EROFS mounts neither from a file nor from a loop device; enable CONFIG_EROFS_FS, CONFIG_EROFS_FS_XATTR and CONFIG_BLK_DEV_LOOP, or load the modules erofs and loop: %w", f.Kernel, errdefs.ErrFailedPrecondition)
 	case !f.DataOnly:
-		return fmt.Errorf("kernel %s: overlayfs has no data-only layers by lowerdir+ and datadir+; Linux 6.8 or newer with CONFIG_OVERLAY_FS is needed: %w", f.Kernel, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("kernel %s: overlayfs has no data-only layers; Linux 6.5 or newer with CONFIG_OVERLAY_FS is needed: %w", f.Kernel, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
@@ -196,11 +196,7 @@ func (t *trial) mountLoop(target string) error {
 
 // overlay mounts a root filesystem as a container gets it, at name, with the trial's two data roots.
 func (t *trial) overlay(name, tree string, writable bool, options []string) error {
-	o := []string{
-		"lowerdir+=" + tree,
-		"datadir+=" + filepath.Join(t.dir, "nvm"),
-		"datadir+=" + filepath.Join(t.dir, "hdd"),
-	}
+	o := []string{"lowerdir=" + strings.Join([]string{tree, filepath.Join(t.dir, "nvm"), filepath.Join(t.dir, "hdd")}, "::")}
 	if !writable {
 		return t.mount("overlay", filepath.Join(t.dir, name), "overlay", unix.MS_RDONLY, append(o, options...)...)
 	}
@@ -240,7 +236,7 @@ func (t *trial) stacks(name string) bool {
 	if err != nil {
 		return false
 	}
-	options := append([]string{"lowerdir+=" + filepath.Join(t.dir, name)}, upper...)
+	options := append([]string{"lowerdir=" + filepath.Join(t.dir, name)}, upper...)
 	return t.mount("overlay", filepath.Join(t.dir, "over"), "overlay", 0, options...) == nil
 }
 
