@@ -97,6 +97,22 @@ func TestLargeDirectory(t *testing.T) {
 	}
 }
 
+// TestManyFiles: a layer of 20 000 files on disk.
+func TestManyFiles(t *testing.T) {
+	requireRoot(t)
+	dir := t.TempDir()
+	for i := range 20000 {
+		if i%40 == 0 {
+			must(t, os.MkdirAll(filepath.Join(dir, fmt.Sprintf("a%d/b%d", i/4000, i/40)), 0o755))
+		}
+		name := filepath.Join(dir, fmt.Sprintf("a%d/b%d/file-%d", i/4000, i/40, i))
+		must(t, os.WriteFile(name, []byte{byte(i)}, os.FileMode(i%0o1000)))
+	}
+	s := newStack(t, func() bool { return len(dir)%2 == 0 })
+	s.add(dir)
+	same(t, "20000 files", list(t, dir), s.view())
+}
+
 // TestDirectorySizes: each number of names and length of names around the end of a block.
 func TestDirectorySizes(t *testing.T) {
 	requireRoot(t)
@@ -283,7 +299,7 @@ func sums(files map[string]file) map[string]file {
 // TestManyLayers: as many as an image may have.
 func TestManyLayers(t *testing.T) {
 	requireRoot(t)
-	g := &gen{Rand: newRand(1), t: t, below: map[string]bool{}}
+	g := &gen{Rand: newRand(1), t: t, below: map[string]bool{}, depth: 1}
 	var chain Chain
 	var dirs []string
 	byID := map[string]string{}

@@ -5,6 +5,7 @@ package tree
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"flag"
 	"fmt"
@@ -29,6 +30,7 @@ type gen struct {
 	*rand.Rand
 	t     testing.TB
 	below map[string]bool // paths in the layers made so far, true for directories
+	depth int             // of directories in a layer, 0 for 3
 }
 
 // name makes names that are hard on somebody: sorting around "." and "..", control characters, no UTF-8, the longest.
@@ -66,7 +68,7 @@ func newRand(seed uint64) *rand.Rand { return rand.New(rand.NewPCG(seed, 0)) }
 func (g *gen) layer(dir string) {
 	var regular []string // for hard links
 	had := maps.Clone(g.below)
-	g.dir(dir, "", 3, &regular, had)
+	g.dir(dir, "", cmp.Or(g.depth, 3), &regular, had)
 	for p, isDir := range had {
 		g.below[p] = isDir
 	}

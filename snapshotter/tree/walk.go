@@ -322,7 +322,7 @@ func (t *thread) entry(d *dir, name string, s *Stats) (lookup bool, err error) {
 	if kind == unix.S_IFCHR && st.Rdev == 0 || d.attr.xwhiteout && o.whiteout && kind == unix.S_IFREG && st.Size == 0 {
 		d.buf = appendName(d.buf, depth, flagWhiteout, name)
 		if lt.whiteout = true; !lt.single { // overlayfs links its whiteouts together
-			d.cuts = append(d.cuts, cut{off: len(d.buf), late: &lt})
+			d.wait(lt)
 		}
 		return false, nil
 	}
@@ -342,7 +342,7 @@ func (t *thread) entry(d *dir, name string, s *Stats) (lookup bool, err error) {
 	lt.ino.xattrs = t.list
 	if !lt.single || lt.metacopy {
 		lt.ino.xattrs, lt.ino.target = slices.Clone(t.list), slices.Clone(lt.ino.target)
-		d.cuts = append(d.cuts, cut{off: len(d.buf), late: &lt})
+		d.wait(lt)
 		return lt.metacopy, nil
 	}
 	flags := inodeFlags(&lt.ino)
@@ -366,6 +366,9 @@ func (t *thread) entry(d *dir, name string, s *Stats) (lookup bool, err error) {
 	d.cuts = append(d.cuts, cut{off: len(d.buf), child: child})
 	return child.attr.redirect != "", nil
 }
+
+// wait puts l where the next entry of d would be. It takes a copy: few files come here, and the others stay off the heap.
+func (d *dir) wait(l late) { d.cuts = append(d.cuts, cut{off: len(d.buf), late: &l}) }
 
 // unreachable is 1 if a redirect of n bytes is longer than a path that the kernel looks up.
 func unreachable(n int) int64 {

@@ -273,9 +273,7 @@ func (t *writer) writeMeta() error {
 		var parent uint32
 		switch n.typ {
 		case fileType(unix.S_IFDIR):
-			if d.nlink, err = t.dirLinks(n); err != nil {
-				return err
-			}
+			d.nlink = t.dirLinks(n)
 			if n.depth > 0 {
 				parent = parents[n.depth-1]
 			}
@@ -361,14 +359,14 @@ func (t *writer) writeData() error {
 }
 
 // dirLinks is two and the number of directories in n.
-func (t *writer) dirLinks(n *node) (uint32, error) {
+func (t *writer) dirLinks(n *node) uint32 {
 	links := uint32(2)
 	for c := n.child; c != 0; c = t.nodes[c].next {
 		if t.nodes[c].typ == fileType(unix.S_IFDIR) {
 			links++
 		}
 	}
-	return links, nil
+	return links
 }
 
 // appendDir appends the blocks from first up to, not including, end of the directory at node dir.
