@@ -32,8 +32,11 @@ func serveRegistry(image [][]entry) (*registryServer, error) {
 		return nil, fmt.Errorf("start registry: %w", err)
 	}
 	handler := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
-	port := listener.Addr().(*net.TCPAddr).Port
-	r := &registryServer{host: fmt.Sprintf("127.0.0.1:%d", port), guestHost: fmt.Sprintf("10.0.2.2:%d", port)}
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start registry: %w", err), listener.Close())
+	}
+	r := &registryServer{host: "127.0.0.1:" + port, guestHost: "10.0.2.2:" + port}
 	r.Server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 		if q.Method == http.MethodGet && strings.Contains(q.URL.Path, "/blobs/") {
 			r.blobs.Add(1)

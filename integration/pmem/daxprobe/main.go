@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"runtime"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -45,12 +46,13 @@ func firstPage(name string) (uint64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("map: %w", err)
 	}
-	defer unix.Munmap(page)
-	sink = page[0]
-	return physical(uintptr(unsafe.Pointer(&page[0])))
+	defer func() { _ = unix.Munmap(page) }()
+	first := &page[0]
+	touched := *first // only then is there a page
+	addr, err := physical(uintptr(unsafe.Pointer(first)))
+	runtime.KeepAlive(touched)
+	return addr, err
 }
-
-var sink byte
 
 // physical looks an address of this process up in /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst): bit 63 says that the
 // page is present, bits 0 to 54 are its frame number, zero where the reader may not know it.

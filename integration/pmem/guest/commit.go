@@ -180,7 +180,7 @@ func (g *guest) commitImage(ctx context.Context, client *containerd.Client, id, 
 	if err != nil {
 		return err
 	}
-	defer release(context.WithoutCancel(ctx))
+	defer func() { _ = release(context.WithoutCancel(ctx)) }()
 	store, snapshotter := client.ContentStore(), client.SnapshotService(g.snapshotter)
 	base, err := client.GetImage(ctx, g.image())
 	if err != nil {

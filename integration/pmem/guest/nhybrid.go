@@ -22,7 +22,7 @@ func (g *guest) status(ctx context.Context) (*control.StatusResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer hangUp()
+	defer func() { _ = hangUp() }()
 	return client.Status(ctx, &control.StatusRequest{})
 }
 
@@ -31,7 +31,7 @@ func (g *guest) inspect(ctx context.Context) (*control.InspectResponse, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer hangUp()
+	defer func() { _ = hangUp() }()
 	return client.Inspect(ctx, &control.InspectRequest{Ref: g.image(), Namespace: "default"})
 }
 

@@ -135,11 +135,14 @@ func (g *guest) trialMapping(ctx context.Context, name string, dax bool) error {
 	if dax && err != nil {
 		return fmt.Errorf("MAP_SYNC: %w", err)
 	}
-	if !dax && !errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("MAP_SYNC: got %v, want it refused", err)
-	}
 	if err == nil {
-		defer unix.Munmap(page)
+		err = unix.Munmap(page)
+		if !dax {
+			return errors.New("MAP_SYNC: it is granted, and should not be")
+		}
+	}
+	if !dax && !errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("MAP_SYNC: want it refused as not supported: %w", err)
 	}
 	out, err := output(ctx, "probe", name)
 	if err != nil {
