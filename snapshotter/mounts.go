@@ -49,8 +49,18 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 		options = append(options, "workdir="+filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "work"), "upperdir="+upper)
 	}
 	options = append(options, s.lowerOptions(tree)...)
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}, nil
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}, notByPath}, nil
 }
+
+// notByPath is a second mount that does nothing (mount.Mount makes no call for
+// it). It keeps containerd from taking the overlay for its directories: where
+// an overlay is the last mount, containerd 2.4 looks up users in the
+// directories themselves (internal/fsview), and where it is the only one, the
+// applier writes to the upper directory by path and takes owners of parent
+// directories from what stands between the colons of "lowerdir=", an empty
+// name being the host's root. Neither knows of trees and data-only layers. For
+// a mount of a type they do not know both mount, as they should.
+var notByPath = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // lowerOptions are the overlay options for a tree with the two data roots
 // behind it.
