@@ -96,19 +96,22 @@ type Input struct {
 	NVMReserve  int64 `json:"nvm_reserve"`  // bytes of it that are never taken
 	NVMPromised int64 `json:"nvm_promised"` // bytes of it that layers of other images, being stored now, will take
 
-	HDDBacklog  int64   `json:"hdd_backlog"` // bytes written to the HDD tier and not yet on the disk
-	HDDRate     float64 `json:"hdd_rate"`    // bytes/s at which the HDD takes them, lately measured; 0 unknown
-	Bandwidth   float64 `json:"bandwidth"`   // bytes/s of this pull, lately measured; 0 unknown
-	UnpackRate  float64 `json:"unpack_rate"` // uncompressed bytes/s at which a layer is unpacked; 0 unknown
-	Concurrency int     `json:"concurrency"` // downloads at a time; 0 no limit
-	Sequential  bool    `json:"sequential"`  // layer i is unpacked after i-1 was committed
+	HDDBacklog int64 `json:"hdd_backlog"` // bytes written to the HDD tier and not yet on the disk
+	// ContentOnHDD: containerd keeps the blobs on the same disk, which so has to take what still downloads too.
+	ContentOnHDD bool    `json:"content_on_hdd"`
+	HDDRate      float64 `json:"hdd_rate"`    // bytes/s at which the HDD takes them, lately measured; 0 unknown
+	Bandwidth    float64 `json:"bandwidth"`   // bytes/s of this pull, lately measured; 0 unknown
+	UnpackRate   float64 `json:"unpack_rate"` // uncompressed bytes/s at which a layer is unpacked; 0 unknown
+	Concurrency  int     `json:"concurrency"` // downloads at a time; 0 no limit
+	Sequential   bool    `json:"sequential"`  // layer i is unpacked after i-1 was committed
 }
 
 // here tells whether layer i need not be waited for any more.
 func (in Input) here(i int) bool {
 	l := in.Layers[i]
 	// In sequence all layers below have been committed before this one can be asked for.
-	return l.Downloaded || l.Storing || l.Stored || (in.Sequential && i < in.Index)
+	// A blob of which all bytes have come no longer uses the link; containerd is bringing it to the disk.
+	return l.Downloaded || l.Storing || l.Stored || (in.Sequential && i < in.Index) || (l.Compressed > 0 && l.Offset >= l.Compressed)
 }
 
 // left returns the bytes that have not arrived yet, by layer. A blob that several layers share is downloaded once, and counted at

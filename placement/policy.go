@@ -148,7 +148,8 @@ func boundary(n int) rule {
 //
 //	W = u(i)/U          until this layer, i, is written (into the page cache)
 //	B                   bytes that the disk must take until i is on it: the backlog, other layers of this image
-//	                    that are being written to HDD, and u(i)
+//	                    that are being written to HDD, and u(i); where containerd keeps its blobs on the
+//	                    same disk, also what other blobs lack
 //	R                   bytes/s at which the disk takes them, lately measured
 //	T                   the least time that the rest of the pull needs, this layer included
 //
@@ -171,7 +172,7 @@ func boundary(n int) rule {
 // and says so.
 func drain(in Input) (Tier, string) {
 	me := in.Layers[in.Index]
-	others, _ := downloading(in)
+	others, left := downloading(in)
 	var missing string
 	switch {
 	case !(in.HDDRate > 0):
@@ -191,6 +192,9 @@ func drain(in Input) (Tier, string) {
 		if i != in.Index && l.Storing && !l.Stored && l.Tier == HDD {
 			b += float64(l.Size())
 		}
+	}
+	if in.ContentOnHDD {
+		b += float64(left)
 	}
 	on := float64(me.Size())/in.UnpackRate + b/in.HDDRate
 	rest := restOfPull(in)

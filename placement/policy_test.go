@@ -245,3 +245,32 @@ func TestLDLShares(t *testing.T) {
 	in.Layers[3].Digest = "a" // the same blob as layer 0: it comes with it
 	assert.Equal(t, 0, LDL(in))
 }
+
+// Where containerd's blobs share the disk, what still downloads has to be written there too.
+func TestDrainCountsBlobsOnTheSameDisk(t *testing.T) {
+	p, err := ParsePolicy("drain")
+	require.NoError(t, err)
+	in := Input{
+		Layers: []Layer{
+			{Digest: "a", Compressed: 50e6, Uncompressed: 100e6, Exact: true, Downloaded: true},
+			{Digest: "b", Compressed: 100e6},
+		},
+		NVMFree: 100e9, HDDRate: 50e6, Bandwidth: 40e6, UnpackRate: 200e6, Sequential: true,
+	}
+	// 0.5 s + 100 MB / 50 MB/s = 2.5 s, before the 100 MB of b can have come, 2.5 s, and be unpacked, 0.5 s.
+	require.Equal(t, HDD, p.Decide(in).Tier)
+	in.ContentOnHDD = true // and now the disk has 100 MB more to take
+	require.Equal(t, NVM, p.Decide(in).Tier)
+}
+
+// A blob that is whole but for containerd's own sync keeps nobody from counting as last.
+func TestWholeBlobIsNotDownloading(t *testing.T) {
+	p, err := ParsePolicy("lass")
+	require.NoError(t, err)
+	in := Input{NVMFree: 100e9, Sequential: true, Layers: []Layer{
+		{Digest: "a", Compressed: 10e6, Offset: 1e6}, {Digest: "b", Compressed: 20e6, Offset: 20e6},
+	}}
+	require.Equal(t, NVM, p.Decide(in).Tier)
+	in.Layers[1].Offset--
+	require.Equal(t, HDD, p.Decide(in).Tier)
+}

@@ -28,11 +28,13 @@ type Downloads interface {
 	Subscribe(namespace string) (<-chan struct{}, func())
 }
 
+// ContentPlace tells where containerd keeps blobs, "" if unknown; implemented
+// by [pull.Watcher].
+type ContentPlace interface{ ContentRoot() string }
+
 const (
-	// drainEvery bounds how long layers written to HDD stay in the page cache
-	// while a pull goes on. The kernel would leave them for up to 30 s
-	// (vm.dirty_expire_centisecs), and the pull would wait for them at its end.
-	drainEvery = 500 * time.Millisecond
+	// stalled is when a pull between two layers is no longer taken for busy.
+	stalled = 2 * time.Second
 	// forgotten is when a pull of which nothing was heard counts as given up.
 	forgotten = 30 * time.Second
 	// askTimeout bounds what Prepare waits for containerd's answers.
@@ -55,7 +57,6 @@ type placer struct {
 	mu     sync.Mutex
 	pulls  map[string]*pulling // by namespace and manifest
 	active map[string]*extract // by snapshot id
-	unpack float64             // bytes/s at which layers are unpacked, lately
 
 	decisions *prometheus.CounterVec
 	swings    prometheus.Counter
@@ -71,7 +72,6 @@ type pulling struct {
 	parallel  bool // containerd unpacks several layers at once
 	began     time.Time
 	touched   time.Time
-	drained   time.Time
 	shown     []shown // what watchers know
 }
 
@@ -231,7 +231,11 @@ func (pl *pulling) saw(layers []placement.Layer) {
 func (p *placer) input(pl *pulling, i int) placement.Input {
 	in := placement.Input{
 		Index: i, Layers: slices.Clone(pl.layers), Concurrency: concurrency, Sequential: !pl.parallel,
-		Bandwidth: pl.bandwidth.Rate(), UnpackRate: p.unpack,
+		Bandwidth: pl.bandwidth.Rate(), ContentOnHDD: p.contentOnHDD(),
+	}
+	in.HDDRate, in.UnpackRate = p.s.rates.get()
+	if p.s.config.HDDRate > 0 {
+		in.HDDRate = p.s.config.HDDRate
 	}
 	for j, q := range pl.placed {
 		in.Layers[j].Storing, in.Layers[j].Stored, in.Layers[j].Tier = q.storing, q.stored, q.tier
@@ -246,7 +250,7 @@ func (p *placer) input(pl *pulling, i int) placement.Input {
 			in.NVMPromised += placement.Footprint(e.decision.Input.Layers[e.decision.Input.Index].Size())
 		}
 	}
-	in.HDDBacklog, in.HDDRate = p.s.syncer.backlog()
+	in.HDDBacklog = p.s.syncer.backlog()
 	return in
 }
 
@@ -295,13 +299,14 @@ func (p *placer) committed(ctx context.Context, id string) {
 	}
 	pl.placed[e.index] = placed{prepared: true, stored: true, tier: e.tier()}
 	pl.touched = time.Now()
-	if n, took := pl.layers[e.index].Size(), time.Since(e.since).Seconds(); n > 1<<20 && took > 0 {
-		p.unpack = ewma(p.unpack, float64(n)/took)
+	if l := pl.layers[e.index]; l.Exact && !pl.parallel {
+		p.s.rates.sawUnpack(l.Size(), time.Since(e.since))
 	}
 	p.watch.stored(pl, e.index)
 	if e.index == len(pl.placed)-1 { // commits come bottom first, in parallel unpacking too
 		delete(p.pulls, pl.key)
 		p.watch.ended(pl, "")
+		p.s.syncer.kick()
 	}
 }
 
@@ -324,9 +329,24 @@ func (p *placer) busy() bool {
 	return len(p.pulls) > 0 || len(p.active) > 0
 }
 
-func ewma(old, sample float64) float64 {
-	if old == 0 {
-		return sample
+// storing tells whether a pull is storing layers, or will soon. A pull that
+// nothing was heard of for a while is not waited for.
+func (p *placer) storing() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.active) > 0 {
+		return true
 	}
-	return 0.7*old + 0.3*sample
+	for _, pl := range p.pulls {
+		if time.Since(pl.touched) < stalled {
+			return true
+		}
+	}
+	return false
+}
+
+// contentOnHDD tells whether containerd keeps its blobs on the disk of the HDD tier.
+func (p *placer) contentOnHDD() bool {
+	c, ok := p.s.config.Downloads.(ContentPlace)
+	return ok && p.s.tiers.OnDevice(placement.HDD, c.ContentRoot())
 }

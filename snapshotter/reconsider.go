@@ -6,13 +6,11 @@ package snapshotter
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/containerd/log"
 	"google.golang.org/protobuf/encoding/protojson"
 
-	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
@@ -75,16 +73,8 @@ func (p *placer) lookAt(ctx context.Context) {
 				p.reconsider(ctx, e)
 			}
 		}
-		if time.Since(pl.drained) > drainEvery && p.storingOnHDD(pl) {
-			pl.drained = time.Now()
-			p.s.syncer.drain()
-		}
 		p.mu.Unlock()
 	}
-}
-
-func (p *placer) storingOnHDD(pl *pulling) bool {
-	return slices.ContainsFunc(pl.placed, func(q placed) bool { return q.storing && q.tier == placement.HDD })
 }
 
 // giveUp forgets a pull of which nothing is heard any more.
@@ -101,6 +91,7 @@ func (p *placer) giveUp(pl *pulling) bool {
 	}
 	delete(p.pulls, pl.key)
 	p.watch.ended(pl, "no layer was stored for a while; the pull was cancelled or failed")
+	p.s.syncer.kick()
 	return true
 }
 

@@ -81,6 +81,7 @@ type Snapshotter struct {
 	homing   *homing
 	quota    *quotas
 	mirror   *mirror
+	rates    *rates
 	closing  sync.Once
 }
 
@@ -144,7 +145,10 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 		}
 	}
 	s.jobs = newJobs(c.Workers)
-	s.mirror = newMirror(s.db, s.path(databaseFile))
+	if s.rates, err = loadRates(ctx, s.db); err != nil {
+		return nil, errors.Join(err, s.db.ms.Close())
+	}
+	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.storing() })
 	s.quota = &quotas{s.tiers}
 	s.syncer = newSyncer(s)
 	s.homing = newHoming(s)

@@ -5,109 +5,176 @@ package snapshotter
 
 import (
 	"context"
-	"fmt"
-	"os"
-	"strconv"
-	"strings"
+	"errors"
 	"sync"
 	"time"
 
 	"github.com/containerd/log"
-	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
 )
 
-// syncer brings layers to their devices and marks them durable. One sync of a
-// filesystem serves all layers that wait for it.
+// syncer brings layers to their devices and marks them durable.
+//
+// While a pull goes on, layers on HDD are written out a few MiB at a time: the
+// kernel would leave them in the page cache for up to 30 s
+// (vm.dirty_expire_centisecs), and the end of the pull would wait for them; but
+// containerd's own fsyncs on the same disk must not. When the pull is over, one
+// sync of each filesystem serves all layers that wait for it.
 type syncer struct {
-	s    *Snapshotter
-	wake chan struct{}
-	stop chan struct{}
-	done chan struct{}
+	s      *Snapshotter
+	wake   chan struct{}
+	cancel context.CancelFunc
+	done   chan struct{}
 
 	mu      sync.Mutex
-	pending map[string]unsynced
-	now     map[string]unsynced // being synced
-	meter   *meter
+	pending map[string]*unsynced
 }
 
 type unsynced struct {
+	id    string
 	tier  placement.Tier
-	bytes int64
+	left  int64 // bytes that may still be in the page cache
+	out   bool  // written out
+	since time.Time
 }
 
+const (
+	// syncLatest is how long a captured layer waits for its sync while pulls go on.
+	syncLatest = 15 * time.Second
+	// syncRetry is when a sync that failed is tried again.
+	syncRetry = 5 * time.Second
+)
+
 func newSyncer(s *Snapshotter) *syncer {
-	y := &syncer{
-		s: s, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
-		pending: map[string]unsynced{}, meter: newMeter(s.tiers.Root(placement.HDD)),
-	}
-	go y.run()
+	ctx, cancel := context.WithCancel(context.Background())
+	y := &syncer{s: s, wake: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{}), pending: map[string]*unsynced{}}
+	go y.run(ctx)
 	return y
 }
 
 // add queues a captured layer.
 func (y *syncer) add(id string, t placement.Tier, bytes int64) {
 	y.mu.Lock()
-	y.pending[id] = unsynced{t, bytes}
+	y.pending[id] = &unsynced{id: id, tier: t, left: bytes, since: time.Now()}
 	y.mu.Unlock()
-	y.drain()
+	y.kick()
 }
 
-// drain starts writing to the HDD what is dirty there.
-func (y *syncer) drain() {
+// kick tells that there may be something to do, or that a pull is over.
+func (y *syncer) kick() {
 	select {
 	case y.wake <- struct{}{}:
 	default:
 	}
 }
 
-// backlog is the bytes of layers that are on the HDD tier but maybe not on the
-// disk, and the rate in bytes/s at which the disk takes them, 0 if unknown.
-func (y *syncer) backlog() (bytes int64, rate float64) {
+// backlog is the bytes of layers that are on the HDD tier but maybe not on the disk.
+func (y *syncer) backlog() (bytes int64) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	for _, m := range []map[string]unsynced{y.pending, y.now} {
-		for _, u := range m {
-			if u.tier == placement.HDD {
-				bytes += u.bytes
-			}
+	for _, u := range y.pending {
+		if u.tier == placement.HDD {
+			bytes += u.left
 		}
 	}
-	if y.s.config.HDDRate > 0 {
-		return bytes, y.s.config.HDDRate
-	}
-	return bytes, y.meter.rate
+	return bytes
 }
 
 // waiting is the number of layers that are not durable yet.
 func (y *syncer) waiting() int {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	return len(y.pending) + len(y.now)
+	return len(y.pending)
 }
 
-func (y *syncer) run() {
+func (y *syncer) run(ctx context.Context) {
 	defer close(y.done)
 	for {
+		var again <-chan time.Time
+		if y.waiting() > 0 {
+			again = time.After(syncRetry)
+		}
 		select {
-		case <-y.stop:
+		case <-ctx.Done():
 			return
 		case <-y.wake:
+		case <-again:
 		}
-		y.sync(context.Background())
+		for ctx.Err() == nil {
+			u := y.next()
+			if u == nil {
+				break
+			}
+			y.writeOut(ctx, u)
+		}
+		if y.due() {
+			y.sync(ctx)
+		}
 	}
+}
+
+// next is a layer to be written out, nil if there is none or no pull to spare.
+func (y *syncer) next() *unsynced {
+	if !y.s.placer.storing() {
+		return nil
+	}
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	var first *unsynced
+	for _, u := range y.pending {
+		if u.tier == placement.HDD && !u.out && (first == nil || u.since.Before(first.since)) {
+			first = u
+		}
+	}
+	return first
+}
+
+func (y *syncer) writeOut(ctx context.Context, u *unsynced) {
+	start, written := time.Now(), int64(0)
+	errOver := errors.New("the pull is over")
+	err := y.s.tiers.WriteOut(ctx, u.tier, u.id, func(n int64) error {
+		written += n
+		y.mu.Lock()
+		u.left = max(0, u.left-n)
+		y.mu.Unlock()
+		if !y.s.placer.storing() {
+			return errOver // syncfs does the rest at full speed
+		}
+		return nil
+	})
+	y.mu.Lock()
+	u.out = true
+	y.mu.Unlock()
+	if err != nil && !errors.Is(err, errOver) && ctx.Err() == nil {
+		log.G(ctx).WithError(err).Warn("cannot write a layer out early")
+		return
+	}
+	y.s.rates.sawHDD(written, time.Since(start))
+}
+
+// due tells whether layers wait for their sync and no pull would suffer from it.
+func (y *syncer) due() bool {
+	busy := y.s.placer.storing()
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	for _, u := range y.pending {
+		if !busy || time.Since(u.since) > syncLatest {
+			return true
+		}
+	}
+	return false
 }
 
 func (y *syncer) sync(ctx context.Context) {
 	y.mu.Lock()
-	batch := y.pending
-	y.now, y.pending = batch, map[string]unsynced{}
-	y.mu.Unlock()
+	batch := make([]*unsynced, 0, len(y.pending))
 	onNVM := false
-	for _, u := range batch {
+	for _, u := range y.pending {
+		batch = append(batch, u)
 		onNVM = onNVM || u.tier == placement.NVM
 	}
+	y.mu.Unlock()
 	var err error
 	if onNVM {
 		err = y.s.tiers.Sync(placement.NVM)
@@ -115,144 +182,28 @@ func (y *syncer) sync(ctx context.Context) {
 	if err == nil { // captures stand on HDD whatever the tier of the data
 		err = y.s.tiers.Sync(placement.HDD)
 	}
-	y.mu.Lock()
-	y.meter.sample()
-	y.mu.Unlock()
-	for id := range batch {
-		if err != nil {
-			break
+	for _, u := range batch {
+		if err == nil {
+			err = y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Durable = true })
 		}
-		err = y.s.db.updateRecord(ctx, id, func(r *record) { r.Durable = true })
 	}
-	y.mu.Lock()
-	defer y.mu.Unlock()
-	y.now = nil
 	if err != nil {
 		log.G(ctx).WithError(err).Error("layers are not durable yet")
-		for id, u := range batch { // the next drain tries again
-			if _, ok := y.pending[id]; !ok {
-				y.pending[id] = u
-			}
+		return // run tries again
+	}
+	y.mu.Lock()
+	for _, u := range batch {
+		if y.pending[u.id] == u {
+			delete(y.pending, u.id)
 		}
-		return
 	}
-	if len(batch) > 0 {
-		y.s.mirror.changed()
-		y.s.homing.kick()
-	}
+	y.mu.Unlock()
+	log.G(ctx).WithField("layers", len(batch)).Debug("durable")
+	y.s.mirror.changed()
+	y.s.homing.kick()
 }
 
 func (y *syncer) close() {
-	close(y.stop)
+	y.cancel()
 	<-y.done
-}
-
-// meter measures the rate at which a disk takes data: bytes written over the
-// time it was busy, by the kernel's counters of the device
-// (Documentation/block/stat.rst).
-type meter struct {
-	stat          string // "" where the filesystem has no single device
-	sectors, busy uint64
-	rate          float64
-}
-
-func newMeter(dir string) *meter {
-	m := &meter{}
-	var st unix.Stat_t
-	if unix.Stat(dir, &st) == nil {
-		path := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev))
-		if _, err := os.Stat(path); err == nil {
-			m.stat = path
-			m.sectors, m.busy, _ = m.read()
-		}
-	}
-	return m
-}
-
-// sample takes the counters in. Little data says little of the rate.
-func (m *meter) sample() {
-	const least = 4 << 20
-	if m.stat == "" {
-		return
-	}
-	sectors, busy, err := m.read()
-	if err != nil {
-		return
-	}
-	bytes := float64(sectors-m.sectors) * 512
-	if bytes < least || busy <= m.busy {
-		return
-	}
-	m.rate = ewma(m.rate, bytes/(float64(busy-m.busy)/1000))
-	m.sectors, m.busy = sectors, busy
-}
-
-// read returns the sectors of 512 bytes written and the milliseconds in which
-// the device had something to do.
-func (m *meter) read() (sectors, busy uint64, err error) {
-	b, err := os.ReadFile(m.stat)
-	if err != nil {
-		return 0, 0, err
-	}
-	f := strings.Fields(string(b))
-	if len(f) < 10 {
-		return 0, 0, fmt.Errorf("%s: %d fields", m.stat, len(f))
-	}
-	if sectors, err = strconv.ParseUint(f[6], 10, 64); err != nil {
-		return 0, 0, err
-	}
-	busy, err = strconv.ParseUint(f[9], 10, 64)
-	return sectors, busy, err
-}
-
-// mirror keeps a copy of the database on HDD, at most a moment old.
-type mirror struct {
-	db   *database
-	path string
-	wake chan struct{}
-	stop chan struct{}
-	done chan error
-}
-
-// mirrorDelay gathers the changes of one pull or start into few copies.
-const mirrorDelay = 500 * time.Millisecond
-
-func newMirror(db *database, path string) *mirror {
-	m := &mirror{db: db, path: path, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan error, 1)}
-	go m.run()
-	return m
-}
-
-// changed tells that the database has changed.
-func (m *mirror) changed() {
-	select {
-	case m.wake <- struct{}{}:
-	default:
-	}
-}
-
-func (m *mirror) run() {
-	ctx := context.Background()
-	for {
-		select {
-		case <-m.stop:
-			m.done <- m.db.copyTo(ctx, m.path)
-			return
-		case <-m.wake:
-		}
-		select {
-		case <-m.stop:
-			m.done <- m.db.copyTo(ctx, m.path)
-			return
-		case <-time.After(mirrorDelay):
-		}
-		if err := m.db.copyTo(ctx, m.path); err != nil {
-			log.G(ctx).WithError(err).Error("the copy of the database on HDD is out of date")
-		}
-	}
-}
-
-func (m *mirror) close() error {
-	close(m.stop)
-	return <-m.done
 }

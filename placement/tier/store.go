@@ -247,6 +247,12 @@ func (s *Store) SameFilesystem() bool {
 	return a.Dev == b.Dev
 }
 
+// OnDevice tells whether path stands on the filesystem of a tier.
+func (s *Store) OnDevice(t placement.Tier, path string) bool {
+	var a, b unix.Stat_t
+	return path != "" && unix.Stat(s.roots[t], &a) == nil && unix.Stat(path, &b) == nil && a.Dev == b.Dev
+}
+
 func within(dir, parent string) bool {
 	return dir == parent || strings.HasPrefix(dir, strings.TrimSuffix(parent, "/")+"/")
 }

@@ -3,7 +3,11 @@
 
 package pull
 
-import "context"
+import (
+	"context"
+
+	"github.com/containerd/containerd/v2/plugins"
+)
 
 // Address is the socket of the containerd that is watched.
 func (w *Watcher) Address() string { return w.address }
@@ -20,4 +24,33 @@ func (w *Watcher) Version(ctx context.Context) (string, error) {
 		return "", w.classify(ctx, "ask containerd for its version", err)
 	}
 	return v.Version, nil
+}
+
+// ContentRoot is the directory in which containerd keeps its blobs, "" while it
+// has not told. It is asked once.
+func (w *Watcher) ContentRoot() string {
+	w.mu.Lock()
+	root := w.contentRoot
+	w.mu.Unlock()
+	if root != "" {
+		return root
+	}
+	c, ctx, cancel, err := w.begin(context.Background(), "default")
+	if err != nil {
+		return ""
+	}
+	defer cancel()
+	r, err := c.IntrospectionService().Plugins(ctx, "type=="+plugins.ContentPlugin.String())
+	if err != nil {
+		return ""
+	}
+	for _, p := range r.Plugins {
+		if dir := p.Exports["root"]; dir != "" {
+			w.mu.Lock()
+			w.contentRoot = dir
+			w.mu.Unlock()
+			return dir
+		}
+	}
+	return ""
 }

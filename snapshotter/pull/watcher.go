@@ -46,7 +46,9 @@ type Watcher struct {
 	mu     sync.Mutex
 	client *containerd.Client
 	closed bool
-	subs   map[*subscriber]struct{}
+	// contentRoot is where containerd keeps its blobs, "" while it has not told.
+	contentRoot string
+	subs        map[*subscriber]struct{}
 
 	cache cache
 }

@@ -1,0 +1,76 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"time"
+
+	"github.com/containerd/log"
+)
+
+// mirror keeps a copy of the database on HDD, at most a moment old.
+type mirror struct {
+	db   *database
+	path string
+	busy func() bool
+	wake chan struct{}
+	stop chan struct{}
+	done chan error
+}
+
+const (
+	// mirrorDelay gathers the changes of one start into one copy.
+	mirrorDelay = 500 * time.Millisecond
+	// mirrorLatest bounds how long a pull, whose own writes to the disk go first,
+	// puts the copy off.
+	mirrorLatest = 30 * time.Second
+)
+
+// newMirror copies db to path whenever it has changed and busy tells that no
+// pull is going on.
+func newMirror(db *database, path string, busy func() bool) *mirror {
+	m := &mirror{db: db, path: path, busy: busy, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan error, 1)}
+	go m.run()
+	return m
+}
+
+// changed tells that the database has changed.
+func (m *mirror) changed() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (m *mirror) run() {
+	ctx := context.Background()
+	for {
+		select {
+		case <-m.stop:
+			m.done <- m.db.copyTo(ctx, m.path)
+			return
+		case <-m.wake:
+		}
+		for start := time.Now(); ; {
+			select {
+			case <-m.stop:
+				m.done <- m.db.copyTo(ctx, m.path)
+				return
+			case <-time.After(mirrorDelay):
+			}
+			if !m.busy() || time.Since(start) > mirrorLatest {
+				break
+			}
+		}
+		if err := m.db.copyTo(ctx, m.path); err != nil {
+			log.G(ctx).WithError(err).Error("the copy of the database on HDD is out of date")
+		}
+	}
+}
+
+func (m *mirror) close() error {
+	close(m.stop)
+	return <-m.done
+}
