@@ -1,0 +1,414 @@
+//go:build integration
+
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/integration/image"
+	"github.com/nhybrid/nhybrid/integration/link"
+	"github.com/nhybrid/nhybrid/integration/rig"
+)
+
+// app is a runnable image of three more layers.
+func app(seed uint64) image.TinySpec {
+	spec := small(seed, 3)
+	spec.Runnable = true
+	return spec
+}
+
+// What containerd collects is gone from both tiers, mounts included.
+func TestGarbageCollectionLeavesTiersEmpty(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	layers := pullWithLast(t, r, "app:1", app(1), 2)
+	require.Equal(t, "hhnn", tiers(layers))
+	_, err := r.RunContainer(ctx, "app:1", "c1", "sh", "-c", "echo written >/file")
+	require.NoError(t, err)
+	settled(t, r)
+	found, err := leftovers(r)
+	require.NoError(t, err)
+	require.NotEmpty(t, found)
+	removeImage(t, r, "app:1")
+	awaitEmpty(t, r)
+
+	// The numbers of snapshots are not used again, but the image can be.
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	out, err := r.RunContainer(ctx, "app:1", "c2", "cat", "/data/shared")
+	require.NoError(t, err)
+	require.Equal(t, "2", out)
+}
+
+// A container that still runs keeps its image's layers, and none of its files goes with the image.
+func TestImageRemovedUnderAContainer(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	_, err := r.PushTiny(ctx, "app:1", app(2))
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	sleeper(t, r, "app:1", "s")
+	removeImage(t, r, "app:1")
+	settled(t, r)
+	require.Equal(t, fmt.Sprint(2*half), execute(t, r, "s", "sh", "-c", "cat /data/1/* | wc -c"))
+	endSleeper(t, r, "s")
+	awaitEmpty(t, r)
+}
+
+// sleeper starts a container that stays.
+func sleeper(t *testing.T, r *rig.Rig, name, id string) {
+	t.Helper()
+	_, err := r.Ctr(soon(t), "run", "-d", r.Ref(name), id, "sleep", "100000")
+	require.NoError(t, err)
+}
+
+func endSleeper(t *testing.T, r *rig.Rig, id string) {
+	t.Helper()
+	_, err := r.Ctr(soon(t), "tasks", "rm", "-f", id)
+	require.NoError(t, err)
+	_, err = r.Ctr(soon(t), "containers", "rm", id)
+	require.NoError(t, err)
+}
+
+var execs struct {
+	sync.Mutex
+	n int
+}
+
+// execute runs a command in a running container.
+func execute(t *testing.T, r *rig.Rig, id string, command ...string) string {
+	t.Helper()
+	execs.Lock()
+	execs.n++
+	name := fmt.Sprintf("e%d", execs.n)
+	execs.Unlock()
+	out, err := r.Ctr(soon(t), append([]string{"tasks", "exec", "--exec-id", name, id}, command...)...)
+	require.NoError(t, err)
+	return out
+}
+
+// Nothing of the daemon is on the way of a container's reads and writes: it can go at any time.
+func TestDaemonRestartsUnderContainers(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	require.Equal(t, "hhnn", tiers(pullWithLast(t, r, "app:1", app(3), 2)))
+	sleeper(t, r, "app:1", "s")
+	end := map[string]func() error{"SIGTERM": r.Daemon.Stop, "SIGKILL": r.Daemon.Kill}
+	for i, signal := range []string{"SIGTERM", "SIGKILL"} {
+		require.NoError(t, end[signal]())
+		// Files that were never opened before, one on each tier, and a new one.
+		for layer := range 3 {
+			require.Equal(t, "2500", execute(t, r, "s", "sh", "-c", fmt.Sprintf("wc -c </data/%d/%d", layer, i)), signal)
+		}
+		require.Equal(t, "new", execute(t, r, "s", "sh", "-c", "echo new >/new; cat /new"), signal)
+		require.Error(t, r.Pull(ctx, "app:1", "--snapshotter", "nhybrid"), "without the daemon there are no pulls")
+		require.NoError(t, r.Daemon.Start(ctx))
+		require.Equal(t, "2500", execute(t, r, "s", "sh", "-c", fmt.Sprintf("wc -c </data/2/%d", 4+i)), signal)
+		await(t, func(ctx context.Context) error { // containerd's client waits before it dials again
+			_, err := r.Ctr(ctx, "snapshots", "ls")
+			return err
+		})
+		out, err := r.RunContainer(ctx, "app:1", "c"+signal, "cat", "/data/shared")
+		require.NoError(t, err, signal)
+		require.Equal(t, "2", out)
+		require.Equal(t, "hhnn", tiers(inspect(t, r, "app:1")), "decisions outlive the daemon")
+	}
+	endSleeper(t, r, "s")
+	removeImage(t, r, "app:1")
+	awaitEmpty(t, r)
+}
+
+func TestContainerdRestartsUnderContainers(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	_, err := r.PushTiny(ctx, "app:1", app(4))
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	sleeper(t, r, "app:1", "s")
+	require.NoError(t, r.Containerd.Kill())
+	require.NoError(t, r.Containerd.Start(ctx))
+	require.Equal(t, "2500", execute(t, r, "s", "sh", "-c", "wc -c </data/1/1"))
+	require.NoError(t, r.Containerd.Restart(ctx))
+	require.Equal(t, "2500", execute(t, r, "s", "sh", "-c", "wc -c </data/1/2"))
+	require.Equal(t, "hhnn", tiers(pullWithLast(t, r, "next:1", small(5, 4), 2)), "downloads are seen again")
+	endSleeper(t, r, "s")
+	removeImage(t, r, "app:1")
+	removeImage(t, r, "next:1")
+	awaitEmpty(t, r)
+}
+
+// The daemon dies in the middle of a pull, while a layer is awaited: the pull can be repeated and is right.
+func TestDaemonDiesInAPull(t *testing.T) {
+	t.Parallel()
+	for signal, end := range map[string]func(*rig.Process) error{"SIGTERM": (*rig.Process).Stop, "SIGKILL": (*rig.Process).Kill} {
+		t.Run(signal, func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			r := rig.New(t, rig.Options{})
+			img, err := r.PushTiny(ctx, "app:1", app(6))
+			require.NoError(t, err)
+			digests := blobs(t, img)
+			release := r.Link.Hold(digests[2], half)
+			defer release()
+			wait := start(func() error { return r.Pull(ctx, "app:1") })
+			awaitLog(t, r, "layer prepared", digests[2]) // those below are committed, captured or not
+			require.NoError(t, end(r.Daemon))
+			require.NoError(t, r.Daemon.Start(ctx))
+			release()
+			if err := wait(); err != nil { // containerd may have met the daemon's absence
+				require.NoError(t, r.Pull(ctx, "app:1"))
+			}
+			out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "stat -c '%u:%g %a %s' /data/shared; cat /data/*/* | sha256sum")
+			require.NoError(t, err)
+			require.Equal(t, "0:0 644 2\n"+contentSum(t, 6, 3), out)
+			removeImage(t, r, "app:1")
+			awaitEmpty(t, r)
+		})
+	}
+}
+
+// contentSum is what sha256sum says of the files of all layers of a small image, in the shell's order.
+func contentSum(t *testing.T, seed uint64, n int) string {
+	t.Helper()
+	img, err := image.Tiny(small(seed, n))
+	require.NoError(t, err)
+	layers, err := img.Layers()
+	require.NoError(t, err)
+	sum := sha256.New()
+	for _, l := range layers {
+		in, err := l.Uncompressed()
+		require.NoError(t, err)
+		files := tar.NewReader(in)
+		for {
+			h, err := files.Next()
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			require.NoError(t, err)
+			if strings.Count(h.Name, "/") == 2 { // data/<layer>/<file>
+				_, err = io.Copy(sum, files)
+				require.NoError(t, err)
+			}
+		}
+		require.NoError(t, in.Close())
+	}
+	return fmt.Sprintf("%x  -", sum.Sum(nil))
+}
+
+// Killed right after a commit, again and again: no layer is lost, torn or kept that should go.
+func TestDaemonKilledRightAfterCommitsAndRemovals(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	_, err := r.PushTiny(ctx, "app:1", app(7))
+	require.NoError(t, err)
+	for range 3 {
+		require.NoError(t, r.Pull(ctx, "app:1"))
+		require.NoError(t, r.Daemon.Kill())
+		require.NoError(t, r.Daemon.Start(ctx))
+		out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "cat /data/*/* | sha256sum")
+		require.NoError(t, err)
+		require.Equal(t, contentSum(t, 7, 3), out)
+		removeImage(t, r, "app:1")
+		require.NoError(t, r.Daemon.Kill())
+		require.NoError(t, r.Daemon.Start(ctx))
+		awaitEmpty(t, r)
+	}
+}
+
+// Two namespaces share no snapshots, though they have the same image; removing it from one leaves the other whole.
+func TestTwoNamespaces(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	_, err := r.PushTiny(ctx, "app:1", app(8))
+	require.NoError(t, err)
+	other := r.Namespace + "-b"
+	ctr := func(ns string, args ...string) string {
+		t.Helper()
+		out, err := r.Run(ctx, "ctr", append([]string{"-n", ns}, args...)...)
+		require.NoError(t, err)
+		return out
+	}
+	var both sync.WaitGroup
+	errs := make([]error, 2)
+	for i, ns := range []string{r.Namespace, other} {
+		both.Go(func() {
+			_, errs[i] = r.Run(ctx, "ctr", "-n", ns, "images", "pull", "--plain-http", r.Ref("app:1"))
+		})
+	}
+	both.Wait()
+	require.NoError(t, errors.Join(errs...))
+	require.Equal(t, "2", ctr(other, "run", "--rm", r.Ref("app:1"), "c", "cat", "/data/shared"))
+	removeImage(t, r, "app:1")
+	settled(t, r)
+	require.Equal(t, contentSum(t, 8, 3), ctr(other, "run", "--rm", r.Ref("app:1"), "c2", "sh", "-c", "cat /data/*/* | sha256sum"))
+	_, err = r.Run(ctx, "nhybridctl", "-n", other, "inspect", r.Ref("app:1"))
+	require.NoError(t, err)
+	_, err = r.Nhybridctl(ctx, "inspect", r.Ref("app:1"))
+	require.ErrorContains(t, err, "not found")
+	ctr(other, "images", "rm", "--sync", r.Ref("app:1"))
+	awaitEmpty(t, r)
+}
+
+// Images that share layers are pulled at once: each layer is stored once, and all run.
+func TestConcurrentPullsShareLayers(t *testing.T) {
+	t.Parallel()
+	for _, unpacks := range []int{1, 3} {
+		t.Run(fmt.Sprintf("unpacks=%d", unpacks), func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			r := rig.New(t, rig.Options{ConcurrentUnpacks: unpacks})
+			const n = 3
+			for i := range n {
+				spec := app(9)
+				spec.Layers = append(spec.Layers, int64(1000*(i+1))) // the topmost is each image's own
+				_, err := r.PushTiny(ctx, fmt.Sprintf("app%d:1", i), spec)
+				require.NoError(t, err)
+			}
+			var all sync.WaitGroup
+			errs := make([]error, n)
+			for i := range n {
+				all.Go(func() { errs[i] = r.Pull(ctx, fmt.Sprintf("app%d:1", i)) })
+			}
+			all.Wait()
+			require.NoError(t, errors.Join(errs...))
+			shared := inspect(t, r, "app0:1")
+			for i := range n {
+				layers := inspect(t, r, fmt.Sprintf("app%d:1", i))
+				require.Len(t, layers, 5)
+				for j := range 4 {
+					require.Equal(t, shared[j].SnapshotID, layers[j].SnapshotID, "layer %d of image %d", j, i)
+				}
+				out, err := r.RunContainer(ctx, fmt.Sprintf("app%d:1", i), fmt.Sprintf("c%d", i), "sh", "-c", "cat /data/3/* | wc -c; cat /data/shared")
+				require.NoError(t, err)
+				require.Equal(t, fmt.Sprintf("%d\n3", 1000*(i+1)), out)
+			}
+			removeImage(t, r, "app0:1")
+			settled(t, r)
+			out, err := r.RunContainer(ctx, "app1:1", "again", "sh", "-c", "cat /data/[0-2]/* | sha256sum")
+			require.NoError(t, err)
+			require.Equal(t, contentSum(t, 9, 3), out)
+			for i := 1; i < n; i++ {
+				removeImage(t, r, fmt.Sprintf("app%d:1", i))
+			}
+			awaitEmpty(t, r)
+		})
+	}
+}
+
+// A pull that is cancelled leaves nothing once containerd has collected, and can be repeated.
+func TestCancelledPull(t *testing.T) {
+	t.Parallel()
+	for _, local := range []bool{false, true} {
+		t.Run(fmt.Sprintf("local=%v", local), func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			r := rig.New(t, rig.Options{})
+			img, err := r.PushTiny(ctx, "app:1", app(10))
+			require.NoError(t, err)
+			digests := blobs(t, img)
+			release := r.Link.Hold(digests[2], half)
+			defer release()
+			args := []string{"images", "pull", "--plain-http"}
+			if local {
+				args = append(args, "--local")
+			}
+			pull, err := r.Command(ctx, "ctr", append(args, r.Ref("app:1"))...)
+			require.NoError(t, err)
+			require.NoError(t, pull.Start())
+			if !local { // which unpacks only when all is there
+				awaitLog(t, r, "layer prepared", digests[2])
+			}
+			require.NoError(t, r.Link.Await(ctx, link.Reached(digests[2], half)))
+			require.NoError(t, pull.Process.Kill())
+			_ = pull.Wait()
+			release()
+			c, err := r.Client()
+			require.NoError(t, err)
+			nctx := r.Context(ctx)
+			await(t, func(context.Context) error { // leases of the transfer service end on their own account
+				leases, err := c.LeasesService().List(nctx)
+				if err != nil {
+					return err
+				}
+				for _, l := range leases {
+					if err := c.LeasesService().Delete(nctx, l); err != nil {
+						return err
+					}
+				}
+				found, err := leftovers(r)
+				if err == nil && len(found) > 0 {
+					// A deletion is what makes containerd collect.
+					_, _ = r.Ctr(ctx, "images", "rm", "--sync", r.Ref("app:1"))
+					err = fmt.Errorf("left over: %q", found)
+				}
+				return err
+			})
+			awaitEmpty(t, r)
+			require.NoError(t, r.Pull(ctx, "app:1"))
+			out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "cat /data/*/* | sha256sum")
+			require.NoError(t, err)
+			require.Equal(t, contentSum(t, 10, 3), out)
+		})
+	}
+}
+
+// The registry dies in the middle of a layer: the pull fails, and succeeds when it is back, with the rest of the blob only.
+func TestRegistryDiesInALayer(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	img, err := r.PushTiny(ctx, "app:1", app(11))
+	require.NoError(t, err)
+	digests := blobs(t, img)
+	r.Link.Cut(digests[2], half, 100)
+	require.Error(t, r.Pull(ctx, "app:1"))
+	require.True(t, inLog(r, "layer prepared", digests[1]))
+	r.Link.Cut(digests[2], 0, 0)
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	resumed := false
+	for _, q := range r.Link.Requests() {
+		resumed = resumed || q.Digest == digests[2] && strings.HasPrefix(q.Range, "bytes=")
+	}
+	require.True(t, resumed, "containerd asked for the rest only: %+v", r.Link.Requests())
+	out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "cat /data/*/* | sha256sum")
+	require.NoError(t, err)
+	require.Equal(t, contentSum(t, 11, 3), out)
+
+	// And the link as a whole.
+	img, err = r.PushTiny(ctx, "next:1", app(12))
+	require.NoError(t, err)
+	digests = blobs(t, img)
+	release := r.Link.Hold(digests[3], half)
+	defer release()
+	wait := start(func() error { return r.Pull(ctx, "next:1") })
+	require.NoError(t, r.Link.Await(ctx, link.Reached(digests[3], half)))
+	r.Link.SetDown(true)
+	require.Error(t, wait())
+	r.Link.SetDown(false)
+	release()
+	require.NoError(t, r.Pull(ctx, "next:1"))
+	out, err = r.RunContainer(ctx, "next:1", "c2", "sh", "-c", "cat /data/*/* | sha256sum")
+	require.NoError(t, err)
+	require.Equal(t, contentSum(t, 12, 3), out)
+	removeImage(t, r, "app:1")
+	removeImage(t, r, "next:1")
+	awaitEmpty(t, r)
+}
