@@ -88,8 +88,11 @@ func (s *Store) WriteOut(ctx context.Context, t placement.Tier, id string, progr
 		}
 		return nil
 	})
-	if err2 := wait(); err == nil {
-		err = err2
+	if err == nil {
+		err = wait()
+	}
+	for _, f := range batch {
+		f.Close()
 	}
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // removed meanwhile
