@@ -1,0 +1,209 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package deploy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/integration/bench/result"
+	"github.com/nhybrid/nhybrid/integration/hddsim"
+	"github.com/nhybrid/nhybrid/integration/rig"
+)
+
+func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
+	b := &bench{options: o, progress: progress, begun: time.Now(), sizes: sizes{HDD: 8 << 30, NVM: 3 << 30}}
+	if o.size == small {
+		b.sizes = sizes{HDD: 1 << 30, NVM: 512 << 20}
+	}
+	if b.dir, err = scratch(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rig.Remove(b.dir)) }()
+	if b.rates, err = rates(o.bandwidths); err != nil {
+		return err
+	}
+	if o.bin, err = programs(o.bin); err != nil {
+		return err
+	}
+	chosen, err := choose("variant", o.variants, variantNames())
+	if err != nil {
+		return err
+	}
+	names, err := choose("image", o.images, imageNames)
+	if err != nil {
+		return err
+	}
+	if err := b.makeImages(ctx, names); err != nil {
+		return err
+	}
+	if b.setting, err = b.fingerprint(); err != nil {
+		return err
+	}
+	r := &result.Result{
+		Name: "deploy", Command: shellCommand(), Machine: result.ThisMachine(), Targets: targets,
+		Settings: map[string]any{
+			"hdd": hddsim.HDD(), "devices": b.sizes, "drop_caches": o.dropCaches, "idle": o.idle.String(), "rounds": o.rounds,
+			"images": b.layers, "setting": b.setting,
+		},
+	}
+	if r.Versions, err = result.Versions(ctx, o.bin, "containerd", "ctr", "containerd-nhybrid-grpc"); err != nil {
+		return err
+	}
+	raw := rawRuns{}
+	if !slices.Contains(o.skip, partPull) {
+		if raw.Pulls, err = b.pulls(ctx, plan(o.rounds, names, o.bandwidths, chosen)); err != nil {
+			return err
+		}
+	}
+	if !slices.Contains(o.skip, partPrepare) {
+		if raw.Preparations, err = b.prepare(ctx, names[len(names)/2]); err != nil {
+			return err
+		}
+	}
+	if !slices.Contains(o.skip, partMetadata) {
+		if raw.Metadata, err = b.measureMetadata(ctx); err != nil {
+			return err
+		}
+	}
+	r.Machine.LoadAfter = result.Load()
+	if err := raw.fill(r, b.rates); err != nil {
+		return err
+	}
+	path, err := r.Write(o.out)
+	if err != nil {
+		return err
+	}
+	b.say("wrote %s", path)
+	return nil
+}
+
+// rawRuns is everything that the figures are made of.
+type rawRuns struct {
+	Pulls        runs                    `json:"pulls,omitempty"`
+	Preparations map[string]*preparation `json:"preparations,omitempty"`
+	Metadata     []metadata              `json:"metadata,omitempty"`
+}
+
+// fill derives figures and tables.
+func (raw rawRuns) fill(r *result.Result, bandwidth map[string]float64) error {
+	r.Runs = raw
+	raw.Pulls.figures(r.Set)
+	prepareFigures(raw.Preparations, r.Set)
+	metadataFigures(raw.Metadata, r.Set)
+	if len(raw.Pulls) == 0 {
+		return nil
+	}
+	simulated, err := raw.Pulls.simulated(bandwidth)
+	if err != nil {
+		return err
+	}
+	r.Tables = append(r.Tables, raw.Pulls.times("Seconds until the pull returned: median (range)", returned),
+		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.placed(), simulated)
+	return nil
+}
+
+// pulls does what is left of the plan and returns all runs of it.
+func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
+	log, earlier, err := result.OpenLog[run](filepath.Join(b.options.out, "deploy-raw.jsonl"))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	have := map[key]run{}
+	for _, r := range earlier {
+		if r.Setting == b.setting && !b.options.fresh {
+			have[r.key] = r
+		}
+	}
+	for i, k := range keys {
+		r, ok := have[k]
+		if !ok {
+			if r, err = b.once(ctx, k); err != nil {
+				return nil, fmt.Errorf("%s: %w", k, err)
+			}
+			if err := log.Append(r); err != nil {
+				return nil, err
+			}
+			b.say("%d/%d %s: returned %.2f s, durable %.2f s, NVM %.1f of %.1f MB, LDL %d", i+1, len(keys), k,
+				r.ReturnS, r.durable(), float64(r.NVMDataBytes)/1e6, float64(r.DataBytes)/1e6, r.LDL)
+		}
+		done = append(done, r)
+	}
+	return done, nil
+}
+
+// shellCommand is the command line of this program, as it can be typed again.
+func shellCommand() string {
+	words := []string{"go", "run", "./integration/bench"}
+	for _, a := range os.Args[1:] {
+		if strings.ContainsAny(a, " '\"\\$`*?[]{}()<>|&;#~\t\n") || a == "" {
+			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+		words = append(words, a)
+	}
+	return strings.Join(words, " ")
+}
+
+// scratch makes a directory with a short path, since sockets will stand in it, and takes down those of processes that
+// were killed.
+func scratch() (string, error) {
+	prefix := filepath.Join(os.TempDir(), "nhbench-")
+	old, err := filepath.Glob(prefix + "*")
+	if err != nil {
+		return "", err
+	}
+	for _, dir := range old {
+		pid, err := strconv.Atoi(strings.TrimPrefix(dir, prefix))
+		if err == nil && errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
+			if err := rig.Remove(dir); err != nil {
+				return "", fmt.Errorf("take down what an earlier run left: %w", err)
+			}
+		}
+	}
+	dir := prefix + strconv.Itoa(os.Getpid())
+	return dir, os.MkdirAll(dir, 0o711)
+}
+
+// fingerprint is equal for runs that may be compared: the same programs, images and devices.
+func (b *bench) fingerprint() (string, error) {
+	h := sha256.New()
+	for _, p := range []string{"containerd", "ctr", "containerd-nhybrid-grpc"} {
+		f, err := os.Open(filepath.Join(b.options.bin, p))
+		if err != nil {
+			return "", err
+		}
+		_, err = io.Copy(h, f)
+		if err = errors.Join(err, f.Close()); err != nil {
+			return "", err
+		}
+	}
+	if err := json.NewEncoder(h).Encode([]any{b.layers, b.sizes, hddsim.HDD(), b.options.dropCaches}); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil))[:16], nil
+}
+
+// programs finds the directory of the programs as the rig does, so that versions and runs are of the same ones.
+func programs(bin string) (string, error) {
+	for _, dir := range []string{bin, os.Getenv("NHYBRID_BIN")} {
+		if dir != "" {
+			return filepath.Abs(dir)
+		}
+	}
+	return filepath.Abs("bin")
+}

@@ -1,0 +1,162 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package deploy
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// counters are what the kernel counts for a block device (Documentation/block/stat.rst).
+type counters struct {
+	Reads        int64 `json:"reads"`
+	ReadBytes    int64 `json:"read_bytes"`
+	Writes       int64 `json:"writes"`
+	WrittenBytes int64 `json:"written_bytes"`
+	Flushes      int64 `json:"flushes"`
+	// BusyMS is the time in which the device had something to do.
+	BusyMS int64 `json:"busy_ms"`
+}
+
+func (c counters) minus(o counters) counters {
+	return counters{
+		c.Reads - o.Reads, c.ReadBytes - o.ReadBytes, c.Writes - o.Writes, c.WrittenBytes - o.WrittenBytes,
+		c.Flushes - o.Flushes, c.BusyMS - o.BusyMS,
+	}
+}
+
+// countersOf reads those of the device that the filesystem of a directory stands on.
+func countersOf(dir string) (counters, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return counters{}, fmt.Errorf("find device of %q: %w", dir, err)
+	}
+	path := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev))
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return counters{}, fmt.Errorf("read counters of device: %w", err)
+	}
+	var n [17]int64
+	words := strings.Fields(string(b))
+	if len(words) < len(n) {
+		return counters{}, fmt.Errorf("%s: %d fields, want %d", path, len(words), len(n))
+	}
+	for i := range n {
+		if n[i], err = strconv.ParseInt(words[i], 10, 64); err != nil {
+			return counters{}, fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	return counters{n[0], n[2] * 512, n[4], n[6] * 512, n[15], n[9]}, nil
+}
+
+// usedBytes is what is taken of the filesystem of a directory.
+func usedBytes(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, fmt.Errorf("ask for the space of %q: %w", dir, err)
+	}
+	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
+}
+
+// fileBytes adds up the sizes of the regular files below a directory, of files with several names once.
+func fileBytes(dir string) (sum int64, err error) {
+	seen := map[uint64]bool{}
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		if !seen[st.Ino] {
+			seen[st.Ino] = true
+			sum += st.Size
+		}
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	return sum, err
+}
+
+// syncFS brings what is dirty on the filesystem of a directory to its device.
+func syncFS(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync the filesystem of %q: %w", dir, err)
+	}
+	return nil
+}
+
+// dropCaches empties the page cache and the caches of inodes and names.
+func dropCaches() error {
+	unix.Sync()
+	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o644)
+}
+
+// memory is what a process occupies.
+type memory struct {
+	RSS  int64 `json:"rss_bytes"`
+	Peak int64 `json:"peak_rss_bytes"`
+}
+
+func memoryOf(pid int) (m memory, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return m, fmt.Errorf("read memory of process: %w", err)
+	}
+	for line := range bytes.Lines(b) {
+		var kib int64
+		if n, _ := fmt.Sscanf(string(line), "VmRSS: %d kB", &kib); n == 1 {
+			m.RSS = kib << 10
+		}
+		if n, _ := fmt.Sscanf(string(line), "VmHWM: %d kB", &kib); n == 1 {
+			m.Peak = kib << 10
+		}
+	}
+	if m.RSS == 0 {
+		return m, fmt.Errorf("process %d has no VmRSS", pid)
+	}
+	return m, nil
+}
+
+// clockTick is USER_HZ, 100 a second on all architectures that Go runs on.
+const clockTick = 10 * time.Millisecond
+
+// cpuOf is the processor time that a process has used, all its threads together.
+func cpuOf(pid int) (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, fmt.Errorf("read CPU time of process: %w", err)
+	}
+	// The name, in parentheses, may hold anything. utime and stime are fields 14 and 15 of proc_pid_stat(5).
+	words := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
+	if len(words) < 13 {
+		return 0, fmt.Errorf("process %d: %d fields in stat", pid, len(words))
+	}
+	var ticks int64
+	for _, w := range words[11:13] {
+		n, err := strconv.ParseInt(w, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("process %d: %w", pid, err)
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * clockTick, nil
+}

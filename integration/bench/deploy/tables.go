@@ -1,0 +1,142 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package deploy
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/nhybrid/nhybrid/integration/bench/result"
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// targets of the figures.
+var targets = []result.Target{
+	{Figure: "durable_vs_nvm", Most: 1.03, What: "durable, against everything on NVM"},
+	{Figure: "prepare_overhead_ms", Most: 2, What: "a container's Prepare and Mounts, above overlayfs"},
+	{Figure: "capture_s_100k", Most: 1, What: "capture of 100 000 files"},
+	{Figure: "peak_rss_mb_1m", Most: 1 << 30 / 1e6, What: "peak memory for 1 000 000 files"},
+	{Figure: "daemon_idle_rss_mb", Most: 40, What: "the daemon idle"},
+}
+
+// times is a table of one time of all pulls: the median and the range over the rounds.
+func (rs runs) times(title string, of func(run) float64) result.Table {
+	names := slices.DeleteFunc(variantNames(), func(v string) bool { return len(rs.pick(v, key{})) == 0 })
+	t := result.Table{Title: title, Head: append([]string{"image", "link"}, names...)}
+	for _, c := range rs.cells() {
+		row := []string{c.Image, c.Bandwidth}
+		for _, v := range names {
+			values := rs.pick(v, c).values(of)
+			if len(values) == 0 {
+				row = append(row, "-")
+				continue
+			}
+			row = append(row, fmt.Sprintf("%.2f (%.2f–%.2f)", result.Median(values), slices.Min(values), slices.Max(values)))
+		}
+		t.Rows = append(t.Rows, row)
+	}
+	return t
+}
+
+// placed shows what stood where, by image, bandwidth and variant of nhybrid.
+func (rs runs) placed() result.Table {
+	t := result.Table{
+		Title: "What stood on NVM when the pull returned",
+		Head:  []string{"image", "link", "variant", "tiers (bottom first; N NVM, H HDD) of round 1", "LDL by round", "NVM MB", "of MB", "saved", "HDD busy s of the pull"},
+	}
+	for _, c := range rs.cells() {
+		for _, v := range variants {
+			picked := rs.pick(v.Name, c)
+			if v.Policy == "" || len(picked) == 0 {
+				continue
+			}
+			tiers, ldl := "", ""
+			for _, l := range picked[0].Layers {
+				switch l.Tier {
+				case "nvm":
+					tiers += "N"
+				case "hdd":
+					tiers += "H"
+				default:
+					tiers += "?"
+				}
+			}
+			for _, r := range picked {
+				ldl += fmt.Sprintf("%d ", r.LDL)
+			}
+			mb := func(of func(run) int64) string {
+				return fmt.Sprintf("%.1f", result.Median(picked.values(func(r run) float64 { return float64(of(r)) / 1e6 })))
+			}
+			t.Rows = append(t.Rows, []string{
+				c.Image, c.Bandwidth, v.Name, tiers, ldl, mb(func(r run) int64 { return r.NVMDataBytes + r.TreeBytes }),
+				mb(func(r run) int64 { return r.DataBytes }), fmt.Sprintf("%.2f", result.Median(picked.values(saved))),
+				fmt.Sprintf("%.1f of %.1f", result.Median(picked.values(func(r run) float64 { return float64(r.HDDToReturn.BusyMS) / 1e3 })), result.Median(picked.values(returned))),
+			})
+		}
+	}
+	return t
+}
+
+// simulated sets beside the measured runs what the simulator says of the same images. Its disk writes as fast as the
+// emulated one did in the runs with everything on HDD, metadata and seeks included.
+func (rs runs) simulated(bandwidth map[string]float64) (result.Table, error) {
+	t := result.Table{
+		Title: "Measured and simulated",
+		Head:  []string{"image", "link", "variant", "NVM saved", "simulated", "durable s", "simulated"},
+	}
+	o := placement.DefaultOptions()
+	o.Unpacks = parallel
+	if rate := result.Median(rs.pick(overlayHDD, key{}).values(diskRate)); rate > 0 {
+		o.HDDWrite = rate
+	}
+	for _, c := range rs.cells() {
+		if o.Bandwidth = bandwidth[c.Bandwidth]; o.Bandwidth <= 0 {
+			continue
+		}
+		img := rs.image(c)
+		if len(img.Layers) == 0 {
+			continue
+		}
+		report, err := placement.Simulate([]placement.Image{img}, o)
+		if err != nil {
+			return t, err
+		}
+		sim := report.Images[0]
+		for _, v := range []struct{ variant, key string }{
+			{overlayHDD, "hdd"}, {overlayNVM, "nvm"}, {lass, "sequential"}, {drain, "drain"},
+			{overlayNVMParallel, "nvm_parallel"}, {lassParallel, "parallel"}, {drainParallel, "drain_parallel"},
+		} {
+			picked := rs.pick(v.variant, c)
+			if len(picked) == 0 {
+				continue
+			}
+			t.Rows = append(t.Rows, []string{
+				c.Image, c.Bandwidth, v.variant, fmt.Sprintf("%.2f", result.Median(picked.values(saved))),
+				fmt.Sprintf("%.2f", sim.NVMSavedStored[v.key]),
+				fmt.Sprintf("%.2f", result.Median(picked.values(durable))), fmt.Sprintf("%.2f", sim.TTotal[v.key]),
+			})
+		}
+	}
+	t.Title += fmt.Sprintf(" (HDD %s, NVM %s, unpacking %s)", placement.FormatRate(o.HDDWrite), placement.FormatRate(o.NVMWrite), placement.FormatRate(o.Unpack))
+	return t, nil
+}
+
+// diskRate is at what rate a disk took what it was given, all in all.
+func diskRate(r run) float64 {
+	return float64(r.HDDToDurable.WrittenBytes) / (float64(r.HDDToDurable.BusyMS) / 1e3)
+}
+
+// image is a row of the simulator's table, from a run in which the daemon told the sizes of the layers.
+func (rs runs) image(c key) placement.Image {
+	img := placement.Image{Name: c.Image}
+	for _, r := range rs {
+		if r.cell() == c && len(r.Layers) > 0 && r.Layers[0].Tier != "" {
+			for _, l := range r.Layers {
+				img.Layers = append(img.Layers, placement.ImageLayer{Digest: l.Digest, Compressed: l.Compressed, Uncompressed: l.Data})
+			}
+			break
+		}
+	}
+	return img
+}
