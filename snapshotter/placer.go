@@ -58,6 +58,8 @@ type placer struct {
 	pulls  map[string]*pulling // by namespace and manifest
 	active map[string]*extract // by snapshot id
 
+	contentOnHDD bool // containerd's blobs share the disk of the HDD tier
+
 	decisions *prometheus.CounterVec
 	swings    prometheus.Counter
 }
@@ -154,8 +156,10 @@ func (p *placer) plan(ctx context.Context, ns, chainID, parent string, labels ma
 		return e
 	}
 	layers, err := p.s.config.Downloads.Progress(ctx, pl.img)
+	onHDD := p.askContentRoot()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.contentOnHDD = onHDD
 	if err == nil {
 		pl.saw(layers)
 	} else {
@@ -231,7 +235,7 @@ func (pl *pulling) saw(layers []placement.Layer) {
 func (p *placer) input(pl *pulling, i int) placement.Input {
 	in := placement.Input{
 		Index: i, Layers: slices.Clone(pl.layers), Concurrency: concurrency, Sequential: !pl.parallel,
-		Bandwidth: pl.bandwidth.Rate(), ContentOnHDD: p.contentOnHDD(),
+		Bandwidth: pl.bandwidth.Rate(), ContentOnHDD: p.contentOnHDD,
 	}
 	in.HDDRate, in.UnpackRate = p.s.rates.get()
 	if p.s.config.HDDRate > 0 {
@@ -345,8 +349,9 @@ func (p *placer) storing() bool {
 	return false
 }
 
-// contentOnHDD tells whether containerd keeps its blobs on the disk of the HDD tier.
-func (p *placer) contentOnHDD() bool {
+// askContentRoot finds out whether containerd keeps its blobs on the disk of
+// the HDD tier. It may ask containerd, so it is not called with p.mu held.
+func (p *placer) askContentRoot() bool {
 	c, ok := p.s.config.Downloads.(ContentPlace)
 	return ok && p.s.tiers.OnDevice(placement.HDD, c.ContentRoot())
 }
