@@ -79,6 +79,7 @@ func (a *app) eventLine(e *control.Event) error {
 	if e.GetType() == "progress" {
 		return nil
 	}
+	told := false // the daemon's message on a decision is its reason
 	line := fmt.Sprintf("%s %s %s", e.GetTime().AsTime().Format(time.RFC3339), e.GetType(), pullName(e))
 	if e.GetType() == "pull" {
 		var size int64
@@ -91,10 +92,11 @@ func (a *app) eventLine(e *control.Event) error {
 			line += fmt.Sprintf(": layer %d to %s", l.GetIndex(), strings.ToUpper(orDash(l.GetTier())))
 			if l.GetDecision() != nil {
 				line += ", " + l.GetDecision().Cause()
+				told = told || l.GetDecision().GetReason() == e.GetMessage()
 			}
 		}
 	}
-	if e.GetMessage() != "" {
+	if e.GetMessage() != "" && !told {
 		line += ": " + oneLine(e.GetMessage())
 	}
 	_, err := fmt.Fprintln(a.out, line)
