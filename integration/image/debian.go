@@ -128,7 +128,8 @@ func extract(ctx context.Context, debs, tree string, packages []string) error {
 	if err := os.MkdirAll(debs, 0o755); err != nil {
 		return err
 	}
-	script := `cd "$1"; shift; exec apt-get -qq -o APT::Sandbox::User=root download "$@"`
+	// What the host has installed, perhaps from elsewhere, must not decide about the version.
+	script := `cd "$1"; shift; exec apt-get -qq -o APT::Sandbox::User=root -o Dir::State::status=/dev/null download "$@"`
 	fetch := append([]string{"-euc", script, "sh", debs}, packages...)
 	if err := run(ctx, nil, "sh", fetch...); err != nil {
 		if updateErr := run(ctx, nil, "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300", "update"); updateErr != nil {
