@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nhybrid/nhybrid/integration/rig"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
@@ -30,6 +32,9 @@ const (
 // demo runs the whole show. It takes down what it has set up, however it ends.
 func demo(ctx context.Context, o options) (err error) {
 	began := time.Now()
+	if o.held {
+		unix.CloseOnExec(readyFD) // else every process that is started keeps it open
+	}
 	p, err := openPlace(o.name)
 	if errors.Is(err, errBusy) {
 		return fmt.Errorf("one runs already from this directory (process %d); take it down with: make demo-clean", p.note.Pid)
@@ -196,7 +201,9 @@ func pull(ctx context.Context, r *rig.Rig) error {
 	return pullErr
 }
 
-func say(format string, args ...any) { fmt.Printf("\n== "+format+"\n", args...) }
+func say(format string, args ...any) { line("\n== "+format, args...) }
+
+func line(format string, args ...any) { fmt.Printf(format+"\n", args...) }
 
 func must[T any](v T, _ error) T { return v } // of what was checked before
 

@@ -4,10 +4,10 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"syscall"
@@ -46,8 +46,8 @@ func holdInBackground(ctx context.Context) error {
 	}
 	done := make(chan bool, 1)
 	go func() {
-		b, _ := io.ReadAll(ready) // ends when the other side does
-		done <- len(b) > 0
+		line, _ := bufio.NewReader(ready).ReadString('\n') // or the end, which comes with that of the other side
+		done <- line != ""
 	}()
 	for {
 		select {

@@ -139,23 +139,25 @@ func placements(path, image string) ([]event, error) {
 	return out, nil
 }
 
-// printEvents shows when the daemon changed its mind: what makes a layer's place observed rather than guessed.
+// printEvents shows what the log has of the layers whose place was changed after containerd had got it: a place is
+// observed, not guessed.
 func (rep *report) printEvents() {
-	say("From the daemon's log: where each layer was to go, and when that changed")
-	if len(rep.Events) == 0 {
-		fmt.Println("(nothing)")
-		return
-	}
-	swings := 0
-	first := rep.Events[0].Time
+	say("Swings in the daemon's log: changes of a layer's tier between Prepare and the start of its storing")
+	swung := map[int]bool{}
 	for _, e := range rep.Events {
-		fmt.Printf("%+7.2f s  layer %d %-8s %s  %s\n", e.Time.Sub(first).Seconds(), e.Layer, strings.TrimPrefix(e.Msg, "layer "),
-			strings.ToUpper(e.Tier), cause(e))
-		if e.Msg == "layer swung" {
-			swings++
+		swung[e.Layer] = swung[e.Layer] || e.Msg == "layer swung"
+	}
+	shown := false
+	for _, e := range rep.Events {
+		if swung[e.Layer] {
+			shown = true
+			fmt.Printf("%6.2f s  layer %d %-8s %s  %s\n", e.Time.Sub(rep.Events[0].Time).Seconds(), e.Layer,
+				strings.TrimPrefix(e.Msg, "layer "), strings.ToUpper(e.Tier), cause(e))
 		}
 	}
-	fmt.Printf("%d of these are swings: changes of a layer's tier after containerd had its directory.\n", swings)
+	if !shown {
+		fmt.Println("None: what was so at Prepare was still so when storing began.")
+	}
 }
 
 func cause(e event) string {
