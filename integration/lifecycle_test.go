@@ -119,10 +119,7 @@ func TestDaemonRestartsUnderContainers(t *testing.T) {
 		require.Error(t, r.Pull(ctx, "app:1", "--snapshotter", "nhybrid"), "without the daemon there are no pulls")
 		require.NoError(t, r.Daemon.Start(ctx))
 		require.Equal(t, "2500", execute(t, r, "s", "sh", "-c", fmt.Sprintf("wc -c </data/2/%d", 4+i)), signal)
-		await(t, func(ctx context.Context) error { // containerd's client waits before it dials again
-			_, err := r.Ctr(ctx, "snapshots", "ls")
-			return err
-		})
+		await(t, reachable(r))
 		out, err := r.RunContainer(ctx, "app:1", "c"+signal, "cat", "/data/shared")
 		require.NoError(t, err, signal)
 		require.Equal(t, "2", out)

@@ -8,6 +8,7 @@ package integration
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -111,4 +112,24 @@ func mountedAt(t *testing.T, mounts []mount.Mount) string {
 
 func inNamespace(ctx context.Context, ns string) context.Context {
 	return namespaces.WithNamespace(ctx, ns)
+}
+
+func withLabels(labels map[string]string) snapshots.Opt { return snapshots.WithLabels(labels) }
+
+// run runs a command in a container of its own.
+func run(t *testing.T, r *rig.Rig, name string, command ...string) string {
+	t.Helper()
+	out, err := r.RunContainer(soon(t), name, fmt.Sprintf("run%d", containers.Add(1)), command...)
+	require.NoError(t, err)
+	return out
+}
+
+var containers atomic.Int64
+
+// reachable is satisfied when containerd reaches the daemon. Its client waits before it dials again.
+func reachable(r *rig.Rig) func(context.Context) error {
+	return func(ctx context.Context) error {
+		_, err := r.Ctr(ctx, "snapshots", "ls")
+		return err
+	}
 }

@@ -102,7 +102,15 @@ func openDatabase(ctx context.Context, nvm string) (*database, error) {
 }
 
 func (d *database) checkSchema(ctx context.Context) error {
-	err := d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+	// The file is opened by its first transaction.
+	err := d.view(ctx, func(context.Context, *bolt.Tx) error { return nil })
+	if errors.Is(err, bolterrors.ErrTimeout) {
+		return fmt.Errorf("open database %q: another process holds it; is a second daemon running on this root? %w", d.path, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return fmt.Errorf("open database %q: %w; move it away, and the copy on the HDD root takes its place: %w", d.path, err, errdefs.ErrDataLoss)
+	}
+	err = d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
 		own := tx.Bucket(bucketOwn)
 		if own == nil {
 			return nil
@@ -118,9 +126,6 @@ func (d *database) checkSchema(ctx context.Context) error {
 		return nil
 	})
 	if err != nil {
-		if errors.Is(err, bolterrors.ErrTimeout) {
-			return fmt.Errorf("open database %q: another process holds it; is a second daemon running on this root? %w", d.path, errdefs.ErrFailedPrecondition)
-		}
 		return err
 	}
 	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {

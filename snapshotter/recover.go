@@ -53,9 +53,13 @@ func (s *Snapshotter) probe(ctx context.Context) (f host.Features, err error) {
 }
 
 // restoreDatabase puts the copy of the database into an NVM root that has none.
+// An empty file is none too: bolt would begin a new database in it, and all
+// layers would be garbage.
 func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
 	path, saved := filepath.Join(s.tiers.Root(placement.NVM), databaseFile), s.path(databaseFile)
-	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+	if st, err := os.Lstat(path); err == nil && st.Size() > 0 {
+		return nil
+	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	in, err := os.Open(saved)

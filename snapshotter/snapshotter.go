@@ -129,6 +129,9 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create %q: %w", dir, err)
 		}
+		if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
+			return nil, fmt.Errorf("%q is not a directory; remove it or choose another root: %w", dir, errdefs.ErrFailedPrecondition)
+		}
 	}
 	if s.features, err = s.probe(ctx); err != nil {
 		return nil, err
