@@ -59,7 +59,7 @@ func (b *bench) prepare(ctx context.Context, imageOf string) (_ map[string]*prep
 	if err != nil {
 		return nil, err
 	}
-	defer w.close()
+	defer func() { err = errors.Join(err, w.close()) }()
 	if err := w.await(ctx, settled); err != nil {
 		return nil, err
 	}

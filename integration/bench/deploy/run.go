@@ -109,7 +109,7 @@ func (b *bench) once(ctx context.Context, k key) (r run, err error) {
 	if err := b.measure(ctx, g, s, &r); err != nil {
 		return r, err
 	}
-	if err := r.describe(ctx, g, s, v, img); err != nil {
+	if err := r.describe(ctx, g, s, v); err != nil {
 		return r, err
 	}
 	if v.Policy != "" && k.Round <= b.options.afterRounds {
@@ -146,7 +146,7 @@ func overlayConfig(root string) string {
 }
 
 // measure pulls the image.
-func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) error {
+func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err error) {
 	nvmBefore, err := usedBytes(s.nvm.Mountpoint())
 	if err != nil {
 		return err
@@ -168,7 +168,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) error
 		if daemon, err = newWatcher(g); err != nil {
 			return err
 		}
-		defer daemon.close()
+		defer func() { err = errors.Join(err, daemon.close()) }()
 	}
 	pull, err := g.Command(ctx, "ctr", "images", "pull", "--plain-http", g.Ref(imageName))
 	if err != nil {
@@ -267,13 +267,12 @@ func (r *run) arrivals(layers []v1.Descriptor, g *rig.Rig, seen int, start time.
 }
 
 // describe finds out what stands where, after the clock has stopped.
-func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant, img v1.Image) error {
+func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant) (err error) {
 	if v.Policy == "" {
 		on := s.hdd.Mountpoint()
 		if v.NVM {
 			on = s.nvm.Mountpoint()
 		}
-		var err error
 		if r.DataBytes, err = fileBytes(filepath.Join(on, "overlayfs", "snapshots")); err != nil {
 			return err
 		}
@@ -286,7 +285,7 @@ func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant, img
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer func() { err = errors.Join(err, done()) }()
 	answer, err := client.Inspect(ctx, &control.InspectRequest{Ref: g.Ref(imageName), Namespace: g.Namespace})
 	if err != nil {
 		return fmt.Errorf("inspect image: %w", err)
@@ -306,7 +305,7 @@ func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant, img
 }
 
 // afterwards measures what the daemon does and keeps when nobody wants anything of it.
-func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) error {
+func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) (err error) {
 	after, err := memoryOf(g.Daemon.Pid())
 	if err != nil {
 		return err
@@ -349,7 +348,7 @@ func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) error {
 	if err != nil {
 		return err
 	}
-	defer w.close()
+	defer func() { err = errors.Join(err, w.close()) }()
 	if err := w.awaitHome(ctx, g.Namespace); err != nil {
 		return err
 	}

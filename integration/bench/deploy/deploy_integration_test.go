@@ -1,0 +1,107 @@
+//go:build integration
+
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/integration/bench/result"
+)
+
+// repositoryBin is bin/ as seen from this package's directory.
+const repositoryBin = "../../../bin"
+
+func execute(ctx context.Context, log io.Writer, args ...string) error {
+	c := Command()
+	c.SetArgs(append([]string{"--size=small", "--drop-caches=false", "--bin=" + repositoryBin, "--idle=100ms"}, args...))
+	c.SetErr(log)
+	c.SilenceUsage, c.SilenceErrors = true, true
+	return c.ExecuteContext(ctx)
+}
+
+// checkGone fails the test where this process has left a mount or its scratch directory.
+func checkGone(t *testing.T) {
+	t.Helper()
+	dir := filepath.Join(os.TempDir(), "nhbench-"+strconv.Itoa(os.Getpid()))
+	require.NoDirExists(t, dir)
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
+	require.NoError(t, err)
+	require.Empty(t, mounts)
+}
+
+// Not parallel with the next: both have the scratch directory of this process.
+func TestDeploySmall(t *testing.T) {
+	out := t.TempDir()
+	args := []string{
+		"--out=" + out, "--rounds=1", "--images=middle", "--bandwidths=1Gbit", "--repetitions=3", "--capture-files=1000",
+		"--variants=" + strings.Join([]string{overlayHDD, overlayNVM, lass, overlayNVMParallel, lassParallel, drain}, ","),
+	}
+	var log bytes.Buffer
+	require.NoError(t, execute(t.Context(), io.MultiWriter(&log, t.Output()), args...))
+	checkGone(t)
+	r, err := result.Read(filepath.Join(out, "deploy.json"))
+	require.NoError(t, err)
+	for _, figure := range []string{
+		"durable_vs_nvm", "durable_vs_hdd", "nvm_saved_sequential", "nvm_saved_parallel", "nvm_saved_drain",
+		"prepare_overhead_ms", "capture_s_1k", "tree_bytes_per_file_1k", "daemon_idle_rss_mb", "durable_vs_nvm.middle.1Gbit",
+	} {
+		require.Contains(t, r.Figures, figure)
+	}
+	for _, figure := range []string{"durable_vs_nvm", "durable_vs_hdd", "daemon_idle_rss_mb", "capture_s_1k"} {
+		require.Positive(t, r.Figures[figure], figure)
+	}
+	require.Less(t, r.Figures["nvm_saved_sequential"], 1.0)
+	var text strings.Builder
+	require.NoError(t, r.Markdown(&text))
+	require.Contains(t, text.String(), "| middle | 1Gbit | lass |")
+
+	// The runs are there: nothing is pulled again.
+	require.Equal(t, 6, strings.Count(log.String(), "returned"))
+	log.Reset()
+	require.NoError(t, execute(t.Context(), &log, append(args, "--skip=prepare,metadata")...))
+	require.NotContains(t, log.String(), "returned")
+	again, err := result.Read(filepath.Join(out, "deploy.json"))
+	require.NoError(t, err)
+	require.Equal(t, r.Figures["durable_vs_nvm"], again.Figures["durable_vs_nvm"])
+}
+
+// cancelOn cancels when a text is written.
+type cancelOn struct {
+	text   string
+	cancel context.CancelFunc
+}
+
+func (c cancelOn) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte(c.text)) {
+		c.cancel()
+	}
+	return len(p), nil
+}
+
+func TestInterruptedMeasurementLeavesItsRunsAndNothingElse(t *testing.T) {
+	out := t.TempDir()
+	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--bandwidths=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata"}
+	ctx, cancel := context.WithCancel(t.Context())
+	require.Error(t, execute(ctx, cancelOn{"1/2", cancel}, args...))
+	checkGone(t)
+	require.NoFileExists(t, filepath.Join(out, "deploy.json"))
+
+	var log bytes.Buffer
+	require.NoError(t, execute(t.Context(), &log, args...))
+	checkGone(t)
+	require.NotContains(t, log.String(), "1/2")
+	require.Contains(t, log.String(), "2/2")
+}
