@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -114,26 +113,24 @@ func (g *guest) durable(ctx context.Context) error {
 	})
 }
 
-// tiersEmpty waits until no data, staging directory, tree or capture is left on either tier.
+// tiersEmpty waits until no data, staging directory, tree or capture is left on either tier, and no link or mount beside them.
 func (g *guest) tiersEmpty(ctx context.Context) error {
 	return poll(ctx, func() error {
-		for _, root := range []string{nvm, hdd} {
-			for _, sub := range []string{"d", "s", "t", "l", "m", "i"} {
-				dir := filepath.Join(root, "nhybrid", sub)
-				entries, err := os.ReadDir(dir)
-				if err != nil && !errors.Is(err, fs.ErrNotExist) {
-					return err
-				}
-				if len(entries) > 0 {
-					var names []string
-					for _, e := range entries {
-						names = append(names, e.Name())
-					}
-					return fmt.Errorf("%s still holds %s", dir, strings.Join(names, " "))
-				}
+		for _, dir := range []string{nvm + "/nhybrid", hdd + "/nhybrid", "/run/nhybrid/state/*"} {
+			// What may stay are the databases and the store's name.
+			left, err := filepath.Glob(filepath.Join(dir, "?", "*"))
+			if err != nil {
+				return err
+			}
+			if len(left) > 0 {
+				return fmt.Errorf("still there: %s", strings.Join(left, " "))
 			}
 		}
-		return nil
+		mounts, err := mountsBelow("/run/nhybrid")
+		if err == nil && len(mounts) > 0 {
+			err = fmt.Errorf("still mounted: %s", strings.Join(mounts, " "))
+		}
+		return err
 	})
 }
 
