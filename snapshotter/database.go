@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
 const (
@@ -169,26 +170,13 @@ func (d *database) update(ctx context.Context, fn func(context.Context, *bolt.Tx
 // copyTo writes a consistent copy of the database to path, synced and renamed
 // into place, while the daemon goes on.
 func (d *database) copyTo(ctx context.Context, path string) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return fmt.Errorf("copy database: %w", err)
-	}
-	err = d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
-		_, err := tx.WriteTo(f)
-		return err
+	err := tier.WriteFile(path, func(f *os.File) error {
+		return d.view(ctx, func(_ context.Context, tx *bolt.Tx) error {
+			_, err := tx.WriteTo(f)
+			return err
+		})
 	})
-	if err == nil {
-		err = f.Sync()
-	}
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
 	if err != nil {
-		os.Remove(tmp)
 		return fmt.Errorf("copy database to %q: %w", path, err)
 	}
 	return nil

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/tree"
 )
 
@@ -296,26 +297,14 @@ func (s *Snapshotter) treeImage(ctx context.Context, id, name string) (string, e
 	return "", err
 }
 
-// writeTree writes and syncs the image before it gets its name, so that what
-// is found under the name after a crash is whole.
+// writeTree makes the image of a tree; what is found under its name after a
+// crash is whole.
 func writeTree(ctx context.Context, c tree.Chain, path string) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
+	err := tier.WriteFile(path, func(f *os.File) error {
+		_, err := tree.Write(ctx, c, f)
+		return err
+	})
 	if err != nil {
-		return fmt.Errorf("create tree: %w", err)
-	}
-	_, err = tree.Write(ctx, c, f)
-	if err == nil {
-		err = f.Sync()
-	}
-	if err2 := f.Close(); err == nil {
-		err = err2
-	}
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		os.Remove(tmp)
 		return fmt.Errorf("write tree %q: %w", path, err)
 	}
 	return nil

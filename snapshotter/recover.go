@@ -71,21 +71,11 @@ func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
 	}
 	defer in.Close()
 	log.G(ctx).Warnf("NVM root %q holds no database: it was lost or replaced; restoring from the copy %q", s.tiers.Root(placement.NVM), saved)
-	tmp := path + ".tmp"
-	out, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	err = tier.WriteFile(path, func(out *os.File) error {
+		_, err := io.Copy(out, in)
+		return err
+	})
 	if err != nil {
-		return fmt.Errorf("restore database: %w", err)
-	}
-	_, err = io.Copy(out, in)
-	if err == nil {
-		err = out.Sync()
-	}
-	err = errors.Join(err, out.Close())
-	if err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		os.Remove(tmp)
 		return fmt.Errorf("restore database: %w", err)
 	}
 	return nil
@@ -229,16 +219,20 @@ func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool) error {
 			return fmt.Errorf("list %q: %w", dir, err)
 		}
 		for _, e := range entries {
-			found[strings.TrimSuffix(strings.TrimSuffix(e.Name(), ".tmp"), ".erofs")] = true
+			// What an interrupted run left half-written has a name that begins with a dot.
+			if strings.HasPrefix(e.Name(), ".") {
+				os.Remove(filepath.Join(dir, e.Name()))
+				continue
+			}
+			found[strings.TrimSuffix(e.Name(), ".erofs")] = true
 		}
 	}
-	for name := range found {
-		id := strings.TrimSuffix(strings.TrimPrefix(name, "."), ".home")
+	for id := range found {
 		if known[id] {
 			continue
 		}
 		if _, err := strconv.ParseUint(id, 10, 64); err != nil {
-			log.G(ctx).Warnf("%q in the store is not nhybrid's; it is left alone", name)
+			log.G(ctx).Warnf("%q in the store is not nhybrid's; it is left alone", id)
 			continue
 		}
 		s.jobs.add("remove "+id, s.removal(id))

@@ -67,7 +67,7 @@ func (s *Store) Promote(ctx context.Context, redirect string, pace func(int) err
 	if err := s.makeParents(redirect); err != nil {
 		return 0, fmt.Errorf("promote %q: %w", redirect, err)
 	}
-	tmp, err := os.CreateTemp(filepath.Join(s.roots[placement.NVM], "s"), "up-")
+	tmp, err := os.CreateTemp(filepath.Join(s.roots[placement.NVM], "s"), ".up-")
 	if err != nil {
 		return 0, fmt.Errorf("promote %q: %w", redirect, err)
 	}

@@ -196,7 +196,10 @@ func (s *Store) Remove(id string) error {
 	return err
 }
 
-// IDs lists the ids of all snapshots of which something stands on a tier.
+// IDs lists the ids of all snapshots of which something stands on a tier, and
+// whatever else has a name there. Half-made files of an interrupted run, whose
+// names begin with a dot, are deleted on the way: only the daemon that owns the
+// store may call this, before it moves anything.
 func (s *Store) IDs() (map[string]bool, error) {
 	ids := map[string]bool{}
 	for _, dir := range []string{
@@ -209,6 +212,10 @@ func (s *Store) IDs() (map[string]bool, error) {
 			return nil, fmt.Errorf("list %q: %w", dir, err)
 		}
 		for _, n := range names {
+			if n[0] == '.' {
+				os.Remove(filepath.Join(dir, n))
+				continue
+			}
 			ids[n] = true
 		}
 	}

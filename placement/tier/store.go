@@ -178,7 +178,11 @@ func (s *Store) pair() error {
 	s.id = h
 	for _, t := range [...]placement.Tier{placement.HDD, placement.NVM} {
 		if ids[t] == "" {
-			if err := writeSynced(filepath.Join(s.roots[t], storeIDFile), []byte(h+"\n")); err != nil {
+			err := WriteFile(filepath.Join(s.roots[t], storeIDFile), func(f *os.File) error {
+				_, err := f.WriteString(h + "\n")
+				return err
+			})
+			if err != nil {
 				return fmt.Errorf("write the store id of the %s root: %w", t, err)
 			}
 		}
@@ -257,8 +261,10 @@ func within(dir, parent string) bool {
 	return dir == parent || strings.HasPrefix(dir, strings.TrimSuffix(parent, "/")+"/")
 }
 
-func writeSynced(path string, data []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-")
+// WriteFile makes a file that has its name only when it is whole and synced:
+// fill writes it under another one. What stood there before is replaced.
+func WriteFile(path string, fill func(*os.File) error) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*.tmp")
 	if err != nil {
 		return err
 	}
@@ -267,7 +273,7 @@ func writeSynced(path string, data []byte) (err error) {
 			os.Remove(f.Name())
 		}
 	}()
-	if _, err = f.Write(data); err == nil {
+	if err = fill(f); err == nil {
 		err = f.Sync()
 	}
 	if err2 := f.Close(); err == nil {

@@ -31,7 +31,7 @@ func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) 
 	from, to := s.Data(placement.NVM, id), s.Data(placement.HDD, id)
 	type inode struct{ dev, ino uint64 }
 	links := map[inode]string{}
-	tmp := filepath.Join(s.roots[placement.HDD], "s", id+".home")
+	tmp := filepath.Join(s.roots[placement.HDD], "s", "."+id+".home")
 	defer os.Remove(tmp)
 	err = filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
 		if err == nil {
