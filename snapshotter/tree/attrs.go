@@ -14,12 +14,12 @@ import (
 )
 
 func statInode(st *unix.Stat_t) inode {
-	i := inode{mode: st.Mode, uid: st.Uid, gid: st.Gid, sec: int64(st.Mtim.Sec), nsec: uint32(st.Mtim.Nsec)}
+	i := inode{mode: st.Mode, uid: st.Uid, gid: st.Gid, sec: st.Mtim.Sec, nsec: uint32(st.Mtim.Nsec)}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		i.size = uint64(st.Size)
 	case unix.S_IFCHR, unix.S_IFBLK:
-		i.rdev = uint64(st.Rdev)
+		i.rdev = st.Rdev
 	}
 	return i
 }

@@ -44,7 +44,9 @@ func (s *synth) bytes(id string) []byte {
 	b.Write(head)
 	h := sha256.New()
 	h.Write(head)
-	writeTrailer(&b, &Stats{Entries: s.count}, h)
+	if err := writeTrailer(&b, &Stats{Entries: s.count}, h); err != nil {
+		panic(err) // a bytes.Buffer takes all
+	}
 	return b.Bytes()
 }
 

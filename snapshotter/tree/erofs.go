@@ -228,7 +228,7 @@ func superChecksum(block []byte) uint32 {
 // imageUUID follows from the captures, so that the same chain gives the same image.
 func imageUUID(layers []*layer) (uuid [16]byte) {
 	h := sha256.New()
-	io.WriteString(h, volumeName)
+	h.Write([]byte(volumeName))
 	for _, l := range layers {
 		h.Write(l.sum[:])
 	}

@@ -36,7 +36,7 @@ func (l *limited) Write(p []byte) (int, error) {
 func FuzzCapture(f *testing.F) {
 	g := &gen{Rand: newRand(3), t: f, below: map[string]bool{}}
 	if os.Getuid() == 0 {
-		for range 40 { // three layers each
+		for range 12 { // three layers each
 			var data []byte
 			var ends [3]uint16
 			for i := range ends {

@@ -167,7 +167,7 @@ func mountTree(t testing.TB, image string) string {
 func unmount(t testing.TB, dir string) {
 	if err := unix.Unmount(dir, 0); err != nil {
 		t.Errorf("unmount %s: %v", dir, err)
-		unix.Unmount(dir, unix.MNT_DETACH)
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
 	}
 }
 

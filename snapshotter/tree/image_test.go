@@ -100,7 +100,8 @@ func TestLargeDirectory(t *testing.T) {
 // TestManyFiles: a layer of 20 000 files on disk.
 func TestManyFiles(t *testing.T) {
 	requireRoot(t)
-	dir := t.TempDir()
+	mem := tmpfs(t)
+	dir := filepath.Join(mem, "layer")
 	for i := range 20000 {
 		if i%40 == 0 {
 			must(t, os.MkdirAll(filepath.Join(dir, fmt.Sprintf("a%d/b%d", i/4000, i/40)), 0o755))
@@ -108,7 +109,11 @@ func TestManyFiles(t *testing.T) {
 		name := filepath.Join(dir, fmt.Sprintf("a%d/b%d/file-%d", i/4000, i/40, i))
 		must(t, os.WriteFile(name, []byte{byte(i)}, os.FileMode(i%0o1000)))
 	}
-	s := newStack(t, func() bool { return len(dir)%2 == 0 })
+	i := 0
+	s := newStack(t, func() bool { i++; return i%2 == 0 })
+	s.roots = roots{filepath.Join(mem, "nvm"), filepath.Join(mem, "hdd")}
+	must(t, os.Mkdir(s.roots.nvm, 0o755))
+	must(t, os.Mkdir(s.roots.hdd, 0o755))
 	s.add(dir)
 	same(t, "20000 files", list(t, dir), s.view())
 }

@@ -235,7 +235,9 @@ func writeTrailer(w io.Writer, s *Stats, h interface {
 	for _, f := range s.fields() {
 		b = binary.LittleEndian.AppendUint64(b, uint64(*f))
 	}
-	h.Write(b)
+	if _, err := h.Write(b); err != nil {
+		return err
+	}
 	_, err := w.Write(h.Sum(b))
 	return err
 }

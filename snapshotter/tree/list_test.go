@@ -51,7 +51,7 @@ func listLinks(t testing.TB, root string) (_ map[string]file, wrong []string) {
 	files := map[string]file{}
 	type id struct{ dev, ino uint64 }
 	names := map[id][]string{}
-	nlinks := map[id]uint64{}
+	nlinks := map[id]int{}
 	var visit func(rel string)
 	visit = func(rel string) {
 		path := root + rel
@@ -87,13 +87,13 @@ func listLinks(t testing.TB, root string) (_ map[string]file, wrong []string) {
 		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 			k := id{st.Dev, st.Ino}
 			names[k] = append(names[k], rel)
-			nlinks[k] = uint64(st.Nlink)
+			nlinks[k] = int(st.Nlink)
 		}
 		files[rel] = f
 	}
 	visit("")
 	for k, group := range names {
-		if nlinks[k] != uint64(len(group)) {
+		if nlinks[k] != len(group) {
 			wrong = append(wrong, fmt.Sprintf("%d for %q", nlinks[k], group))
 		}
 		if len(group) > 1 {

@@ -155,7 +155,7 @@ func (c *capture) merged(d *dir, lower *lowerEntry) {
 		}
 	}
 	each(d, func(rec *record, raw []byte, cut *cut) {
-		name := ""
+		var name string
 		if rec != nil {
 			name = string(rec.name)
 		} else {

@@ -22,7 +22,7 @@ import (
 
 var (
 	seedFlag   = flag.Uint64("seed", 0, "seed of the property tests, 0 for a new one")
-	roundsFlag = flag.Int("rounds", 25, "rounds of the property tests")
+	roundsFlag = flag.Int("rounds", 10, "rounds of the property tests")
 )
 
 // gen makes random layers on disk.

@@ -14,7 +14,7 @@ package tree
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"iter"
 
 	"golang.org/x/sys/unix"
@@ -66,7 +66,7 @@ type Entry struct {
 // directory comes before what is in it. An error ends the iteration.
 func (c Chain) Entries(ctx context.Context) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
-		if err := c.entries(ctx, yield); err != nil && err != errStop {
+		if err := c.entries(ctx, yield); err != nil && !errors.Is(err, errStop) {
 			yield(Entry{}, err)
 		}
 	}
@@ -112,7 +112,7 @@ func (c Chain) entries(ctx context.Context, yield func(Entry, error) bool) error
 	}})
 }
 
-var errStop = fmt.Errorf("iteration stopped")
+var errStop = errors.New("iteration stopped")
 
 func isDir(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFDIR }
 func isReg(mode uint32) bool { return mode&unix.S_IFMT == unix.S_IFREG }

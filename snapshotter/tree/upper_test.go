@@ -126,7 +126,7 @@ func TestUpperTrial(t *testing.T) {
 	}
 
 	// Without its parent such a layer cannot be understood.
-	for _, parent := range []Chain{nil, {func() string { f, _ := captureTo(t, t.TempDir(), "9", nil); return f }()}} {
+	for _, parent := range []Chain{nil, {new(synth).root().file(t, "9")}} {
 		var sink strings.Builder
 		if _, err := Capture(t.Context(), upper, "12", parent, &sink); !errdefs.IsFailedPrecondition(err) {
 			t.Errorf("capture over %d foreign layers: %v", len(parent), err)
@@ -213,22 +213,22 @@ func (g *gen) operate(root string) {
 	switch g.IntN(14) {
 	case 0, 1:
 		if fi.Mode()&os.ModeSymlink == 0 {
-			os.Chmod(p, os.FileMode(g.IntN(0o1000)))
+			_ = os.Chmod(p, os.FileMode(g.IntN(0o1000)))
 		}
 	case 2:
-		os.Lchown(p, g.IntN(70000), g.IntN(70000))
+		_ = os.Lchown(p, g.IntN(70000), g.IntN(70000))
 	case 3, 4, 5:
-		os.Rename(p, fresh)
+		_ = os.Rename(p, fresh)
 	case 6:
-		os.Rename(p, paths[g.IntN(len(paths))])
+		_ = os.Rename(p, paths[g.IntN(len(paths))])
 	case 7:
 		d := dirs[g.IntN(len(dirs))]
 		if d != root {
-			os.Rename(d, fresh)
+			_ = os.Rename(d, fresh)
 		}
 	case 8:
 		if !fi.IsDir() {
-			os.Link(p, fresh)
+			_ = os.Link(p, fresh)
 		}
 	case 9:
 		os.Remove(p)
@@ -237,25 +237,25 @@ func (g *gen) operate(root string) {
 			os.RemoveAll(p)
 		}
 	case 11:
-		os.Mkdir(fresh, 0o755)
+		_ = os.Mkdir(fresh, 0o755)
 	case 12:
 		if fi.Mode().IsRegular() {
 			if f, err := os.OpenFile(p, os.O_WRONLY|os.O_APPEND, 0); err == nil {
-				f.WriteString("more")
+				_, _ = f.WriteString("more")
 				f.Close()
 			}
 		} else {
 			create(fresh)
 		}
 	case 13:
-		unix.Lsetxattr(p, "trusted.set", []byte{byte(g.IntN(256))}, 0)
+		_ = unix.Lsetxattr(p, "trusted.set", []byte{byte(g.IntN(256))}, 0)
 	}
 }
 
 // create makes a new file. It opens nothing that exists: that could be a FIFO, and wait for ever.
 func create(path string) {
 	if f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644); err == nil {
-		f.WriteString(path)
+		_, _ = f.WriteString(path)
 		f.Close()
 	}
 }

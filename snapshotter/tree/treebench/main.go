@@ -58,7 +58,9 @@ func run(files int, dir string, keep bool) error {
 	}
 	// What making the files took is not what is measured.
 	runtime.GC()
-	os.WriteFile("/proc/self/clear_refs", []byte("5"), 0)
+	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil {
+		return err
+	}
 	r := result{Files: files}
 	capture, image := filepath.Join(base, "capture"), filepath.Join(base, "tree.erofs")
 	if r.CaptureS, r.CaptureBytes, err = timed(capture, func(f *os.File) error {
