@@ -208,6 +208,11 @@ func (p *place) tier(what, where string) (string, error) {
 	default:
 		return "", fmt.Errorf("%s: %q is neither a directory nor a block device", what, where)
 	}
+	if errors.Is(err, os.ErrExist) {
+		// Not made by this demo, so not to be removed by it.
+		p.note.Guests = p.note.Guests[:len(p.note.Guests)-1]
+		err = errors.Join(fmt.Errorf("%w; remove it if it is left from a demo before a reboot", err), p.write())
+	}
 	if err != nil {
 		return "", fmt.Errorf("%s: make tier on %q: %w", what, where, err)
 	}
