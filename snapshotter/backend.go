@@ -120,7 +120,7 @@ func (s backend) tierStatus(t placement.Tier) (*control.Tier, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &control.Tier{Name: t.String(), Root: s.tiers.Root(t), Free: free, Total: total}
+	m := &control.Tier{Name: t.String(), Root: s.tiers.Root(t), Free: free, Total: total, Quota: s.quota.enforced[t]}
 	if t == placement.NVM {
 		m.Reserve = s.config.Reserve(total)
 	}

@@ -4,6 +4,7 @@
 package snapshotter
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"strconv"
@@ -18,7 +19,23 @@ import (
 
 // quotas limits the size of writable directories by project quotas, where the
 // filesystem of their tier enforces them.
-type quotas struct{ tiers *tier.Store }
+type quotas struct {
+	tiers    *tier.Store
+	enforced [2]bool // by tier
+}
+
+// newQuotas finds out by trial which tiers enforce quotas.
+func newQuotas(ctx context.Context, t *tier.Store) *quotas {
+	q := &quotas{tiers: t}
+	for _, on := range tier.Tiers {
+		err := host.TryProjectQuota(t.Root(on))
+		q.enforced[on] = err == nil
+		if err != nil && !errdefs.IsNotImplemented(err) {
+			log.G(ctx).WithError(err).Warnf("cannot tell whether %s enforces project quotas", on)
+		}
+	}
+	return q
+}
 
 // projectBase keeps our project ids away from those that people give out by
 // hand, which start low.
@@ -32,9 +49,13 @@ func project(id string) (uint32, error) {
 	return projectBase + uint32(n), nil
 }
 
-// limit bounds what may stand in a staging directory. A filesystem without
-// project quotas is no error: the hint is then ignored, which the log says.
+// limit bounds what may stand in a staging directory. A filesystem that
+// enforces no quotas is no error: the hint is then ignored, which the log says.
 func (q *quotas) limit(id string, t placement.Tier, bytes int64) error {
+	if !q.enforced[t] {
+		log.L.WithField("id", id).Warnf("label %s is ignored: the filesystem of the %s root enforces no project quotas; mount ext4 or xfs with prjquota to have them", labelMaxSize, t)
+		return nil
+	}
 	p, err := project(id)
 	if err != nil {
 		return err
@@ -42,12 +63,7 @@ func (q *quotas) limit(id string, t placement.Tier, bytes int64) error {
 	// overlayfs moves what it copies up from work to fs, and a move between
 	// projects is refused: both belong to one.
 	for _, sub := range []string{"fs", "work"} {
-		err := host.SetProjectQuota(filepath.Join(q.tiers.Staging(t, id), sub), p, bytes)
-		if errdefs.IsNotImplemented(err) {
-			log.L.WithError(err).WithField("id", id).Warnf("label %s is ignored", labelMaxSize)
-			return nil
-		}
-		if err != nil {
+		if err := host.SetProjectQuota(filepath.Join(q.tiers.Staging(t, id), sub), p, bytes); err != nil {
 			return fmt.Errorf("limit snapshot id %s to %d bytes: %w", id, bytes, err)
 		}
 	}
@@ -61,7 +77,10 @@ func (q *quotas) forget(id string) {
 		return
 	}
 	for _, t := range tier.Tiers {
-		if err := host.ForgetProjectQuota(q.tiers.Root(t), p); err != nil && !errdefs.IsNotImplemented(err) {
+		if !q.enforced[t] {
+			continue
+		}
+		if err := host.ForgetProjectQuota(q.tiers.Root(t), p); err != nil {
 			log.L.WithError(err).WithField("id", id).Debug("cannot take a quota away")
 		}
 	}

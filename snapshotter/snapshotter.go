@@ -152,7 +152,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 		return nil, errors.Join(err, s.db.ms.Close())
 	}
 	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.storing() })
-	s.quota = &quotas{s.tiers}
+	s.quota = newQuotas(ctx, s.tiers)
 	s.syncer = newSyncer(s)
 	s.homing = newHoming(s)
 	s.placer = newPlacer(s)
