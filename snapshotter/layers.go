@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -23,6 +24,11 @@ import (
 	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/tree"
 )
+
+// largeLayer is from how many entries on memory is given back to the system
+// right after use. A daemon that idles for weeks should not look like one that
+// merges a tree (300 bytes an entry).
+const largeLayer = 50_000
 
 // settle starts the background work that follows a commit.
 func (s *Snapshotter) settle(id, name string) {
@@ -93,6 +99,9 @@ func (s *Snapshotter) capture(id, name string) func(context.Context) error {
 		s.syncer.add(id, r.Tier, stats.DataBytes)
 		if s.isTop(ctx, name, r) {
 			s.jobs.add("tree "+id, s.buildTree(id, name))
+		}
+		if stats.Entries > largeLayer {
+			debug.FreeOSMemory()
 		}
 		log.G(ctx).WithFields(log.Fields{"id": id, "entries": stats.Entries, "bytes": stats.DataBytes}).Debug("captured")
 		return nil
@@ -301,7 +310,10 @@ func (s *Snapshotter) treeImage(ctx context.Context, id, name string) (string, e
 // crash is whole.
 func writeTree(ctx context.Context, c tree.Chain, path string) error {
 	err := tier.WriteFile(path, func(f *os.File) error {
-		_, err := tree.Write(ctx, c, f)
+		stats, err := tree.Write(ctx, c, f)
+		if stats.Entries > largeLayer {
+			debug.FreeOSMemory()
+		}
 		return err
 	})
 	if err != nil {

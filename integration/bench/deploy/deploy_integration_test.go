@@ -21,12 +21,17 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 )
 
-// repositoryBin is bin/ as seen from this package's directory.
-const repositoryBin = "../../../bin"
+// bin is where the programs are: bin/ as seen from this package's directory, unless the environment says otherwise.
+func bin() string {
+	if dir := os.Getenv("NHYBRID_BIN"); dir != "" {
+		return dir
+	}
+	return "../../../bin"
+}
 
 func execute(ctx context.Context, log io.Writer, args ...string) error {
 	c := Command()
-	c.SetArgs(append([]string{"--size=small", "--drop-caches=false", "--bin=" + repositoryBin, "--idle=100ms"}, args...))
+	c.SetArgs(append([]string{"--size=small", "--drop-caches=false", "--bin=" + bin(), "--idle=100ms"}, args...))
 	c.SetErr(log)
 	c.SilenceUsage, c.SilenceErrors = true, true
 	return c.ExecuteContext(ctx)
