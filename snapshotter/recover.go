@@ -64,7 +64,12 @@ func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
 	}
 	in, err := os.Open(saved)
 	if errors.Is(err, os.ErrNotExist) {
-		return nil
+		// Without a database every layer would be garbage.
+		if empty, err := s.tiers.Empty(); err != nil || empty {
+			return err
+		}
+		return fmt.Errorf("there are layers below %q and %q but no database, neither %q nor its copy %q; put one of them back, or empty both roots to begin anew: %w",
+			s.tiers.DataRoot(placement.NVM), s.tiers.DataRoot(placement.HDD), path, saved, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		return fmt.Errorf("open the copy of the database: %w", err)

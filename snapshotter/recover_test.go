@@ -266,3 +266,16 @@ func TestNonsenseLabels(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, placement.HDD, on)
 }
+
+func TestStoreWithoutDatabaseIsRefused(t *testing.T) {
+	dir, d := t.TempDir(), newDownloads(1000)
+	s := start(t, dir, func(c *Config) { c.Downloads = d })
+	_, id := storeLayer(t, s, d, "hello")
+	require.NoError(t, s.Close())
+	require.NoError(t, os.Remove(s.db.path))
+	require.NoError(t, os.Remove(s.path(databaseFile)))
+	_, err := New(t.Context(), s.config)
+	require.True(t, errdefs.IsFailedPrecondition(err), err)
+	require.ErrorContains(t, err, "no database")
+	require.FileExists(t, filepath.Join(s.tiers.Data(placement.NVM, id), "file"), "a layer was taken for garbage")
+}

@@ -108,7 +108,7 @@ func nasty(i int) []Entry {
 		file(own+"/sparse", 0o644, make([]byte, 1<<20)),
 		file(own+"/"+strings.Repeat("n", 255), 0o644, []byte("long name")),
 		file(own+"/odd \t\"'\\ \u00e4\u4e16", 0o644, []byte("odd name")),
-		{Header: tar.Header{Typeflag: tar.TypeLink, Name: own + "/hardlink", Linkname: own + "/setuid", ModTime: epoch}},
+		{Header: tar.Header{Typeflag: tar.TypeLink, Name: own + "/hardlink", Linkname: own + "/setuid", Mode: 0o4755, ModTime: epoch}},
 		{Header: tar.Header{Typeflag: tar.TypeLink, Name: own + "/dir/hardlink", Linkname: own + "/removed", ModTime: epoch}},
 		symlink(own+"/dangling", "/does/not/exist"),
 		symlink(own+"/relative", "dir/inside"),

@@ -185,6 +185,11 @@ func (s *Store) pair() error {
 			if err != nil {
 				return fmt.Errorf("write the store id of the %s root: %w", t, err)
 			}
+			// Its name too, and the root's: an NVM root that remembers a store
+			// of which a power cut left nothing on HDD would be refused.
+			if err := s.Sync(t); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -199,6 +204,16 @@ func (s *Store) ID() string { return s.id }
 // Fresh reports that the NVM root was empty while the HDD root was not: the
 // NVM device was lost or replaced.
 func (s *Store) Fresh() bool { return s.fresh }
+
+// Empty tells whether no layer stands on either tier.
+func (s *Store) Empty() (bool, error) {
+	for _, t := range Tiers {
+		if empty, err := isEmpty(s.DataRoot(t)); !empty || err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
 
 // Root is the directory of a tier.
 func (s *Store) Root(t placement.Tier) string { return s.roots[t] }
