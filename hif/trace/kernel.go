@@ -1,0 +1,134 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	eventMask = unix.FAN_OPEN | unix.FAN_OPEN_EXEC
+	statxMask = unix.STATX_TYPE | unix.STATX_INO | unix.STATX_SIZE | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
+	// eventFlags open the descriptor of an event. O_NONBLOCK: without it the
+	// descriptor of a FIFO that a container opened would be opened like any
+	// FIFO, and the reader would hang until someone opens the other end.
+	eventFlags = unix.O_RDONLY | unix.O_LARGEFILE | unix.O_CLOEXEC | unix.O_NONBLOCK
+)
+
+// devnum is a device number as stat has it.
+type devnum struct{ major, minor uint32 }
+
+func devOf(st *unix.Statx_t) devnum { return devnum{st.Dev_major, st.Dev_minor} }
+
+// initGroup opens a notification group. FAN_REPORT_FD_ERROR (Linux 6.13,
+// commit 522249f05c5e) makes an event whose descriptor cannot be opened, for
+// want of descriptors or memory, visible; before, read(2) may drop it silently.
+func initGroup(unlimited bool) (int, error) {
+	flags := uint(unix.FAN_CLASS_NOTIF | unix.FAN_CLOEXEC | unix.FAN_NONBLOCK)
+	if unlimited {
+		flags |= unix.FAN_UNLIMITED_QUEUE
+	}
+	fd, err := unix.FanotifyInit(flags|unix.FAN_REPORT_FD_ERROR, eventFlags)
+	if errors.Is(err, unix.EINVAL) {
+		fd, err = unix.FanotifyInit(flags, eventFlags)
+	}
+	return fd, err
+}
+
+// mark sets or removes the marks. Opens through the mounts that the data roots
+// themselves stand on are ignored by the kernel: these are the daemon's own,
+// and those of containerd when it unpacks. Nobody's overlay is among them, for
+// overlayfs clones the mounts it is given.
+func (t *Tracer) mark(on bool) error {
+	flags := uint(unix.FAN_MARK_ADD)
+	if !on {
+		flags = unix.FAN_MARK_REMOVE
+	}
+	fd := t.fd
+	for i, r := range t.roots {
+		if i == 1 && r.mount == t.roots[0].mount {
+			break
+		}
+		if err := unix.FanotifyMark(fd, flags|unix.FAN_MARK_MOUNT|unix.FAN_MARK_IGNORE_SURV, eventMask, unix.AT_FDCWD, r.path); err != nil && on {
+			return fmt.Errorf("ignore the mount of %q: %w", r.path, err)
+		}
+	}
+	var failed error
+	for i, r := range t.roots {
+		if i == 1 && r.dev == t.roots[0].dev {
+			break
+		}
+		if err := unix.FanotifyMark(fd, flags|unix.FAN_MARK_FILESYSTEM, eventMask, unix.AT_FDCWD, r.path); err != nil {
+			failed = errors.Join(failed, fmt.Errorf("mark the filesystem of %q: %w", r.path, err))
+		}
+	}
+	if failed != nil && on {
+		_ = t.mark(false) // what was set; the cause is reported
+	}
+	return failed
+}
+
+var empty byte // the empty path of statx: unix.Statx would allocate one for each event
+
+func statx(fd int, st *unix.Statx_t) error {
+	_, _, errno := unix.Syscall6(unix.SYS_STATX, uintptr(fd), uintptr(unsafe.Pointer(&empty)),
+		unix.AT_EMPTY_PATH, statxMask, uintptr(unsafe.Pointer(st)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// isRoot tells whether a mount is one that the data roots stand on.
+func (t *Tracer) isRoot(mount uint64) bool {
+	return mount == t.roots[0].mount || mount == t.roots[1].mount
+}
+
+// pathOf reads where a descriptor points, as seen from the root of its mount.
+func (t *Tracer) pathOf(fd int) (string, error) {
+	n, err := unix.Readlink("/proc/self/fd/"+strconv.Itoa(fd), t.linkbuf[:])
+	if err != nil {
+		return "", err
+	}
+	return string(t.linkbuf[:n]), nil
+}
+
+// cached is how many bytes of a part of a file are in the page cache, and how
+// many were there and have been evicted. Length 0 means to the end.
+func cached(fd int, off, length int64) (in, evicted int64, err error) {
+	var st unix.Cachestat_t
+	r := unix.CachestatRange{Off: uint64(off), Len: uint64(length)}
+	if err := unix.Cachestat(uint(fd), &r, &st, 0); err != nil {
+		return 0, 0, err
+	}
+	page := int64(os.Getpagesize())
+	return int64(st.Cache) * page, int64(st.Evicted) * page, nil
+}
+
+// openRegular opens a regular file beneath dir, never following a link or
+// leaving the mount, and never anything else: opening a FIFO or a device of a
+// container would have effects.
+func openRegular(dir int, path string) (int, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV}
+	p, err := unix.Openat2(dir, path, &how)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(p)
+	var st unix.Stat_t
+	if err := unix.Fstat(p, &st); err != nil {
+		return -1, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return -1, unix.EINVAL
+	}
+	return unix.Open("/proc/self/fd/"+strconv.Itoa(p), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+}

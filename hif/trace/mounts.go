@@ -1,0 +1,186 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"unsafe"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// overlay is one mount of an overlay filesystem that may be a container's.
+type overlay struct {
+	dev    devnum
+	point  string // in our mount namespace; empty if it was found through a process
+	upper  string
+	tree   string    // first lowerdir+
+	clones [2]uint64 // of the data roots, by tier; 0: not known yet
+}
+
+// wants tells whether w is the watch of this overlay. An overlay without an
+// upper directory is a view, or what containerd mounts for a moment to look
+// into a rootfs: it serves every start on the tree.
+func (o *overlay) wants(w *Watch) bool {
+	if o.upper != "" {
+		return o.upper == w.start.Upper
+	}
+	return o.tree != "" && o.tree == w.start.Tree
+}
+
+// mountTable is our own mountinfo, read again only when it changed.
+type mountTable struct {
+	file *os.File
+	list []*overlay
+}
+
+func (m *mountTable) close() {
+	if m.file != nil {
+		m.file.Close()
+	}
+}
+
+// overlays lists the overlays in our mount namespace, newest first.
+func (m *mountTable) overlays() ([]*overlay, error) {
+	if m.file == nil {
+		f, err := os.Open("/proc/self/mountinfo")
+		if err != nil {
+			return nil, fmt.Errorf("open mount table: %w", err)
+		}
+		m.file = f
+	} else {
+		// The kernel flags a change of the table as POLLPRI, once a reader.
+		p := []unix.PollFd{{Fd: int32(m.file.Fd()), Events: unix.POLLPRI}}
+		if n, err := unix.Poll(p, 0); err == nil && n == 0 {
+			return m.list, nil
+		}
+		if _, err := m.file.Seek(0, 0); err != nil {
+			return nil, fmt.Errorf("rewind mount table: %w", err)
+		}
+	}
+	infos, err := mountinfo.GetMountsFromReader(m.file, mountinfo.FSTypeFilter("overlay"))
+	if err != nil {
+		return nil, fmt.Errorf("read mount table: %w", err)
+	}
+	m.list = m.list[:0:0]
+	seen := map[devnum]bool{}
+	for i := len(infos) - 1; i >= 0; i-- {
+		o := overlayOf(infos[i])
+		// A bind mount of a directory inside is not the rootfs.
+		if infos[i].Root != "/" || seen[o.dev] {
+			continue
+		}
+		seen[o.dev] = true
+		m.list = append(m.list, o)
+	}
+	return m.list, nil
+}
+
+func overlayOf(info *mountinfo.Info) *overlay {
+	o := &overlay{dev: devnum{uint32(info.Major), uint32(info.Minor)}, point: info.Mountpoint}
+	for opt := range strings.SplitSeq(info.VFSOptions, ",") {
+		switch k, v, _ := strings.Cut(opt, "="); k {
+		case "upperdir":
+			o.upper = unescape(v)
+		case "lowerdir+":
+			if o.tree == "" {
+				o.tree = unescape(v)
+			}
+		}
+	}
+	return o
+}
+
+// unescape undoes the kernel's octal escapes (seq_escape) in a mount option.
+func unescape(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+4 <= len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(c))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+// rootOf finds the overlay that is the root of a process. The descriptor leads
+// there, whatever mount namespace it is in.
+func rootOf(pid int32) (*overlay, int, error) {
+	proc := "/proc/" + strconv.Itoa(int(pid))
+	fd, err := unix.Open(proc+"/root", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, -1, err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		unix.Close(fd)
+		return nil, -1, err
+	}
+	dev := devnum{unix.Major(st.Dev), unix.Minor(st.Dev)}
+	table, err := os.ReadFile(proc + "/mountinfo")
+	if err == nil {
+		var infos []*mountinfo.Info
+		infos, err = mountinfo.GetMountsFromReader(bytes.NewReader(table), mountinfo.FSTypeFilter("overlay"))
+		for _, info := range infos {
+			if o := overlayOf(info); o.dev == dev {
+				o.point = ""
+				return o, fd, nil
+			}
+		}
+	}
+	unix.Close(fd)
+	if err == nil {
+		err = unix.ENOENT
+	}
+	return nil, -1, err
+}
+
+// probe finds the private clone through which an overlay opens a file: it marks
+// the data file in a group of its own, opens the file through the overlay, and
+// looks at the event of that open. The answer is exact; 0 if the overlay has no
+// such file. dir is the root of the overlay, data a descriptor of the data file.
+func (t *Tracer) probe(dir, data int, path string) (uint64, error) {
+	group, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK, eventFlags)
+	if err != nil {
+		return 0, fmt.Errorf("open probe group: %w", err)
+	}
+	defer unix.Close(group)
+	if err := unix.FanotifyMark(group, unix.FAN_MARK_ADD, unix.FAN_OPEN, data, ""); err != nil {
+		return 0, fmt.Errorf("mark data of %q: %w", path, err)
+	}
+	fd, err := openRegular(dir, path)
+	if err != nil {
+		return 0, nil // not there, or hidden, in this container
+	}
+	unix.Close(fd)
+	var found uint64
+	buf := make([]byte, 4096)
+	for {
+		n, err := unix.Read(group, buf)
+		if err != nil {
+			return found, nil // EAGAIN: that was all
+		}
+		for b := buf[:n]; len(b) >= unix.FAN_EVENT_METADATA_LEN; {
+			ev := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&b[0]))
+			b = b[min(int(ev.Event_len), len(b)):]
+			if ev.Fd < 0 {
+				continue
+			}
+			var st unix.Statx_t
+			if ev.Pid == t.self && statx(int(ev.Fd), &st) == nil && !t.isRoot(st.Mnt_id) {
+				found = st.Mnt_id
+			}
+			unix.Close(int(ev.Fd))
+		}
+	}
+}

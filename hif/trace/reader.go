@@ -1,0 +1,359 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"errors"
+	"math/bits"
+	"strings"
+	"time"
+	"unsafe"
+
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// batch is how many events one read takes: each comes with an open descriptor,
+// and the daemon needs descriptors for other things too.
+const batch = 512
+
+// settle is how often deadlines are looked at while events never stop coming.
+const settle = 100 * time.Millisecond
+
+// Bounds of what is remembered about overlays and clones that belong to no
+// watch. Beyond them it is forgotten and found out again.
+const (
+	maxOverlays = 4096
+	maxClones   = 16384
+)
+
+// clone is one private mount of a layer, as overlayfs makes them.
+type clone struct {
+	id      uint64
+	foreign bool              // not a data root of ours, or no start that is watched
+	owners  []*Watch          // empty: not known yet
+	entries map[uint64]*entry // by inode
+	tries   int
+}
+
+// entry is one file as opened through one clone.
+type entry struct {
+	layer, path string
+	tier        placement.Tier
+	born        unix.StatxTimestamp // an inode number may come again, with another birth
+	first       time.Duration
+	opens       int
+	exec        bool
+	size        int64
+	warm        int64 // bytes in the page cache when first seen; -1 unknown
+	evicted     int64 // bytes that had left it by then
+}
+
+// read is the reader: the only goroutine that takes events from the group.
+func (t *Tracer) read() {
+	defer t.wg.Done()
+	fd := t.fd
+	buf := make([]byte, batch*unix.FAN_EVENT_METADATA_LEN)
+	last := time.Now()
+	for {
+		n, err := unix.Read(fd, buf)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.EAGAIN):
+			if again, done := t.tick(true); done {
+				return
+			} else if !again {
+				t.wait(fd)
+			}
+			last = time.Now()
+		case err != nil:
+			// Not seen in practice: a descriptor that cannot be opened without
+			// FAN_REPORT_FD_ERROR. The event is gone.
+			t.mu.Lock()
+			t.stats.Lost++
+			t.mu.Unlock()
+			log.L.WithError(err).Warn("an event of a cold start was lost")
+			if _, done := t.tick(false); done {
+				return
+			}
+		default:
+			t.mu.Lock()
+			for b := buf[:n]; len(b) >= unix.FAN_EVENT_METADATA_LEN; {
+				ev := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&b[0]))
+				t.event(ev)
+				if int(ev.Event_len) < unix.FAN_EVENT_METADATA_LEN || int(ev.Event_len) > len(b) {
+					break
+				}
+				b = b[ev.Event_len:]
+			}
+			t.mu.Unlock()
+			if time.Since(last) > settle {
+				last = time.Now()
+				if _, done := t.tick(false); done {
+					return
+				}
+			}
+		}
+	}
+}
+
+// wait returns when there may be events, or when tick or wake say so.
+func (t *Tracer) wait(fd int) {
+	_ = t.conn.Read(func(uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, 0)
+		return err == nil && n > 0
+	})
+}
+
+// event takes one event. The caller holds t.mu.
+func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
+	t.stats.Events++
+	if ev.Mask&unix.FAN_Q_OVERFLOW != 0 {
+		t.stats.Overflows++
+		return
+	}
+	if ev.Fd < 0 {
+		t.stats.Lost++
+		return
+	}
+	fd := int(ev.Fd)
+	defer unix.Close(fd)
+	if ev.Pid == t.self || len(t.watches) == 0 {
+		return
+	}
+	var st unix.Statx_t
+	if err := statx(fd, &st); err != nil {
+		t.stats.Lost++
+		return
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || t.isRoot(st.Mnt_id) {
+		return
+	}
+	c := t.mounts[st.Mnt_id]
+	if c == nil {
+		if len(t.mounts) >= maxClones {
+			t.forgetForeign()
+		}
+		c = &clone{id: st.Mnt_id, entries: map[uint64]*entry{}}
+		t.mounts[st.Mnt_id] = c
+	}
+	if c.foreign {
+		return
+	}
+	e := c.entries[st.Ino]
+	if e == nil || e.born != st.Btime {
+		if e = t.enter(c, fd, &st); e == nil {
+			return
+		}
+	}
+	e.opens++
+	e.exec = e.exec || ev.Mask&unix.FAN_OPEN_EXEC != 0
+	t.stats.Opens[e.tier]++
+	if e.opens == 1 {
+		t.first(c, e, fd, ev.Pid)
+	}
+}
+
+// enter finds out what file an event is of. It returns nil if the clone turned
+// out to be no data root, or if there is no room for more files.
+func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
+	if t.files >= t.cfg.Files {
+		t.stats.Lost++
+		return nil
+	}
+	p, err := t.pathOf(fd)
+	if err != nil {
+		t.stats.Lost++
+		return nil
+	}
+	e := &entry{born: st.Btime, first: t.now(), size: int64(st.Size), warm: -1}
+	gone := t.identify(e, p, st, false)
+	if e.path == "" && gone {
+		t.identify(e, strings.TrimSuffix(p, deleted), st, true)
+	}
+	if e.path == "" && gone {
+		return nil // an unlinked file of nobody we know; the next one may tell more
+	}
+	if e.path == "" {
+		// The inode is not what stands at this path below either data root: the
+		// clone is of another directory, say of an upper one, and so are all
+		// the files that will come through it.
+		t.drop(c)
+		c.foreign = true
+		return nil
+	}
+	if in, evicted, err := cached(fd, 0, 0); err == nil {
+		e.warm, e.evicted = in, evicted
+	}
+	if old := c.entries[st.Ino]; old != nil && old.path != "" {
+		// The inode number was used again: keep the old file under a number
+		// that no inode has had.
+		c.entries[^uint64(len(c.entries))] = old
+	}
+	c.entries[st.Ino] = e
+	t.files++
+	return e
+}
+
+// deleted is what the kernel adds to the path of a file that has been unlinked.
+const deleted = " (deleted)"
+
+// identify names the file at a path below the data roots and proves it by its
+// inode. A file that has been moved to the other tier since it was opened
+// stands there with the same size. It tells whether the path may be that of an
+// unlinked file.
+func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t, gone bool) bool {
+	may := strings.HasSuffix(p, deleted)
+	name := strings.TrimPrefix(p, "/")
+	layer, path, _ := strings.Cut(name, "/")
+	if path == "" {
+		return may
+	}
+	for i := range t.roots {
+		var at unix.Statx_t
+		if err := unix.Statx(t.roots[i].fd, name, unix.AT_SYMLINK_NOFOLLOW, statxMask, &at); err != nil {
+			continue
+		}
+		tier := placement.Tier(i)
+		switch {
+		case !gone && at.Ino == st.Ino && devOf(&at) == devOf(st):
+		case gone && at.Mode&unix.S_IFMT == unix.S_IFREG && at.Size == st.Size:
+			// It stood on the other root, or was replaced where it stands now.
+			if other := 1 - tier; devOf(st) == t.roots[other].dev {
+				tier = other
+			}
+		default:
+			continue
+		}
+		e.layer, e.path, e.tier = layer, path, tier
+		return may
+	}
+	return may
+}
+
+// first handles the first open of a file through a clone: it belongs to a
+// start, or it must be found out to which.
+func (t *Tracer) first(c *clone, e *entry, data int, pid int32) {
+	if len(c.owners) == 0 {
+		c.tries++
+		// The first file nearly always tells. Where it does not (a file that
+		// the container has renamed) others may, at ever greater distance.
+		if bits.OnesCount(uint(c.tries)) == 1 || c.tries < 8 {
+			t.resolve(c, e, data, pid)
+		}
+	}
+	for _, w := range c.owners {
+		w.touch(t.now())
+	}
+}
+
+// resolve ties a clone to the overlay that made it.
+func (t *Tracer) resolve(c *clone, e *entry, data int, pid int32) {
+	if o := t.byClone[c.id]; o != nil {
+		t.give(c, o)
+		return
+	}
+	visible, err := t.own.overlays()
+	if err != nil {
+		log.L.WithError(err).Warn("cannot tell which container opens files")
+	}
+	// The overlays of starts first: there are few. Then the one that the process
+	// lives in, which also finds overlays mounted where we cannot see them. Then
+	// all others, so that a container that has long been running is known as such.
+	for _, o := range visible {
+		if t.watched(o) && t.try(c, e, data, o, -1) {
+			return
+		}
+	}
+	if o, dir, err := rootOf(pid); err == nil {
+		ok := t.try(c, e, data, o, dir)
+		unix.Close(dir)
+		if ok {
+			return
+		}
+	}
+	for _, o := range visible {
+		if !t.watched(o) && t.try(c, e, data, o, -1) {
+			return
+		}
+	}
+}
+
+func (t *Tracer) watched(o *overlay) bool {
+	for _, w := range t.watches {
+		if o.wants(w) {
+			return true
+		}
+	}
+	return false
+}
+
+// try asks whether an overlay made the clone, and remembers the answer.
+func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
+	if dir < 0 {
+		fd, err := unix.Open(o.point, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return false // unmounted since
+		}
+		defer unix.Close(fd)
+		dir = fd
+	}
+	var st unix.Statx_t
+	if statx(dir, &st) != nil || devOf(&st) != o.dev {
+		return false // hidden by another mount
+	}
+	if known := t.overs[st.Mnt_id]; known != nil {
+		o = known
+	}
+	if o.clones[e.tier] == 0 {
+		id, err := t.probe(dir, data, e.path)
+		if err != nil {
+			log.L.WithError(err).Debug("probe of an overlay failed")
+		}
+		if id == 0 {
+			return false
+		}
+		if len(t.overs) >= maxOverlays {
+			clear(t.overs)
+			clear(t.byClone)
+		}
+		o.clones[e.tier] = id
+		t.overs[st.Mnt_id] = o
+		t.byClone[id] = o
+	}
+	if o.clones[e.tier] != c.id {
+		return false
+	}
+	t.give(c, o)
+	return true
+}
+
+// give hands the clone to the starts that the overlay serves.
+func (t *Tracer) give(c *clone, o *overlay) {
+	for _, w := range t.watches {
+		if o.wants(w) {
+			c.owners = append(c.owners, w)
+		}
+	}
+	if len(c.owners) == 0 {
+		t.drop(c)
+		c.foreign = true
+	}
+}
+
+func (t *Tracer) drop(c *clone) {
+	t.files -= len(c.entries)
+	clear(c.entries)
+}
+
+func (t *Tracer) forgetForeign() {
+	for id, c := range t.mounts {
+		if c.foreign {
+			delete(t.mounts, id)
+		}
+	}
+}

@@ -1,0 +1,123 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"debug/elf"
+	"encoding/binary"
+	"regexp"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// RangeChunk is the grain of [File.Ranges] in bytes.
+	RangeChunk = 64 << 10
+	// maxRanges bounds the ranges of one file; beyond it neighbours are joined.
+	maxRanges = 256
+	// coldBytes: a file of which no more was in the page cache when its first
+	// open was seen counts as cold. It is not zero because the reader looks a
+	// moment after the open, and the first read-ahead window (128 KiB unless
+	// configured otherwise) may have arrived; what was there is counted as
+	// touched, so that the figure errs towards too much.
+	coldBytes = 256 << 10
+)
+
+var soName = regexp.MustCompile(`\.so(\.[0-9][^/]*)?$`)
+
+// measure completes the records of a start that is over: kinds of use, and what
+// the page cache holds of the files. It opens them by the data roots, which the
+// group ignores, and reads nothing that is not cached.
+func (t *Tracer) measure(files []File) {
+	for i := range files {
+		f := &files[i]
+		warm := f.Touched
+		f.Touched = -1
+		if f.Kind == Read && soName.MatchString(f.Path) {
+			f.Kind = Library
+		}
+		tier := f.Tier
+		fd, err := openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path)
+		if err != nil {
+			// It moved in the meantime; the pages it was read into are gone.
+			tier, warm = 1-tier, -1
+			if fd, err = openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path); err != nil {
+				continue
+			}
+		}
+		if f.Kind == Read && isSharedObject(fd) {
+			f.Kind = Library
+		}
+		if warm >= 0 && warm <= coldBytes {
+			f.Touched, f.Ranges = touched(fd, f.Size, f.evicted)
+		}
+		unix.Close(fd)
+	}
+}
+
+// touched asks the page cache what it holds of a file.
+func touched(fd int, size, before int64) (int64, []Range) {
+	var st unix.Statx_t
+	if err := statx(fd, &st); err != nil || int64(st.Size) != size || st.Attributes&unix.STATX_ATTR_DAX != 0 {
+		return -1, nil // on DAX nothing is cached whatever is read
+	}
+	n, evicted, err := cached(fd, 0, 0)
+	if err != nil || evicted > before {
+		return -1, nil
+	}
+	n = min(n, size)
+	if n == 0 || size <= RangeChunk {
+		return n, nil
+	}
+	if n == size {
+		return n, []Range{{0, size}}
+	}
+	var ranges []Range
+	for off := int64(0); off < size; off += RangeChunk {
+		length := min(RangeChunk, size-off)
+		switch in, _, err := cached(fd, off, length); {
+		case err != nil:
+			return n, nil
+		case in == 0:
+		case len(ranges) > 0 && ranges[len(ranges)-1].end() == off:
+			ranges[len(ranges)-1].Length += length
+		default:
+			ranges = append(ranges, Range{off, length})
+		}
+	}
+	return n, join(ranges, maxRanges)
+}
+
+func (r Range) end() int64 { return r.Offset + r.Length }
+
+// join closes the smallest gaps until no more than limit ranges are left.
+func join(ranges []Range, limit int) []Range {
+	for gap := int64(RangeChunk); len(ranges) > limit; gap *= 2 {
+		out := ranges[:1]
+		for _, r := range ranges[1:] {
+			if last := &out[len(out)-1]; r.Offset-last.end() <= gap {
+				last.Length = r.end() - last.Offset
+			} else {
+				out = append(out, r)
+			}
+		}
+		ranges = out
+	}
+	return ranges
+}
+
+// isSharedObject looks at the ELF header, if it is in the page cache: who
+// mapped the file has read it.
+func isSharedObject(fd int) bool {
+	var head [18]byte
+	n, err := unix.Preadv2(fd, [][]byte{head[:]}, 0, unix.RWF_NOWAIT)
+	if err != nil || n < len(head) || string(head[:4]) != elf.ELFMAG {
+		return false
+	}
+	var order binary.ByteOrder = binary.LittleEndian
+	if elf.Data(head[elf.EI_DATA]) == elf.ELFDATA2MSB {
+		order = binary.BigEndian
+	}
+	return elf.Type(order.Uint16(head[16:])) == elf.ET_DYN
+}

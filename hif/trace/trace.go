@@ -1,0 +1,312 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package trace records which files of which layers a container opens during
+// its cold start.
+//
+// One fanotify group marks the two tier filesystems. Since Linux 6.5 (commit
+// bc2473c90fca) overlayfs reports opens on the real file behind it, so every
+// open of every container arrives there, whoever started it and in whatever
+// mount namespace it runs. overlayfs opens real files through a private clone
+// of each layer's mount, made when the overlay is mounted and used by no other;
+// the unique id of that clone (STATX_MNT_ID_UNIQUE, Linux 6.8) therefore tells
+// the containers apart. docs/hif.md has the measurements.
+package trace
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/nhybrid/nhybrid/placement"
+	"golang.org/x/sys/unix"
+)
+
+// Defaults of [Config].
+const (
+	DefaultQuiet  = 5 * time.Second
+	DefaultMax    = time.Minute
+	DefaultUnused = 2 * time.Minute
+	DefaultFiles  = 200_000
+)
+
+// Config says what is traced and for how long.
+type Config struct {
+	// Roots are the data roots, by tier. Their filesystems are marked while
+	// a watch is open.
+	Roots [2]string
+	// Quiet ends a watch when for so long no file was opened for the first time.
+	Quiet time.Duration
+	// Max ends a watch so long after its first open.
+	Max time.Duration
+	// Unused ends a watch in which nothing at all was opened.
+	Unused time.Duration
+	// Files bounds the files remembered over all open watches (about 300 bytes
+	// and a path each). What does not fit makes the traces incomplete.
+	Files int
+
+	// limitedQueue leaves the kernel's bound of 16384 events in place, so that
+	// a test can make the queue overflow.
+	limitedQueue bool
+}
+
+// Start names the container that is about to start. Upper and Tree are
+// compared, byte by byte, with the options of overlay mounts as mountinfo
+// shows them; both are what the snapshotter handed out.
+type Start struct {
+	// Snapshot is the caller's name for it.
+	Snapshot string
+	// Upper is the upperdir of its mount; empty for a view.
+	Upper string
+	// Tree is the mount point given as lowerdir+.
+	Tree string
+	// Layers are the ids of the layers in the chain. Opens through a mount
+	// that was gone before anyone could look (containerd mounts a rootfs for
+	// a moment to read /etc/passwd) are given to the starts that have the layer.
+	Layers []string
+}
+
+// Kind is what a file was opened for.
+type Kind string
+
+const (
+	// Exec: the kernel executed it, as a program or as the ELF interpreter of one.
+	Exec Kind = "exec"
+	// Library: opened, and a shared object by its name or its ELF header.
+	Library Kind = "library"
+	// Read: opened for anything else.
+	Read Kind = "read"
+)
+
+// Range is a part of a file, in bytes.
+type Range struct {
+	Offset int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+// File is one file that a start opened.
+type File struct {
+	Layer string        // id of the layer that holds the data
+	Path  string        // in the layer, no leading slash
+	Kind  Kind          //
+	First time.Duration // from the beginning of the watch; late by the reader's backlog
+	// Opens counts events. The kernel merges opens of one process that follow
+	// on each other, so it is a lower bound.
+	Opens int
+	Size  int64          // bytes
+	Tier  placement.Tier // where it stood when it was first opened
+	// Touched is how many bytes came into the page cache during the start,
+	// read-ahead included; -1 where that cannot be known: the file was cached
+	// before, part of it was evicted, it is on DAX, it is gone.
+	Touched int64
+	// Ranges says which, for files of more than one chunk of [RangeChunk].
+	Ranges []Range
+	// Assumed: the mount was gone before it could be tied to a container, and
+	// this start is one of those that have the layer.
+	Assumed bool
+
+	evicted int64 // bytes that had left the page cache when first seen
+}
+
+// Reason says what ended a watch.
+type Reason string
+
+// The reasons.
+const (
+	EndQuiet  Reason = "quiet"
+	EndReady  Reason = "ready"
+	EndMax    Reason = "max"
+	EndUnused Reason = "unused"
+	EndClosed Reason = "closed"
+)
+
+// Trace is what one start opened, in the order of first use.
+type Trace struct {
+	Snapshot string
+	Began    time.Time
+	Duration time.Duration
+	Files    []File
+	// Complete is false when events were lost or could not be kept.
+	Complete bool
+	// Overflows of the kernel's queue, and events that were Lost otherwise,
+	// during the watch.
+	Overflows, Lost uint64
+	Ended           Reason
+}
+
+// Stats are counters since New. They only grow.
+type Stats struct {
+	Events     uint64    // read from the kernel
+	Overflows  uint64    // of the kernel's queue
+	Lost       uint64    // events without a descriptor, files over the bound
+	Opens      [2]uint64 // of files of layers by containers, by tier
+	Unresolved uint64    // mounts that could not be tied to a container
+	Watches    uint64    // opened
+	Open       int       // watches open now
+}
+
+// Tracer reads the events. Its methods may be called concurrently.
+type Tracer struct {
+	cfg   Config
+	fd    int // of file: asking it each time would make it blocking
+	file  *os.File
+	conn  syscall.RawConn
+	self  int32
+	epoch time.Time
+	roots [2]root
+	own   mountTable
+
+	mu      sync.Mutex // guards what follows
+	stats   Stats
+	closed  bool
+	watches map[string]*Watch
+	mounts  map[uint64]*clone   // every clone that showed up while a watch is open
+	byClone map[uint64]*overlay // clones whose overlay is known
+	overs   map[uint64]*overlay // overlays whose clones are known, by unique mount id
+	files   int                 // entries in mounts
+	linkbuf [unix.PathMax]byte  // of the reader
+	wg      sync.WaitGroup      // reader and measuring goroutines
+}
+
+// root is a data root: a directory descriptor, and how its files are told.
+type root struct {
+	path  string
+	fd    int
+	dev   devnum
+	mount uint64
+}
+
+// New makes the fanotify group; nothing is marked before the first [Tracer.Watch].
+// Where the kernel refuses it the error is [errdefs.ErrNotImplemented] and
+// names the cure; the caller goes on without traces.
+func New(cfg Config) (*Tracer, error) {
+	if cfg.Quiet <= 0 {
+		cfg.Quiet = DefaultQuiet
+	}
+	if cfg.Max <= 0 {
+		cfg.Max = DefaultMax
+	}
+	if cfg.Unused <= 0 {
+		cfg.Unused = DefaultUnused
+	}
+	if cfg.Files <= 0 {
+		cfg.Files = DefaultFiles
+	}
+	fd, err := initGroup(!cfg.limitedQueue)
+	if err != nil {
+		return nil, refused("open a fanotify group", err)
+	}
+	t := &Tracer{
+		cfg:     cfg,
+		fd:      fd,
+		file:    os.NewFile(uintptr(fd), "fanotify"),
+		self:    int32(os.Getpid()),
+		epoch:   time.Now(),
+		watches: map[string]*Watch{},
+		mounts:  map[uint64]*clone{},
+		byClone: map[uint64]*overlay{},
+		overs:   map[uint64]*overlay{},
+	}
+	for i := range t.roots {
+		t.roots[i].fd = -1
+	}
+	if err := t.open(); err != nil {
+		t.release()
+		return nil, err
+	}
+	t.wg.Add(1)
+	go t.read()
+	return t, nil
+}
+
+func (t *Tracer) open() error {
+	var err error
+	if t.conn, err = t.file.SyscallConn(); err != nil {
+		return fmt.Errorf("poll fanotify group: %w", err)
+	}
+	for i, dir := range t.cfg.Roots {
+		r := &t.roots[i]
+		r.path = filepath.Clean(dir)
+		if r.fd, err = unix.Open(r.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+			r.fd = -1
+			return fmt.Errorf("open data root %q: %w", dir, err)
+		}
+		var st unix.Statx_t
+		if err := statx(r.fd, &st); err != nil {
+			return fmt.Errorf("stat data root %q: %w", dir, err)
+		}
+		if st.Mask&unix.STATX_MNT_ID_UNIQUE == 0 {
+			return refused("tell mounts apart", fmt.Errorf("statx has no unique mount ids; Linux 6.8 is needed: %w", unix.ENOSYS))
+		}
+		r.dev, r.mount = devOf(&st), st.Mnt_id
+	}
+	// A trial, so that a refusal shows when the daemon starts and not with the
+	// first container.
+	if err := t.mark(true); err != nil {
+		return refused("mark the tier filesystems", err)
+	}
+	return t.mark(false)
+}
+
+// refused classes an error of the kernel that means "not here".
+func refused(what string, err error) error {
+	cure := ""
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		cure = "give the daemon CAP_SYS_ADMIN in the initial user namespace"
+	case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL):
+		cure = "use Linux 6.8 or later with CONFIG_FANOTIFY=y, and let seccomp pass fanotify_init and fanotify_mark"
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENOSPC):
+		cure = "raise fs.fanotify.max_user_groups and fs.fanotify.max_user_marks"
+	default:
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return fmt.Errorf("%s: %w (%w): cold starts are not traced; %s", what, err, errdefs.ErrNotImplemented, cure)
+}
+
+// Stats returns the counters, between two batches of events.
+func (t *Tracer) Stats() Stats {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.stats
+	s.Open = len(t.watches)
+	return s
+}
+
+// Close ends all watches, waits for their results and releases the group.
+func (t *Tracer) Close() error {
+	t.mu.Lock()
+	if t.closed {
+		t.mu.Unlock()
+		return nil
+	}
+	t.closed = true
+	t.wake()
+	t.mu.Unlock()
+	t.wg.Wait()
+	t.release()
+	return nil
+}
+
+func (t *Tracer) release() {
+	t.file.Close()
+	for _, r := range t.roots {
+		if r.fd >= 0 {
+			unix.Close(r.fd)
+		}
+	}
+	t.own.close()
+}
+
+// wake makes the reader look at what changed. The caller holds t.mu.
+func (t *Tracer) wake() {
+	// Fails only on a closed file, when nobody reads any more.
+	_ = t.file.SetReadDeadline(time.Unix(1, 0))
+}
+
+func (t *Tracer) now() time.Duration { return time.Since(t.epoch) }

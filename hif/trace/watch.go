@@ -1,0 +1,251 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// Watch is the observation of one start. Its methods may be called concurrently.
+type Watch struct {
+	t     *Tracer
+	start Start
+	began time.Time
+
+	// Guarded by t.mu.
+	opened    time.Duration // of the watch, since t.epoch
+	used      time.Duration // first open; 0: none yet
+	newest    time.Duration // latest first open of a file
+	ready     bool          // Ready was called
+	drained   bool          // and the queue was asked once more since
+	overflows uint64        // t's counters when the watch was opened
+	lost      uint64
+
+	done   chan struct{}
+	result Trace // set before done is closed
+}
+
+// Watch begins to observe the start of a container. It must be called before
+// the container's root filesystem is mounted: the marks then stand before the
+// mount can exist. A second call for a snapshot that is being watched returns
+// the same watch.
+func (t *Tracer) Watch(start Start) (*Watch, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
+		return nil, fmt.Errorf("watch start of %q: tracer is closed: %w", start.Snapshot, errdefs.ErrUnavailable)
+	}
+	if w := t.watches[start.Snapshot]; w != nil {
+		return w, nil
+	}
+	if len(t.watches) == 0 {
+		if err := t.mark(true); err != nil {
+			return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
+		}
+	}
+	// What was nobody's may be this one's.
+	t.forgetForeign()
+	w := &Watch{
+		t: t, start: start, began: time.Now(), opened: t.now(),
+		overflows: t.stats.Overflows, lost: t.stats.Lost,
+		done: make(chan struct{}),
+	}
+	t.watches[start.Snapshot] = w
+	t.stats.Watches++
+	t.wake()
+	return w, nil
+}
+
+// Find returns the open watch of a snapshot, or nil.
+func (t *Tracer) Find(snapshot string) *Watch {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.watches[snapshot]
+}
+
+// Ready says that the container has started. What it opened until now is
+// recorded and the watch ends.
+func (w *Watch) Ready() {
+	w.t.mu.Lock()
+	defer w.t.mu.Unlock()
+	w.ready = true
+	w.t.wake()
+}
+
+// Done is closed when the watch has ended and its result is there.
+func (w *Watch) Done() <-chan struct{} { return w.done }
+
+// Result waits for the end of the watch.
+func (w *Watch) Result() Trace {
+	<-w.done
+	return w.result
+}
+
+func (w *Watch) touch(now time.Duration) {
+	if w.used == 0 {
+		w.used = now
+	}
+	w.newest = now
+}
+
+// due says when the watch ends if nothing more happens, and why.
+func (w *Watch) due() (time.Duration, Reason) {
+	if w.used == 0 {
+		return w.opened + w.t.cfg.Unused, EndUnused
+	}
+	if q, m := w.newest+w.t.cfg.Quiet, w.used+w.t.cfg.Max; q < m {
+		return q, EndQuiet
+	} else {
+		return m, EndMax
+	}
+}
+
+// tick ends the watches that are due and sets the deadline of the next wait.
+// drained: the queue was just found empty, so nothing that happened before is
+// missing. It returns again if the queue must be asked once more, and done when
+// the tracer is closed and the last watch ended.
+func (t *Tracer) tick(drained bool) (again, done bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := t.now()
+	next := time.Duration(-1)
+	for _, w := range t.watches {
+		due, why := w.due()
+		switch {
+		case t.closed:
+			t.finish(w, EndClosed)
+		case w.ready && drained && w.drained:
+			t.finish(w, EndReady)
+		case w.ready && drained:
+			// Events of before Ready may have come since the queue was empty.
+			w.drained, again = true, true
+		case now >= due && (drained || why == EndMax):
+			t.finish(w, why)
+		case next < 0 || due < next:
+			next = due
+		}
+	}
+	if t.closed {
+		return false, true
+	}
+	var deadline time.Time
+	if next >= 0 {
+		deadline = t.epoch.Add(next)
+	}
+	if err := t.file.SetReadDeadline(deadline); err != nil {
+		log.L.WithError(err).Error("the end of a cold start cannot be awaited")
+	}
+	return again, false
+}
+
+// finish takes a watch out and has its result measured. The caller holds t.mu.
+func (t *Tracer) finish(w *Watch, why Reason) {
+	delete(t.watches, w.start.Snapshot)
+	found := map[[2]string]*File{}
+	var order []*File
+	add := func(e *entry, assumed bool) {
+		k := [2]string{e.layer, e.path}
+		if f := found[k]; f != nil {
+			if !assumed {
+				f.merge(e, w.opened)
+			}
+			return
+		}
+		f := e.file(w.opened)
+		f.Assumed = assumed
+		found[k] = f
+		order = append(order, f)
+	}
+	var orphans []*clone
+	for _, c := range t.mounts {
+		i := slices.Index(c.owners, w)
+		if i < 0 {
+			if len(c.owners) == 0 && !c.foreign {
+				orphans = append(orphans, c)
+			}
+			continue
+		}
+		for _, e := range c.entries {
+			add(e, false)
+		}
+		if c.owners = slices.Delete(c.owners, i, i+1); len(c.owners) == 0 {
+			t.drop(c)
+			c.foreign = true
+		}
+	}
+	for _, c := range orphans {
+		for _, e := range c.entries {
+			if e.first >= w.opened && slices.Contains(w.start.Layers, e.layer) {
+				add(e, true)
+			}
+		}
+	}
+	if len(t.watches) == 0 {
+		if err := t.mark(false); err != nil {
+			log.L.WithError(err).Warn("the marks of the tracer could not be removed")
+		}
+		for _, c := range t.mounts {
+			if len(c.owners) == 0 && !c.foreign && len(c.entries) > 0 {
+				t.stats.Unresolved++
+			}
+		}
+		clear(t.mounts)
+		t.files = 0
+	}
+	slices.SortFunc(order, func(a, b *File) int {
+		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Path, b.Path))
+	})
+	w.result = Trace{
+		Snapshot: w.start.Snapshot, Began: w.began, Duration: t.now() - w.opened,
+		Files:     make([]File, len(order)),
+		Overflows: t.stats.Overflows - w.overflows, Lost: t.stats.Lost - w.lost,
+		Ended: why,
+	}
+	for i, f := range order {
+		w.result.Files[i] = *f
+	}
+	w.result.Complete = w.result.Overflows == 0 && w.result.Lost == 0 && why != EndClosed
+	t.wg.Add(1)
+	go func() {
+		defer t.wg.Done()
+		t.measure(w.result.Files)
+		close(w.done)
+	}()
+}
+
+// file makes the record of an entry; what can be measured later is added by
+// [Tracer.measure]. Touched carries what was cached at first sight until then.
+func (e *entry) file(opened time.Duration) *File {
+	f := &File{Layer: e.layer, Path: e.path, Kind: Read, First: max(e.first-opened, 0),
+		Opens: e.opens, Size: e.size, Tier: e.tier, Touched: e.warm, evicted: e.evicted}
+	if e.exec {
+		f.Kind = Exec
+	}
+	return f
+}
+
+// merge adds what was opened of the same file through another clone: it moved
+// to the other tier during the start, or two mounts serve the start.
+func (f *File) merge(e *entry, opened time.Duration) {
+	g := e.file(opened)
+	f.Opens += g.Opens
+	f.Assumed = false
+	if g.Kind == Exec {
+		f.Kind = Exec
+	}
+	if g.First < f.First {
+		f.First, f.Tier = g.First, g.Tier
+	}
+	if f.Touched < 0 || g.Touched < 0 || f.Tier != g.Tier {
+		f.Touched = -1 // what the cache of one copy holds is not all
+	} else {
+		f.Touched, f.evicted = min(f.Touched, g.Touched), min(f.evicted, g.evicted)
+	}
+}
