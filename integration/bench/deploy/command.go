@@ -62,7 +62,7 @@ func Command() *cobra.Command {
 	f.StringVar(&o.size, "size", full, "images: full (Debian packages) or small (generated, for a try)")
 	f.StringSliceVar(&o.images, "images", nil, "images to pull (default all)")
 	f.StringSliceVar(&o.bandwidths, "bandwidths", []string{"100Mbit", "1Gbit"}, "rates of the link; 0: no limit")
-	f.StringSliceVar(&o.variants, "variants", nil, strings.Join(variantNames(), ", ")+" (default all)")
+	f.StringSliceVar(&o.variants, "variants", nil, strings.Join(variantNames(), ", ")+" (default all but the last two)")
 	f.StringSliceVar(&o.skip, "skip", nil, "parts to leave out: "+strings.Join(parts, ", "))
 	f.IntVar(&o.rounds, "rounds", 5, "how often each pull is measured")
 	f.IntVar(&o.afterRounds, "after-rounds", 1, "in how many rounds the daemon's idle memory and the copying to HDD are measured too")

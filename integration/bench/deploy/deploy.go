@@ -40,7 +40,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	if o.bin, err = programs(o.bin); err != nil {
 		return err
 	}
-	chosen, err := choose("variant", o.variants, variantNames())
+	chosen, err := chosenVariants(o.variants)
 	if err != nil {
 		return err
 	}

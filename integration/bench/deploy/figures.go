@@ -105,7 +105,7 @@ func (rs runs) usedSaved(variant, base string) float64 {
 
 // figures of the pulls.
 func (rs runs) figures(set func(string, float64)) {
-	for _, v := range []struct{ variant, key string }{{defaultVariant, ""}, {drain, "drain_"}, {lassParallel, "parallel_"}, {drainParallel, "drain_parallel_"}} {
+	for _, v := range []struct{ variant, key string }{{defaultVariant, ""}, {drain, "drain_"}, {lassParallel, "parallel_"}, {drainParallel, "drain_parallel_"}, {allNVM, "all_nvm_"}, {allHDD, "all_hdd_"}} {
 		spec, _ := variantByName(v.variant)
 		for _, m := range []struct {
 			name string
@@ -119,7 +119,7 @@ func (rs runs) figures(set func(string, float64)) {
 		for _, c := range rs.cells() {
 			set(fmt.Sprintf("durable_%svs_nvm.%s.%s", v.key, c.Image, c.Bandwidth), result.Median(rs.ratios(v.variant, spec.Baseline, c, durable)))
 		}
-		short := map[string]string{lass: "sequential", drain: "drain", lassParallel: "parallel", drainParallel: "drain_parallel"}[v.variant]
+		short := map[string]string{lass: "sequential", drain: "drain", lassParallel: "parallel", drainParallel: "drain_parallel", allNVM: "all_nvm", allHDD: "all_hdd"}[v.variant]
 		set("nvm_saved_"+short, rs.savedMean(v.variant))
 		set("nvm_saved_used_"+short, rs.usedSaved(v.variant, spec.Baseline))
 	}

@@ -22,6 +22,8 @@ type variant struct {
 	Unpacks int
 	// Baseline is the variant with all snapshots on NVM that this one is measured against.
 	Baseline string
+	// Extra variants are measured only where they are asked for.
+	Extra bool
 }
 
 // parallel is containerd's max_concurrent_unpacks of the parallel variants.
@@ -35,6 +37,8 @@ const (
 	drain              = "drain"
 	lassParallel       = "lass-parallel"
 	drainParallel      = "drain-parallel"
+	allNVM             = "nvm"
+	allHDD             = "hdd"
 )
 
 var variants = []variant{
@@ -45,6 +49,9 @@ var variants = []variant{
 	{Name: overlayNVMParallel, Unpacks: parallel, NVM: true},
 	{Name: lassParallel, Unpacks: parallel, Policy: "lass", Baseline: overlayNVMParallel},
 	{Name: drainParallel, Unpacks: parallel, Policy: "drain", Baseline: overlayNVMParallel},
+	// What nhybrid costs where placement plays no part, and what it gains nothing by.
+	{Name: allNVM, Unpacks: 1, Policy: "nvm", Baseline: overlayNVM, Extra: true},
+	{Name: allHDD, Unpacks: 1, Policy: "hdd", Baseline: overlayNVM, Extra: true},
 }
 
 func variantNames() (names []string) {
@@ -52,6 +59,14 @@ func variantNames() (names []string) {
 		names = append(names, v.Name)
 	}
 	return names
+}
+
+// chosenVariants are those that were asked for, or all but the extra ones.
+func chosenVariants(wanted []string) ([]string, error) {
+	if len(wanted) > 0 {
+		return choose("variant", wanted, variantNames())
+	}
+	return slices.DeleteFunc(variantNames(), func(name string) bool { v, _ := variantByName(name); return v.Extra }), nil
 }
 
 func variantByName(name string) (variant, bool) {
