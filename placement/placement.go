@@ -177,6 +177,9 @@ func LDL(in Input) int {
 	if !pending {
 		last := -1
 		for i, l := range in.Layers {
+			if l.Compressed > 0 && l.Offset >= l.Compressed && !l.Downloaded && !l.Storing && !l.Stored {
+				return i // all its bytes have come but containerd has not closed it yet, as it has the others
+			}
 			if !l.Arrived.IsZero() && (last < 0 || l.Arrived.After(in.Layers[last].Arrived)) {
 				last = i
 			}

@@ -274,3 +274,17 @@ func TestWholeBlobIsNotDownloading(t *testing.T) {
 	in.Layers[1].Offset--
 	require.Equal(t, HDD, p.Decide(in).Tier)
 }
+
+// The layer whose blob containerd still syncs has no time of arrival; it came last all the same.
+func TestWholeBlobIsLast(t *testing.T) {
+	begin := time.Unix(1_700_000_000, 0)
+	in := Input{Concurrency: 3, Sequential: true, Index: 1, NVMFree: 1e9, Layers: []Layer{
+		{Digest: "a", Compressed: 10, Offset: 10, Downloaded: true, Stored: true, Arrived: begin},
+		{Digest: "b", Compressed: 30, Offset: 30},
+		{Digest: "c", Compressed: 20, Offset: 20, Downloaded: true, Arrived: begin.Add(time.Second)},
+	}}
+	assert.Equal(t, 1, LDL(in))
+	p, err := ParsePolicy("lass")
+	require.NoError(t, err)
+	assert.Contains(t, p.Decide(in).Reason, "(it is the last to download)")
+}
