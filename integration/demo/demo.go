@@ -37,7 +37,8 @@ func demo(ctx context.Context, o options) (err error) {
 	}
 	p, err := openPlace(o.name)
 	if errors.Is(err, errBusy) {
-		return fmt.Errorf("one runs already from this directory (process %d); take it down with: make demo-clean", p.note.Pid)
+		down, err := takeDown(o)
+		return errors.Join(fmt.Errorf("one runs already (process %d); take it down with: %s", p.note.Pid, down), err)
 	} else if err != nil {
 		return err
 	}

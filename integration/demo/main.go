@@ -17,6 +17,8 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nhybrid/nhybrid/placement"
 )
 
@@ -82,6 +84,10 @@ func main() {
 		return
 	}
 	if err == nil {
+		if !o.held {
+			// A `go run` or make that is told to end dies without a word to us.
+			_ = unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0)
+		}
 		// SIGHUP too: a terminal that is closed must not leave mounts behind.
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 		err = run(ctx, o)

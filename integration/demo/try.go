@@ -38,20 +38,29 @@ func printTry(ctx context.Context, r *rig.Rig, recipe recipe, o options) error {
 	if err != nil {
 		return err
 	}
-	wd, err := os.Getwd()
+	down, err := takeDown(o)
 	if err != nil {
 		return err
 	}
-	down := []string{"make", "-C", wd, "demo-clean"}
-	if o.name != "" {
-		down = []string{"go", "-C", wd, "run", "./integration/demo", "-clean", "-name", o.name}
-	}
-	tries = append(tries, try{"take it down", quote(down)})
+	tries = append(tries, try{"take it down", down})
 	say("It is left running, in %s. To try, from anywhere, in this order or any:", r.Dir)
 	for _, t := range tries {
 		fmt.Printf("# %s\n%s\n", t.what, t.line)
 	}
 	return nil
+}
+
+// takeDown is the command that ends a demo which stays, from any directory.
+func takeDown(o options) (string, error) {
+	wd, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	args := []string{"go", "-C", wd, "run", "./integration/demo", "-clean"}
+	if o.name != "" {
+		args = append(args, "-name", o.name)
+	}
+	return quote(args), nil
 }
 
 // tryLines writes the configuration files that keep the commands short, and returns the commands.
