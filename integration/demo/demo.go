@@ -91,7 +91,7 @@ func demo(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer func() { err = errors.Join(err, done()) }()
 	status, err := client.Status(ctx, &control.StatusRequest{})
 	if err != nil {
 		return fmt.Errorf("ask the daemon for its status: %w", err)
@@ -181,23 +181,24 @@ func pull(ctx context.Context, r *rig.Rig) error {
 	if err := watch.Start(); err != nil {
 		return fmt.Errorf("start nhybridctl watch: %w", err)
 	}
-	shown := make(chan error, 1)
-	go func() { shown <- watch.Wait() }()
+	shown := make(chan struct{})
+	var shownErr error // of when shown is closed
+	go func() { shownErr = watch.Wait(); close(shown) }()
 
 	pullErr := r.Pull(ctx, imageName)
 	if pullErr != nil {
 		_ = watch.Process.Signal(syscall.SIGTERM) // there may be no end to show
 	}
 	select {
-	case err = <-shown:
+	case <-shown:
 	case <-time.After(watchEnd):
 		// A pull that was over before the view began has no end to show.
 		_ = watch.Process.Kill()
 		<-shown
 	}
 	var exit *exec.ExitError
-	if pullErr == nil && errors.As(err, &exit) && complaint.Len() > 0 {
-		return fmt.Errorf("nhybridctl watch: %w: %s", err, strings.TrimSpace(complaint.String()))
+	if pullErr == nil && errors.As(shownErr, &exit) && complaint.Len() > 0 {
+		return fmt.Errorf("nhybridctl watch: %w: %s", shownErr, strings.TrimSpace(complaint.String()))
 	}
 	return pullErr
 }

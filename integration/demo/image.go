@@ -8,6 +8,7 @@ import (
 	"context"
 	_ "embed"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -50,7 +51,8 @@ var packages = [][]string{
 	},
 }
 
-const libraries = "/usr/lib/x86_64-linux-gnu"
+// libraries is Debian's directory for this architecture.
+var libraries = "/usr/lib/" + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH] + "-linux-gnu"
 
 var environment = []string{
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "TZ=Europe/Prague",
