@@ -100,6 +100,7 @@ func (o *options) check() error {
 type bench struct {
 	options     *options
 	dir         string // scratch
+	bin         string // copies of the programs
 	registryDir string
 	sizes       sizes
 	rates       map[string]float64

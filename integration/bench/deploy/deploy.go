@@ -37,7 +37,12 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	if b.rates, err = rates(o.bandwidths); err != nil {
 		return err
 	}
-	if o.bin, err = programs(o.bin); err != nil {
+	found, err := findPrograms(o.bin)
+	if err != nil {
+		return err
+	}
+	b.bin = filepath.Join(b.dir, "bin")
+	if err := copyPrograms(found, b.bin); err != nil {
 		return err
 	}
 	chosen, err := chosenVariants(o.variants)
@@ -61,7 +66,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 			"images": b.layers, "setting": b.setting,
 		},
 	}
-	if r.Versions, err = result.Versions(ctx, o.bin, "containerd", "ctr", "containerd-nhybrid-grpc"); err != nil {
+	if r.Versions, err = result.Versions(ctx, found, "containerd", "ctr", "containerd-nhybrid-grpc"); err != nil {
 		return err
 	}
 	raw := rawRuns{}
@@ -113,7 +118,7 @@ func (raw rawRuns) fill(r *result.Result, bandwidth map[string]float64) error {
 		return err
 	}
 	r.Tables = append(r.Tables, raw.Pulls.times("Seconds until the pull returned: median (range)", returned),
-		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.placed(), simulated)
+		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.placed(), simulated, raw.Pulls.copied())
 	return nil
 }
 
@@ -183,7 +188,7 @@ func scratch() (string, error) {
 func (b *bench) fingerprint() (string, error) {
 	h := sha256.New()
 	for _, p := range []string{"containerd", "ctr", "containerd-nhybrid-grpc"} {
-		f, err := os.Open(filepath.Join(b.options.bin, p))
+		f, err := os.Open(filepath.Join(b.bin, p))
 		if err != nil {
 			return "", err
 		}
@@ -198,12 +203,32 @@ func (b *bench) fingerprint() (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:16], nil
 }
 
-// programs finds the directory of the programs as the rig does, so that versions and runs are of the same ones.
-func programs(bin string) (string, error) {
+// binaries are the programs that a rig starts.
+var binaries = []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "containerd-nhybrid-grpc", "nhybridctl"}
+
+// findPrograms is the directory that the rig would take the programs from.
+func findPrograms(bin string) (string, error) {
 	for _, dir := range []string{bin, os.Getenv("NHYBRID_BIN")} {
 		if dir != "" {
 			return filepath.Abs(dir)
 		}
 	}
 	return filepath.Abs("bin")
+}
+
+// copyPrograms takes the programs away from a build that may come along while they are measured.
+func copyPrograms(from, to string) error {
+	if err := os.MkdirAll(to, 0o755); err != nil {
+		return err
+	}
+	for _, name := range binaries {
+		b, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			return fmt.Errorf("%w: run `make tools build` first, or say --bin", err)
+		}
+		if err := os.WriteFile(filepath.Join(to, name), b, 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
 }

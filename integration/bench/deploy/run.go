@@ -98,7 +98,10 @@ func (b *bench) once(ctx context.Context, k key) (r run, err error) {
 		return r, err
 	}
 	defer func() {
-		b.keepLog(g, k, err)
+		b.keepLogs(g, k)
+		if err != nil && ctx.Err() == nil && g.Daemon != nil {
+			err = fmt.Errorf("%w\nthe end of the daemon's log:\n%s", err, g.Daemon.LogTail(3000))
+		}
 		err = errors.Join(err, g.Close())
 	}()
 	img := b.images[k.Image]
@@ -122,7 +125,7 @@ const imageName = "bench/image:1"
 
 func (b *bench) rigOptions(s *stand, v variant, rate float64) rig.Options {
 	o := rig.Options{
-		Dir: filepath.Join(s.dir, "g"), Bin: b.options.bin, RegistryDir: b.registryDir, Rate: rate,
+		Dir: filepath.Join(s.dir, "g"), Bin: b.bin, RegistryDir: b.registryDir, Rate: rate,
 		ContainerdRoot: filepath.Join(s.hdd.Mountpoint(), "containerd"), NoDaemon: v.Policy == "",
 		ConcurrentUnpacks: v.Unpacks,
 	}
@@ -136,8 +139,7 @@ func (b *bench) rigOptions(s *stand, v variant, rate float64) rig.Options {
 	}
 	o.HDD, o.NVM = filepath.Join(s.hdd.Mountpoint(), "nhybrid"), filepath.Join(s.nvm.Mountpoint(), "nhybrid")
 	// Writing back is work for later; it would only blur what the pull itself costs.
-	o.DaemonConfig = fmt.Sprintf("[placement]\npolicy = '%s'\n[background]\nwrite_back = false\n",
-		v.Policy)
+	o.DaemonConfig = fmt.Sprintf("[placement]\npolicy = '%s'\n[background]\nwrite_back = false\n", v.Policy)
 	return o
 }
 
@@ -356,9 +358,9 @@ func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) (err error) 
 	return nil
 }
 
-// keepLog stores the daemon's log of a run where the caller wants logs.
-func (b *bench) keepLog(g *rig.Rig, k key, failure error) {
-	if b.options.logs == "" || g.Daemon == nil && failure == nil {
+// keepLogs stores the logs of a run where the caller wants them.
+func (b *bench) keepLogs(g *rig.Rig, k key) {
+	if b.options.logs == "" {
 		return
 	}
 	for _, p := range []*rig.Process{g.Daemon, g.Containerd} {

@@ -6,6 +6,7 @@ package deploy
 import (
 	"fmt"
 	"slices"
+	"strconv"
 
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 	"github.com/nhybrid/nhybrid/placement"
@@ -73,6 +74,17 @@ func (rs runs) placed() result.Table {
 				mb(func(r run) int64 { return r.DataBytes }), fmt.Sprintf("%.2f", result.Median(picked.values(saved))),
 				fmt.Sprintf("%.1f of %.1f", result.Median(picked.values(func(r run) float64 { return float64(r.HDDToReturn.BusyMS) / 1e3 })), result.Median(picked.values(returned))),
 			})
+		}
+	}
+	return t
+}
+
+// copied shows how layers on NVM came to HDD later.
+func (rs runs) copied() result.Table {
+	t := result.Table{Title: "Copying from NVM to HDD afterwards", Head: []string{"image", "link", "variant", "round", "MB", "seconds"}}
+	for _, r := range rs {
+		if w := r.WriteBack; w != nil {
+			t.Rows = append(t.Rows, []string{r.Image, r.Bandwidth, r.Variant, strconv.Itoa(r.Round), fmt.Sprintf("%.1f", float64(w.Bytes)/1e6), fmt.Sprintf("%.1f", w.Seconds)})
 		}
 	}
 	return t

@@ -120,7 +120,9 @@ func (r *Result) Markdown(w io.Writer) error {
 		t.markdown(&b)
 	}
 	for _, t := range r.Tables {
-		t.markdown(&b)
+		if len(t.Rows) > 0 {
+			t.markdown(&b)
+		}
 	}
 	t := Table{Title: "All figures", Head: []string{"figure", "value"}}
 	for key, v := range r.Figures {
