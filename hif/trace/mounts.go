@@ -49,11 +49,13 @@ func (m *mountTable) close() {
 // overlays lists the overlays in our mount namespace, newest first.
 func (m *mountTable) overlays() ([]*overlay, error) {
 	if m.file == nil {
-		f, err := os.Open("/proc/self/mountinfo")
+		// Not by os.Open: the runtime would put it into its epoll set, which
+		// asks for the state of the file and so takes the flag away from us.
+		fd, err := unix.Open("/proc/self/mountinfo", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return nil, fmt.Errorf("open mount table: %w", err)
 		}
-		m.file = f
+		m.file = os.NewFile(uintptr(fd), "mountinfo")
 	} else {
 		// The kernel flags a change of the table as POLLPRI, once a reader.
 		p := []unix.PollFd{{Fd: int32(m.file.Fd()), Events: unix.POLLPRI}}

@@ -46,11 +46,11 @@ func (t *Tracer) measure(files []File) {
 				continue
 			}
 		}
-		if f.Kind == Read && isSharedObject(fd) {
-			f.Kind = Library
-		}
 		if warm >= 0 && warm <= coldBytes {
 			f.Touched, f.Ranges = touched(fd, f.Size, f.evicted)
+		}
+		if f.Kind == Read && isSharedObject(fd) {
+			f.Kind = Library
 		}
 		unix.Close(fd)
 	}
@@ -108,8 +108,12 @@ func join(ranges []Range, limit int) []Range {
 }
 
 // isSharedObject looks at the ELF header, if it is in the page cache: who
-// mapped the file has read it.
+// mapped the file has read it. The cache is asked first, since a read with
+// RWF_NOWAIT starts the read-ahead of what is not there.
 func isSharedObject(fd int) bool {
+	if in, _, err := cached(fd, 0, 1); err != nil || in == 0 {
+		return false
+	}
 	var head [18]byte
 	n, err := unix.Preadv2(fd, [][]byte{head[:]}, 0, unix.RWF_NOWAIT)
 	if err != nil || n < len(head) || string(head[:4]) != elf.ELFMAG {
