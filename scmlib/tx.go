@@ -1,0 +1,457 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package scmlib
+
+import (
+	"fmt"
+	"reflect"
+	"runtime/debug"
+	"unsafe"
+)
+
+// Tx is a running transaction. It belongs to the function it was given to: not to other goroutines, and not to the time after.
+type Tx struct {
+	r    *Region
+	lane uint32
+	salt uint64
+	gen  uint64
+	live bool
+
+	pos, end uint64 // what is left of the segment of the log
+	seq      uint32
+	buf      []byte // record in the making
+	count    uint32 // its entries
+	maxBuf   int
+
+	ops     []allocOp // allocations and frees, in order
+	logged  int       // how many of them are in the log
+	spans   []span    // to be flushed at commit
+	olds    int       // spans below this one are not worth searching
+	ext     []allocOp // chunks that the log has taken
+	logging []span    // scratch
+}
+
+// Range is a part of the region.
+type Range struct {
+	Off Off
+	Len uint64
+}
+
+// Update runs fn as one transaction. If it returns nil, everything that fn did to ranges it had named is durable, to the degree of Info.Durability.
+// If fn fails or panics, all of that is taken back first; a panic goes on afterwards, except faults of the medium and bad offsets, which are returned as
+// *MediaError and *PtrError. Update waits while as many transactions run as the region has lanes.
+func (r *Region) Update(fn func(*Tx) error) (err error) {
+	if r.readOnly {
+		return ErrReadOnly
+	}
+	t, err := r.begin()
+	if err != nil {
+		return err
+	}
+	old := debug.SetPanicOnFault(true)
+	done := false
+	defer func() {
+		debug.SetPanicOnFault(old)
+		r.lanesFree <- t
+	}()
+	defer func() {
+		if !done { // fn has panicked, or called Goexit
+			err = t.abandon(recover())
+		}
+	}()
+	err = fn(t)
+	if err == nil {
+		err = t.commit()
+	} else if rerr := t.rollback(); rerr != nil {
+		err = fmt.Errorf("%w; roll back: %w", err, rerr)
+	}
+	done = true
+	return err
+}
+
+func (r *Region) begin() (*Tx, error) {
+	t, ok := <-r.lanesFree
+	if !ok {
+		return nil, ErrClosed
+	}
+	if err := r.broken(); err != nil {
+		r.lanesFree <- t
+		return nil, err
+	}
+	base := r.lane(t.lane)
+	t.gen = r.mem.Load64(base)
+	t.pos, t.end = base+line, base+uint64(r.laneSize)
+	t.seq, t.count, t.logged, t.olds = 0, 0, 0, 0
+	t.ops, t.spans, t.ext, t.buf = t.ops[:0], t.spans[:0], t.ext[:0], beginRecord(t.buf)
+	t.live = true
+	return t, nil
+}
+
+// abandon rolls back after fn did not return. What was recovered is passed on unless it is a fault of the medium or of a pointer.
+func (t *Tx) abandon(v any) (err error) {
+	pass := true
+	defer func() {
+		if v2 := recover(); v2 != nil { // the medium failed while rolling back: the next open has to do it
+			t.live = false
+			err = t.r.fail(t.r.faultError(v2))
+			pass = pass && t.r.faultError(v2) == nil
+		}
+		if pass {
+			if v != nil {
+				panic(v)
+			}
+		}
+	}()
+	if ferr := t.r.faultError(v); ferr != nil {
+		pass, err = false, ferr
+	} else {
+		err = errAborted // seen by nobody: Goexit unwinds on
+	}
+	if rerr := t.rollback(); rerr != nil {
+		return fmt.Errorf("%w; roll back: %w", err, rerr)
+	}
+	return err
+}
+
+// Add says that ranges will be changed: each argument is a *T or a []T that lies in the region. Their content now is what a rollback restores.
+// Give all ranges that are known to one call: it costs one fence, however many they are.
+func (t *Tx) Add(ptrs ...any) error {
+	t.logging = t.logging[:0]
+	for _, p := range ptrs {
+		v := reflect.ValueOf(p)
+		var n uintptr
+		switch v.Kind() {
+		case reflect.Pointer:
+			n = v.Type().Elem().Size()
+		case reflect.Slice:
+			n = v.Type().Elem().Size() * uintptr(v.Len())
+		default:
+			return fmt.Errorf("%w: Add takes *T or []T, not %T", ErrType, p)
+		}
+		off, err := t.r.offsetOf(v.UnsafePointer(), uint64(n))
+		if err != nil {
+			return err
+		}
+		t.logging = append(t.logging, span{off, uint64(n)})
+	}
+	return t.log(t.logging)
+}
+
+// AddAll is Add for pointers of one type, without the cost of reflection.
+func AddAll[T any](t *Tx, ptrs ...*T) error {
+	t.logging = t.logging[:0]
+	for _, p := range ptrs {
+		off, err := t.r.offsetOf(unsafe.Pointer(p), uint64(unsafe.Sizeof(*p)))
+		if err != nil {
+			return err
+		}
+		t.logging = append(t.logging, span{off, uint64(unsafe.Sizeof(*p))})
+	}
+	return t.log(t.logging)
+}
+
+// AddRanges is Add by offsets.
+func (t *Tx) AddRanges(rs ...Range) error {
+	t.logging = t.logging[:0]
+	for _, r := range rs {
+		t.logging = append(t.logging, span{uint64(r.Off), r.Len})
+	}
+	return t.log(t.logging)
+}
+
+// Dirty says that a range is written by this transaction whose old content does not matter, as nothing refers to it before the commit: space behind
+// the end of a log, a free slot. It is durable with the transaction, and not restored by a rollback. It costs no fence.
+func (t *Tx) Dirty(off Off, n uint64) error {
+	if !t.live {
+		return ErrTxDone
+	}
+	if !t.r.inHeap(uint64(off), n) {
+		return fmt.Errorf("range of %d bytes at %d: %w", n, uint64(off), ErrRange)
+	}
+	if n > 0 {
+		t.spans = append(t.spans, span{uint64(off), n})
+	}
+	return nil
+}
+
+// Set changes one value: Add and an assignment.
+func Set[T any](t *Tx, p *T, v T) error {
+	if err := AddAll(t, p); err != nil {
+		return err
+	}
+	*p = v
+	return nil
+}
+
+// New allocates a zeroed T.
+func New[T any](t *Tx) (Ptr[T], error) { return NewSlice[T](t, 1) }
+
+// NewSlice allocates n zeroed Ts in a row. The Ptr does not know n; use Slice.
+func NewSlice[T any](t *Tx, n int) (Ptr[T], error) {
+	if err := CheckType[T](); err != nil {
+		return Ptr[T]{}, err
+	}
+	var z T
+	size := uint64(unsafe.Sizeof(z))
+	if n < 0 || size > 0 && uint64(n) > t.r.size/size {
+		return Ptr[T]{}, fmt.Errorf("allocate %d of %d bytes: %w", n, size, ErrFull)
+	}
+	off, err := t.Alloc(size * uint64(n))
+	return Ptr[T]{off}, err
+}
+
+// Alloc allocates n zeroed bytes, aligned to 64, or to 32 if they are 32 or less. The block is the program's from the commit on; if the transaction
+// does not commit it never was. It may be written without Add. ErrFull if there is no room.
+func (t *Tx) Alloc(n uint64) (Off, error) {
+	if !t.live {
+		return 0, ErrTxDone
+	}
+	op, err := t.r.heap.alloc(max(n, 1))
+	if err != nil {
+		return 0, err
+	}
+	t.ops = append(t.ops, op)
+	t.r.mem.Zero(uint64(op.block), op.n)
+	t.spans = append(t.spans, span{uint64(op.block), op.n})
+	return op.block, nil
+}
+
+// Free gives a block back when the transaction commits. Its content stays until then. ErrFree if no block starts at off.
+func (t *Tx) Free(off Off) error {
+	if !t.live {
+		return ErrTxDone
+	}
+	for i := range t.ops {
+		if op := &t.ops[i]; op.block == off && !op.freeable && !op.undone {
+			op.undone = true
+			return nil
+		}
+	}
+	op, err := t.r.heap.startFree(off)
+	if err != nil {
+		return err
+	}
+	t.ops = append(t.ops, op)
+	return nil
+}
+
+// covered tells whether a range was added or allocated before, as far as the last few spans tell.
+func (t *Tx) covered(s span) bool {
+	for i := len(t.spans) - 1; i >= max(0, len(t.spans)-16); i-- {
+		if p := t.spans[i]; s.off >= p.off && s.off+s.n <= p.off+p.n {
+			return true
+		}
+	}
+	return false
+}
+
+// log writes the old content of the ranges, and whatever allocations are not logged yet, and makes it durable: one fence.
+func (t *Tx) log(ss []span) error {
+	if !t.live {
+		return ErrTxDone
+	}
+	for _, s := range ss {
+		if s.n > 0 && !t.r.undoable(s.off, s.n) {
+			return fmt.Errorf("range of %d bytes at %d: %w", s.n, s.off, ErrRange)
+		}
+	}
+	if err := t.logOps(); err != nil {
+		return err
+	}
+	for _, s := range ss {
+		if s.n == 0 || t.covered(s) {
+			continue
+		}
+		t.spans = append(t.spans, s)
+		for s.n > 0 {
+			if t.maxBuf-len(t.buf) < 32 {
+				if err := t.emit(); err != nil {
+					return err
+				}
+			}
+			k := min(s.n, uint64(t.maxBuf-len(t.buf)-16)&^7)
+			t.buf = appendEntry(t.buf, opUndo, s.off, k, t.r.mem.Bytes(s.off, k))
+			t.count++
+			s.off, s.n = s.off+k, s.n-k
+		}
+	}
+	return t.settleLog()
+}
+
+// logOps puts allocations and frees into the record in the making.
+func (t *Tx) logOps() error {
+	for ; t.logged < len(t.ops); t.logged++ {
+		if t.maxBuf-len(t.buf) < 32 {
+			if err := t.emit(); err != nil {
+				return err
+			}
+		}
+		switch op := &t.ops[t.logged]; op.op {
+		case opUndo:
+			t.buf = appendEntry(t.buf, opUndo, op.at, 8, t.r.mem.Bytes(op.at, 8))
+		default:
+			t.buf = appendEntry(t.buf, op.op, op.at, op.val, nil)
+		}
+		t.count++
+	}
+	return nil
+}
+
+// settleLog makes the log durable. Only then may what it protects be changed.
+func (t *Tx) settleLog() error {
+	if t.count == 0 {
+		return nil
+	}
+	if err := t.emit(); err != nil {
+		return err
+	}
+	return t.r.fence()
+}
+
+// emit writes and flushes the record in the making. A log that has no room goes on in a chunk of the heap. That is reserved in memory only: after a crash it is
+// free, and recovery has read it before anybody can have it.
+func (t *Tx) emit() error {
+	m := t.r.mem
+	if room := alignUp(uint64(len(t.buf)), line) + linkRoom; t.end-t.pos < room {
+		t.r.heap.mu.Lock()
+		c, err := t.r.heap.take(1)
+		t.r.heap.mu.Unlock()
+		if err != nil {
+			return fmt.Errorf("undo log: %w", err)
+		}
+		n := uint64(t.r.chunkSize)
+		t.ext = append(t.ext, allocOp{block: Off(t.r.chunk(c)), chunks: 1})
+		var space [linkRoom]byte
+		link := appendEntry(beginRecord(space[:0]), opLink, t.r.chunk(c), n, nil)
+		endRecord(link, t.gen, t.seq, 1, t.salt)
+		m.Copy(t.pos, link)
+		m.Flush(t.pos, uint64(len(link)))
+		t.seq++
+		t.pos, t.end = t.r.chunk(c), t.r.chunk(c)+n
+	}
+	endRecord(t.buf, t.gen, t.seq, t.count, t.salt)
+	m.Copy(t.pos, t.buf)
+	m.Flush(t.pos, uint64(len(t.buf)))
+	t.pos += alignUp(uint64(len(t.buf)), line)
+	t.seq++
+	t.count, t.buf = 0, beginRecord(t.buf)
+	return nil
+}
+
+func (t *Tx) commit() error {
+	if err := t.settleOps(); err != nil {
+		rerr := t.rollback()
+		if rerr != nil {
+			return fmt.Errorf("%w; roll back: %w", err, rerr)
+		}
+		return err
+	}
+	t.live = false
+	m := t.r.mem
+	last := ^uint64(0)
+	for _, s := range t.spans {
+		// Neighbours in one line are flushed once.
+		if from, to := s.off/line, (s.off+s.n-1)/line; from != to || from != last {
+			m.Flush(s.off, s.n)
+			last = to
+		}
+	}
+	if len(t.spans) > 0 || len(t.ops) > 0 {
+		if err := t.r.fence(); err != nil {
+			return err
+		}
+	}
+	if err := t.voidLog(); err != nil {
+		return err
+	}
+	for i := range t.ops {
+		switch op := &t.ops[i]; {
+		case op.freeable:
+			t.r.heap.release(op)
+			t.r.heap.endFree(op.block)
+		case op.undone:
+			t.r.heap.release(op)
+		default:
+			t.r.heap.settle(op)
+		}
+	}
+	t.dropExt()
+	return nil
+}
+
+// settleOps logs what is not logged, and carries allocations and frees out.
+func (t *Tx) settleOps() error {
+	if len(t.ops) == 0 {
+		return nil
+	}
+	if t.logged < len(t.ops) {
+		if err := t.logOps(); err != nil {
+			return err
+		}
+		if err := t.settleLog(); err != nil {
+			return err
+		}
+	}
+	m := t.r.mem
+	for i := range t.ops {
+		op := &t.ops[i]
+		if op.undone {
+			continue
+		}
+		switch op.op {
+		case opUndo:
+			m.Store64(op.at, op.val)
+		case opSet:
+			m.Or64(op.at, op.val)
+		case opClear:
+			m.AndNot64(op.at, op.val)
+		}
+		m.Flush(op.at, 8)
+	}
+	return nil
+}
+
+// voidLog makes all records of this transaction invalid: one word, one line.
+func (t *Tx) voidLog() error {
+	if t.seq == 0 {
+		return nil
+	}
+	at := t.r.lane(t.lane)
+	t.r.mem.Store64(at, t.gen+1)
+	t.r.mem.Flush(at, 8)
+	return t.r.fence()
+}
+
+// rollback takes everything back, from the log on the medium, by the code that recovery uses.
+func (t *Tx) rollback() error {
+	t.live = false
+	es, err := t.r.readLane(t.lane)
+	if err != nil {
+		return t.r.fail(err)
+	}
+	if len(es) > 0 {
+		t.r.undo(es)
+		if err := t.r.fence(); err != nil {
+			return err
+		}
+	}
+	if err := t.voidLog(); err != nil {
+		return err
+	}
+	for i := range t.ops {
+		if op := &t.ops[i]; op.freeable {
+			t.r.heap.endFree(op.block)
+		} else {
+			t.r.heap.release(op)
+		}
+	}
+	t.dropExt()
+	return nil
+}
+
+func (t *Tx) dropExt() {
+	for i := range t.ext {
+		t.r.heap.release(&t.ext[i])
+	}
+}
