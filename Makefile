@@ -108,8 +108,12 @@ test-pmem: ## Run containerd with nhybrid in a QEMU guest with emulated persiste
 ## What is shown ---------------------------------------------------------------------------------------------------
 
 .PHONY: demo
-demo: deps tools-core build ## Pull and run an image on two tiers and show what went where (KEEP=1: leave it running).
+demo: deps $(if $(KEEP),tools,tools-core) build ## Pull and run an image on two tiers and show what went where (KEEP=1: leave it running).
 	go run ./integration/demo
+
+.PHONY: demo-clean
+demo-clean: ## Take down what make demo KEEP=1 has left.
+	go run ./integration/demo -clean
 
 .PHONY: bench
 bench: bench-deploy ## Run every benchmark; figures go to out/NAME.json.

@@ -21,6 +21,9 @@ import (
 // half of a small blob: it compresses to no less than its content.
 const half = 10_000
 
+// lass is the policy whose boundary a test can force by the order of downloads alone.
+var lass = []string{"--set", "placement.policy=lass"}
+
 func small(seed uint64, n int) image.TinySpec {
 	spec := image.TinySpec{Seed: seed}
 	for range n {
@@ -61,7 +64,7 @@ func pullWithLast(t *testing.T, r *rig.Rig, name string, spec image.TinySpec, k 
 func TestBoundaryIsTheLayerThatArrivesLast(t *testing.T) {
 	t.Parallel()
 	const n = 5
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	for k := range n {
 		name := fmt.Sprintf("last%d:1", k)
 		layers := pullWithLast(t, r, name, small(uint64(k), n), k)
@@ -103,11 +106,11 @@ func TestParallelUnpackingNeedsLessNVM(t *testing.T) {
 	const n, k = 5, 1
 	spec := small(7, n)
 	ctx := soon(t)
-	sequential := rig.New(t, rig.Options{})
+	sequential := rig.New(t, rig.Options{DaemonArgs: lass})
 	one := pullWithLast(t, sequential, "one:1", spec, k)
 	require.Equal(t, "hnnnn", tiers(one))
 
-	parallel := rig.New(t, rig.Options{ConcurrentUnpacks: 3})
+	parallel := rig.New(t, rig.Options{ConcurrentUnpacks: 3, DaemonArgs: lass})
 	img, err := parallel.PushTiny(ctx, "many:1", spec)
 	require.NoError(t, err)
 	digests := blobs(t, img)
@@ -181,7 +184,7 @@ func TestDrainGoesByTheRateOfTheDisk(t *testing.T) {
 func TestImageAlreadyInTheContentStore(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "here:1", small(21, 3))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "here:1", "--snapshotter", "overlayfs"))
@@ -204,7 +207,7 @@ func TestImageAlreadyInTheContentStore(t *testing.T) {
 func TestLocalPull(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	spec := small(31, 4)
 	spec.Runnable = true
 	img, err := r.PushTiny(ctx, "local:1", spec)
@@ -231,7 +234,7 @@ func TestLocalPull(t *testing.T) {
 func TestPullRightAfterContainerdCameBack(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	require.NoError(t, r.Containerd.Stop())
 	// gRPC now waits longer and longer before it tries again.
 	awaitLog(t, r, "no events from containerd")
@@ -245,7 +248,7 @@ func TestPullRightAfterContainerdCameBack(t *testing.T) {
 func TestLayerTooLargeForNVM(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{NVMSize: 64 << 20})
+	r := rig.New(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "large:1", image.TinySpec{Runnable: true, Layers: []int64{80 << 20, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "large:1", "--snapshotter", "overlayfs"))
@@ -264,7 +267,7 @@ func TestLayerTooLargeForNVM(t *testing.T) {
 func TestTierOfWritableDirectories(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{NVMSize: 64 << 20})
+	r := rig.New(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
 	_, err := r.PushBusybox(ctx, "busybox:1")
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "busybox:1"))

@@ -49,7 +49,7 @@ type Containerd struct {
 
 // Placement says where layers go.
 type Placement struct {
-	Policy       string   `toml:"policy" comment:"lass: NVM for a layer whose storing starts when no other layer of its image is still downloading, else HDD.\ndrain: HDD as long as the disk can have it written before the pull could end anyway, else NVM.\nnvm, hdd: every layer on that tier.\nboundary=N: layers with index N (0 = bottom) and above on NVM."`
+	Policy       string   `toml:"policy" comment:"drain: HDD as long as the disk can have it written before the pull could end anyway, else NVM.\nlass: NVM for a layer whose storing starts when no other layer of its image is still downloading, else HDD (the paper's rule).\nnvm, hdd: every layer on that tier.\nboundary=N: layers with index N (0 = bottom) and above on NVM."`
 	NVMReserve   Space    `toml:"nvm_reserve" comment:"What stays free on the NVM filesystem: bytes (\"2GiB\") or a share of its size (\"5%\").\nA layer that does not fit beside it goes to HDD; no pull fails for it."`
 	HDDRate      Rate     `toml:"hdd_rate" comment:"Rate at which the HDD takes file trees, for the policy drain: \"47MB/s\". \"0\": measured while running."`
 	PollInterval Duration `toml:"poll_interval" comment:"How often the downloads of a running pull are looked at, beside containerd's events."`
@@ -84,7 +84,7 @@ func Default() Config {
 			Timeout: Duration(defaultTimeout),
 		},
 		Placement: Placement{
-			Policy:       "lass",
+			Policy:       "drain",
 			NVMReserve:   Space{Percent: 5},
 			PollInterval: Duration(defaultPoll),
 		},

@@ -51,7 +51,11 @@ func Command() *cobra.Command {
 			if err := o.check(); err != nil {
 				return err
 			}
-			return o.run(c.Context(), c.ErrOrStderr())
+			err := o.run(c.Context(), c.ErrOrStderr())
+			if err != nil && c.Context().Err() != nil {
+				return fmt.Errorf("interrupted; the same command goes on where it was (%w)", err)
+			}
+			return err
 		},
 	}
 	f := c.Flags()

@@ -1,0 +1,177 @@
+//go:build integration
+
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"bufio"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/integration/rig"
+)
+
+// event is one line of nhybridctl watch --json.
+type event struct {
+	Type, Image, Message string
+	Layers               []struct {
+		Index       int
+		Digest      string
+		State, Tier string
+	}
+}
+
+// A person can follow a pull: what arrives, what swings, what is decided.
+func TestWatchFollowsAPull(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{})
+	img, err := r.PushTiny(ctx, "app:1", small(1, 3))
+	require.NoError(t, err)
+	digests := blobs(t, img)
+	first, last := r.Link.Hold(digests[1], half), r.Link.Hold(digests[0], half)
+	defer first()
+	defer last()
+	wait := start(func() error { return r.Pull(ctx, "app:1") })
+	awaitLog(t, r, "layer prepared", digests[0], "tier=hdd")
+
+	watch, err := r.Command(ctx, "nhybridctl", "watch", "--json", "--once")
+	require.NoError(t, err)
+	out, err := watch.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, watch.Start())
+	lines := bufio.NewScanner(out)
+	var seen []event
+	next := func() bool {
+		if !lines.Scan() {
+			return false
+		}
+		var e event
+		require.NoError(t, json.Unmarshal(lines.Bytes(), &e), "%s", lines.Text())
+		seen = append(seen, e)
+		return true
+	}
+	require.True(t, next())
+	require.Equal(t, "pull", seen[0].Type, "it begins with the pulls that run")
+	require.Len(t, seen[0].Layers, 3)
+	first()
+	awaitLog(t, r, "layer swung", digests[0])
+	last()
+	for next() {
+	}
+	require.NoError(t, watch.Wait(), "it ends with the pull")
+	require.NoError(t, wait())
+	count := map[string]int{}
+	for _, e := range seen {
+		count[e.Type]++
+		switch e.Type {
+		case "swing":
+			require.Equal(t, digests[0], e.Layers[0].Digest)
+			require.Equal(t, "nvm", e.Layers[0].Tier)
+			require.NotEmpty(t, e.Message)
+		case "decision":
+			require.Equal(t, "nvm", e.Layers[0].Tier)
+		}
+	}
+	require.Equal(t, 1, count["pull"])
+	require.Equal(t, 1, count["swing"])
+	require.Equal(t, 3, count["decision"])
+	require.Equal(t, 1, count["done"])
+	require.Positive(t, count["progress"])
+}
+
+// Where a file of an image comes from, and where its bytes are.
+func TestWhyOfAPath(t *testing.T) {
+	t.Parallel()
+	r := rig.New(t, rig.Options{})
+	layers := pullWithLast(t, r, "app:1", app(2), 2)
+	require.Equal(t, "hhnn", tiers(layers))
+	settled(t, r)
+	why := func(path string) (answer struct {
+		Layers []layer
+		File   struct {
+			Path, Type, Tier, Target string
+			Size                     int64
+			LayerIndex               int    `json:"layer_index"`
+			DataPath                 string `json:"data_path"`
+		}
+	}) {
+		ctl(t, r, &answer, "why", r.Ref("app:1"), path)
+		return answer
+	}
+	for path, c := range map[string]struct {
+		layer int
+		tier  string
+		size  int64
+	}{"/data/0/3": {1, "hdd", 2500}, "/data/2/3": {3, "nvm", 2500}, "/data/shared": {3, "nvm", 2}, "/etc/passwd": {0, "hdd", 0}} {
+		answer := why(path)
+		require.Equal(t, c.layer, answer.File.LayerIndex, path)
+		require.Equal(t, c.tier, answer.File.Tier, path)
+		require.Equal(t, "file", answer.File.Type, path)
+		require.Equal(t, c.layer, answer.Layers[0].Index, path)
+		if c.size > 0 {
+			require.Equal(t, c.size, answer.File.Size, path)
+		}
+		root := map[string]string{"nvm": r.NVM, "hdd": r.HDD}[c.tier]
+		require.True(t, strings.HasPrefix(answer.File.DataPath, root+"/"), answer.File.DataPath)
+		st, err := os.Stat(answer.File.DataPath)
+		require.NoError(t, err)
+		require.Equal(t, answer.File.Size, st.Size(), path)
+		require.Equal(t, filepath.Base(path), filepath.Base(answer.File.DataPath))
+	}
+	require.Equal(t, "busybox", why("/bin/ls").File.Target)
+	require.Equal(t, "directory", why("/data").File.Type)
+	for _, path := range []string{"/none", "/data/shared/none", "/../etc/passwd/.."} {
+		_, err := r.Nhybridctl(soon(t), "why", r.Ref("app:1"), path)
+		require.ErrorContains(t, err, "no ", path)
+		require.NotContains(t, err.Error(), "\n")
+	}
+}
+
+// Shared bytes are told from an image's own, and all that stands is accounted for.
+func TestUsageOfImages(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := rig.New(t, rig.Options{DaemonArgs: []string{"--set", "background.write_back=false"}})
+	for i, name := range []string{"a:1", "b:1"} {
+		spec := app(3)
+		spec.Layers = append(spec.Layers, int64(100_000*(i+1)))
+		_, err := r.PushTiny(ctx, name, spec)
+		require.NoError(t, err)
+		require.NoError(t, r.Pull(ctx, name))
+	}
+	settled(t, r)
+	var usage struct {
+		Images []struct {
+			Name      string
+			NVMOwn    int64 `json:"nvm_own"`
+			NVMShared int64 `json:"nvm_shared"`
+			HDDOwn    int64 `json:"hdd_own"`
+			HDDShared int64 `json:"hdd_shared"`
+		}
+		Tiers []struct {
+			Name   string
+			Layers int64
+		}
+	}
+	ctl(t, r, &usage, "du")
+	require.Len(t, usage.Images, 2)
+	var own, shared int64
+	for _, i := range usage.Images {
+		mine := i.NVMOwn + i.HDDOwn
+		require.GreaterOrEqual(t, mine, int64(100_000), i.Name)
+		require.Less(t, mine, int64(210_000), i.Name)
+		own += mine
+		shared = i.NVMShared + i.HDDShared
+	}
+	require.Equal(t, usage.Images[0].NVMShared+usage.Images[0].HDDShared, shared, "they share the same")
+	require.Greater(t, shared, int64(3*2*half))
+	require.InDelta(t, own+shared, usage.Tiers[0].Layers+usage.Tiers[1].Layers, 4096)
+}
