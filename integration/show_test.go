@@ -32,7 +32,7 @@ type event struct {
 func TestWatchFollowsAPull(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	img, err := r.PushTiny(ctx, "app:1", small(1, 3))
 	require.NoError(t, err)
 	digests := blobs(t, img)
@@ -90,7 +90,7 @@ func TestWatchFollowsAPull(t *testing.T) {
 // Where a file of an image comes from, and where its bytes are.
 func TestWhyOfAPath(t *testing.T) {
 	t.Parallel()
-	r := rig.New(t, rig.Options{})
+	r := rig.New(t, rig.Options{DaemonArgs: lass})
 	layers := pullWithLast(t, r, "app:1", app(2), 2)
 	require.Equal(t, "hhnn", tiers(layers))
 	settled(t, r)
