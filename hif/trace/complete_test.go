@@ -125,7 +125,9 @@ func TestTouched(t *testing.T) {
 		s.put(placement.HDD, "3", f, data)
 	}
 	s.put(placement.NVM, "3", "memory", make([]byte, mb)) // tmpfs: always cached
-	tr := s.tracer(s.config())
+	cfg := s.config()
+	cfg.countSelf = true // this process is the container
+	tr := s.tracer(cfg)
 	for _, f := range []string{"small", "part", "warm", "unread", "lib"} {
 		fd, err := unix.Open(filepath.Join(s.root(placement.HDD), "3", f), unix.O_RDONLY, 0)
 		require.NoError(t, err)
@@ -150,7 +152,6 @@ func TestTouched(t *testing.T) {
 		_, err = fd.ReadAt(make([]byte, n), off)
 		require.NoError(t, err)
 	}
-	tr.self = 0 // this process is the container
 	read("small", 0, 50)
 	read("part", 0, 4096)
 	read("part", 4*mb, 128<<10)
@@ -161,6 +162,7 @@ func TestTouched(t *testing.T) {
 	got := ready(w)
 	by := map[string]File{}
 	for _, f := range got.Files {
+		require.False(t, f.Assumed)
 		by[f.Path] = f
 	}
 	require.EqualValues(t, 100, by["small"].Touched)
@@ -257,8 +259,9 @@ func BenchmarkOpen(b *testing.B) {
 		b.Run(map[bool]string{false: "idle", true: "watched"}[watched], func(b *testing.B) {
 			s := newStore(b)
 			s.put(placement.HDD, "3", "f", []byte("x"))
-			tr := s.tracer(s.config())
-			tr.self = 0
+			cfg := s.config()
+			cfg.countSelf = true
+			tr := s.tracer(cfg)
 			c := s.container("7")
 			if watched {
 				watch(b, tr, c)

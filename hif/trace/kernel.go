@@ -16,9 +16,9 @@ import (
 const (
 	eventMask = unix.FAN_OPEN | unix.FAN_OPEN_EXEC
 	statxMask = unix.STATX_TYPE | unix.STATX_INO | unix.STATX_SIZE | unix.STATX_BTIME | unix.STATX_MNT_ID_UNIQUE
-	// eventFlags open the descriptor of an event. O_NONBLOCK: without it the
-	// descriptor of a FIFO that a container opened would be opened like any
-	// FIFO, and the reader would hang until someone opens the other end.
+	// eventFlags open the descriptor of an event. O_NONBLOCK: should a kernel
+	// report the open of a FIFO (6.18 does not), its descriptor would else be
+	// opened like any FIFO, and the reader would wait for the other end.
 	eventFlags = unix.O_RDONLY | unix.O_LARGEFILE | unix.O_CLOEXEC | unix.O_NONBLOCK
 )
 

@@ -122,7 +122,7 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	}
 	fd := int(ev.Fd)
 	defer unix.Close(fd)
-	if ev.Pid == t.self || len(t.watches) == 0 {
+	if ev.Pid == t.self && !t.cfg.countSelf || len(t.watches) == 0 {
 		return
 	}
 	var st unix.Statx_t

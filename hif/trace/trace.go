@@ -53,6 +53,9 @@ type Config struct {
 	// limitedQueue leaves the kernel's bound of 16384 events in place, so that
 	// a test can make the queue overflow.
 	limitedQueue bool
+	// countSelf makes the opens of this process count, so that a test can be
+	// the container.
+	countSelf bool
 }
 
 // Start names the container that is about to start. Upper and Tree are

@@ -342,8 +342,21 @@ func TestOddFiles(t *testing.T) {
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
+	tr.mu.Lock()
+	run(t, "cat", m+"/f")
+	require.Eventually(t, func() bool { // the reader has the event, and waits for the lock
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(tr.fd), Events: unix.POLLIN}}, 0)
+		return err == nil && n == 0
+	}, 10*time.Second, time.Millisecond)
+	// A FIFO on the filesystem, opened neither through the mount that is ignored
+	// nor through an overlay. When the reader goes on, nobody has it open any more.
+	bind := t.TempDir()
+	require.NoError(t, unix.Mount(s.tiers[placement.HDD], bind, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { unix.Unmount(bind, unix.MNT_DETACH) })
+	run(t, "sh", "-c", `cd "$0" && mkfifo p && (cat p & echo z > p; wait); cat d/3/f`, bind)
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && mkdir 3 && echo y > 3/f && cat 3/f && (cat p & echo z > p; wait)
 		cat "$1" "$2"; exec 3< f; rm f; echo w > f; cat f`, m, "a b\n\\ü (deleted)", "bad\xff")
+	tr.mu.Unlock()
 	got := ready(w)
 	require.Equal(t, []string{"a b\n\\ü (deleted)", "bad\xff", "f"}, paths(got))
 	for _, f := range got.Files {
