@@ -100,7 +100,7 @@ func TestInterruptedMeasurementLeavesItsRunsAndNothingElse(t *testing.T) {
 	out := t.TempDir()
 	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--bandwidths=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata"}
 	ctx, cancel := context.WithCancel(t.Context())
-	require.Error(t, execute(ctx, cancelOn{"1/2", cancel}, args...))
+	require.ErrorContains(t, execute(ctx, cancelOn{"1/2", cancel}, args...), "goes on where it was")
 	checkGone(t)
 	require.NoFileExists(t, filepath.Join(out, "deploy.json"))
 

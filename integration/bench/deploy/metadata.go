@@ -13,6 +13,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+
+	"github.com/nhybrid/nhybrid/integration/rig"
 )
 
 // metadata is what treebench prints of one layer: the cost of its capture and of the tree of it alone.
@@ -28,27 +30,22 @@ type metadata struct {
 
 const treebench = "github.com/nhybrid/nhybrid/snapshotter/tree/treebench"
 
-// measureMetadata runs treebench, as a process of its own for the sake of its peak memory, on the machine's own
-// filesystem: a layer with a million files does not fit the emulated devices.
+// bytesPerFile is the size of the device for each file: ext4 has an inode for every 16 KiB, and directories need some too.
+const bytesPerFile = 20 << 10
+
+// measureMetadata runs treebench, as a process of its own for the sake of its peak memory, on an emulated NVM of its own.
 func (b *bench) measureMetadata(ctx context.Context) (all []metadata, err error) {
 	dir := filepath.Join(b.dir, "m")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	program := filepath.Join(dir, "treebench")
 	if out, err := exec.CommandContext(ctx, "go", "build", "-o", program, treebench).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("build treebench: %w: %s", err, out)
 	}
 	for _, files := range b.options.captureFiles {
-		cmd := exec.CommandContext(ctx, program, "-files", strconv.Itoa(files), "-dir", dir)
-		var out, said bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &out, &said
-		if err := cmd.Run(); err != nil {
-			return nil, fmt.Errorf("treebench with %d files: %w: %s", files, err, said.String())
-		}
-		var m metadata
-		if err := json.Unmarshal(out.Bytes(), &m); err != nil {
+		m, err := runTreebench(ctx, program, filepath.Join(dir, strconv.Itoa(files)), files)
+		if err != nil {
 			return nil, fmt.Errorf("treebench with %d files: %w", files, err)
 		}
 		b.say("%d files: captured in %.2f s, tree in %.2f s, %.0f bytes a file, peak %.0f MB", m.Files, m.CaptureS, m.TreeS,
@@ -56,6 +53,22 @@ func (b *bench) measureMetadata(ctx context.Context) (all []metadata, err error)
 		all = append(all, m)
 	}
 	return all, nil
+}
+
+func runTreebench(ctx context.Context, program, dir string, files int) (m metadata, err error) {
+	nvm, err := rig.NewNVM(ctx, dir, max(256<<20, int64(files)*bytesPerFile))
+	if err != nil {
+		return m, err
+	}
+	defer func() { err = errors.Join(err, nvm.Close()) }()
+	// Kept: the files go with the device, which is quicker.
+	cmd := exec.CommandContext(ctx, program, "-files", strconv.Itoa(files), "-dir", nvm.Mountpoint(), "-keep")
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return m, fmt.Errorf("%w: %s", err, said.String())
+	}
+	return m, json.Unmarshal(out.Bytes(), &m)
 }
 
 // metadataFigures are keyed by the number of files, as "100k".
