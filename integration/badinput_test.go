@@ -72,7 +72,7 @@ func TestBadConfiguration(t *testing.T) {
 func TestTiersOnOneFilesystem(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{NVM: filepath.Join(t.TempDir(), "nvm")})
+	r := newRig(t, rig.Options{NVM: filepath.Join(t.TempDir(), "nvm")})
 	require.True(t, inLog(r, "level=warning", "one filesystem", r.NVM, r.HDD))
 	_, err := r.PushBusybox(ctx, "busybox:1")
 	require.NoError(t, err)
@@ -86,7 +86,7 @@ func TestTiersOnOneFilesystem(t *testing.T) {
 func TestDamagedStoreIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := newRig(t, rig.Options{})
 	_, err := r.PushTiny(ctx, "app:1", app(1))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))
@@ -220,7 +220,7 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 func TestDamagedTreeIsBuiltAgain(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := newRig(t, rig.Options{})
 	_, err := r.PushTiny(ctx, "app:1", app(2))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))
@@ -259,7 +259,7 @@ func TestDamagedTreeIsBuiltAgain(t *testing.T) {
 func TestNonsenseLabels(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{})
+	r := newRig(t, rig.Options{})
 	_, err := r.PushBusybox(ctx, "busybox:1")
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "busybox:1"))

@@ -35,7 +35,7 @@ func needNerdctl(t *testing.T, r *rig.Rig) {
 func TestNerdctlCommitChain(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	needNerdctl(t, r)
 	_, err := r.PushTiny(ctx, "base:1", image.TinySpec{Runnable: true, Nasty: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
@@ -78,7 +78,7 @@ func TestNerdctlCommitChain(t *testing.T) {
 func TestCRI(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{CRI: true})
+	r := newRig(t, rig.Options{CRI: true})
 	crictl := func(args ...string) string {
 		t.Helper()
 		out, err := r.Crictl(ctx, args...)
@@ -127,7 +127,7 @@ func TestCRI(t *testing.T) {
 func TestUserNamespace(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "nasty:1", image.TinySpec{Runnable: true, Nasty: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "nasty:1"))
@@ -159,7 +159,7 @@ func TestUserNamespace(t *testing.T) {
 func TestUserByName(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	users, err := image.Layer([]image.Entry{
 		{Header: tar.Header{Name: "etc/passwd", Mode: 0o644}, Data: []byte("root:x:0:0::/:/bin/sh\nsomebody:x:1234:5678::/:/bin/sh\n")},
 		{Header: tar.Header{Name: "etc/group", Mode: 0o644}, Data: []byte("root:x:0:\nmany:x:99:somebody\nmain:x:5678:\n")},
@@ -180,7 +180,7 @@ func TestUserByName(t *testing.T) {
 func TestNestedOverlay(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "app:1", image.TinySpec{Runnable: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))

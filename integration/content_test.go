@@ -121,7 +121,7 @@ func TestContentEqualsOverlayfs(t *testing.T) {
 		t.Run(fmt.Sprintf("unpacks=%d", unpacks), func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := rig.New(t, rig.Options{ConcurrentUnpacks: unpacks, DaemonArgs: lass})
+			r := newRig(t, rig.Options{ConcurrentUnpacks: unpacks, DaemonArgs: lass})
 			spec := image.TinySpec{Seed: 3, Runnable: true, Nasty: true, Layers: []int64{2 * half, 2 * half, 2 * half, 2 * half}}
 			img, err := r.PushTiny(ctx, "nasty:1", spec)
 			require.NoError(t, err)
@@ -161,7 +161,7 @@ func TestContentEqualsOverlayfs(t *testing.T) {
 func TestCopyUp(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "nasty:1", image.TinySpec{Runnable: true, Nasty: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "nasty:1"))
@@ -180,7 +180,7 @@ func TestCopyUp(t *testing.T) {
 func TestHostileLayerPointsNowhere(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	// The secret of another image, whose layer has the id 1.
 	secret, err := image.Layer([]image.Entry{
 		{Header: tar.Header{Typeflag: tar.TypeDir, Name: "etc/", Mode: 0o755}},

@@ -60,7 +60,7 @@ func troubles(all []finding) (bad []string) {
 // On a good installation doctor finds nothing, and each mistake with its cure.
 func TestDoctor(t *testing.T) {
 	// Not parallel: it sets environment variables.
-	r := rig.New(t, rig.Options{ConcurrentUnpacks: 3, CRI: true})
+	r := newRig(t, rig.Options{ConcurrentUnpacks: 3, CRI: true})
 	_, err := r.PushBusybox(soon(t), "busybox:1")
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(soon(t), "busybox:1"))

@@ -30,7 +30,7 @@ func onVolatileDisk(t *testing.T, args ...string) (*rig.Rig, *hddsim.Disk) {
 	})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, disk.Close()) })
-	return rig.New(t, rig.Options{HDD: filepath.Join(disk.Mountpoint(), "nhybrid"), DaemonArgs: args}), disk
+	return newRig(t, rig.Options{HDD: filepath.Join(disk.Mountpoint(), "nhybrid"), DaemonArgs: args}), disk
 }
 
 // cutPower ends the disk and then the daemon, and starts the disk on what it had kept, in a new boot.
@@ -189,7 +189,7 @@ func TestLossOfNVM(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := rig.New(t, rig.Options{DaemonArgs: []string{
+			r := newRig(t, rig.Options{DaemonArgs: []string{
 				"--set", "placement.policy=boundary=2", "--set", fmt.Sprintf("background.write_back=%v", c.writeBack),
 			}})
 			img, err := r.PushTiny(ctx, "app:1", app(4))

@@ -39,6 +39,16 @@ func await(t *testing.T, ask func(context.Context) error) {
 	require.NoError(t, rig.Await(soon(t), ask))
 }
 
+// newRig starts a rig with the policy lass, where none is asked for: it goes by nothing but the order of arrivals, which
+// tests decide, while the default goes by rates that it measures.
+func newRig(t *testing.T, o rig.Options) *rig.Rig {
+	t.Helper()
+	if !strings.Contains(strings.Join(o.DaemonArgs, " "), "placement.policy=") {
+		o.DaemonArgs = append(slices.Clone(o.DaemonArgs), "--set", "placement.policy=lass")
+	}
+	return rig.New(t, o)
+}
+
 // blobs are the digests of the layers of an image, bottom first.
 func blobs(t *testing.T, img v1.Image) []string {
 	t.Helper()

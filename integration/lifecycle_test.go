@@ -34,7 +34,7 @@ func app(seed uint64) image.TinySpec {
 func TestGarbageCollectionLeavesTiersEmpty(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	layers := pullWithLast(t, r, "app:1", app(1), 2)
 	require.Equal(t, "hhnn", tiers(layers))
 	_, err := r.RunContainer(ctx, "app:1", "c1", "sh", "-c", "echo written >/file")
@@ -57,7 +57,7 @@ func TestGarbageCollectionLeavesTiersEmpty(t *testing.T) {
 func TestImageRemovedUnderAContainer(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "app:1", app(2))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))
@@ -105,7 +105,7 @@ func execute(t *testing.T, r *rig.Rig, id string, command ...string) string {
 func TestDaemonRestartsUnderContainers(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	require.Equal(t, "hhnn", tiers(pullWithLast(t, r, "app:1", app(3), 2)))
 	sleeper(t, r, "app:1", "s")
 	end := map[string]func() error{"SIGTERM": r.Daemon.Stop, "SIGKILL": r.Daemon.Kill}
@@ -133,7 +133,7 @@ func TestDaemonRestartsUnderContainers(t *testing.T) {
 func TestContainerdRestartsUnderContainers(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "app:1", app(4))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))
@@ -157,7 +157,7 @@ func TestDaemonDiesInAPull(t *testing.T) {
 		t.Run(signal, func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := rig.New(t, rig.Options{DaemonArgs: lass})
+			r := newRig(t, rig.Options{DaemonArgs: lass})
 			img, err := r.PushTiny(ctx, "app:1", app(6))
 			require.NoError(t, err)
 			digests := blobs(t, img)
@@ -212,7 +212,7 @@ func contentSum(t *testing.T, seed uint64, n int) string {
 func TestDaemonKilledRightAfterCommitsAndRemovals(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "app:1", app(7))
 	require.NoError(t, err)
 	for range 3 {
@@ -233,7 +233,7 @@ func TestDaemonKilledRightAfterCommitsAndRemovals(t *testing.T) {
 func TestTwoNamespaces(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "app:1", app(8))
 	require.NoError(t, err)
 	other := r.Namespace + "-b"
@@ -271,7 +271,7 @@ func TestConcurrentPullsShareLayers(t *testing.T) {
 		t.Run(fmt.Sprintf("unpacks=%d", unpacks), func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := rig.New(t, rig.Options{ConcurrentUnpacks: unpacks, DaemonArgs: lass})
+			r := newRig(t, rig.Options{ConcurrentUnpacks: unpacks, DaemonArgs: lass})
 			const n = 3
 			for i := range n {
 				spec := app(9)
@@ -317,7 +317,7 @@ func TestCancelledPull(t *testing.T) {
 		t.Run(fmt.Sprintf("local=%v", local), func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := rig.New(t, rig.Options{DaemonArgs: lass})
+			r := newRig(t, rig.Options{DaemonArgs: lass})
 			img, err := r.PushTiny(ctx, "app:1", app(10))
 			require.NoError(t, err)
 			digests := blobs(t, img)
@@ -371,7 +371,7 @@ func TestCancelledPull(t *testing.T) {
 func TestRegistryDiesInALayer(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	img, err := r.PushTiny(ctx, "app:1", app(11))
 	require.NoError(t, err)
 	digests := blobs(t, img)

@@ -64,7 +64,7 @@ func pullWithLast(t *testing.T, r *rig.Rig, name string, spec image.TinySpec, k 
 func TestBoundaryIsTheLayerThatArrivesLast(t *testing.T) {
 	t.Parallel()
 	const n = 5
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	for k := range n {
 		name := fmt.Sprintf("last%d:1", k)
 		layers := pullWithLast(t, r, name, small(uint64(k), n), k)
@@ -106,11 +106,11 @@ func TestParallelUnpackingNeedsLessNVM(t *testing.T) {
 	const n, k = 5, 1
 	spec := small(7, n)
 	ctx := soon(t)
-	sequential := rig.New(t, rig.Options{DaemonArgs: lass})
+	sequential := newRig(t, rig.Options{DaemonArgs: lass})
 	one := pullWithLast(t, sequential, "one:1", spec, k)
 	require.Equal(t, "hnnnn", tiers(one))
 
-	parallel := rig.New(t, rig.Options{ConcurrentUnpacks: 3, DaemonArgs: lass})
+	parallel := newRig(t, rig.Options{ConcurrentUnpacks: 3, DaemonArgs: lass})
 	img, err := parallel.PushTiny(ctx, "many:1", spec)
 	require.NoError(t, err)
 	digests := blobs(t, img)
@@ -136,7 +136,7 @@ func TestPolicies(t *testing.T) {
 	for policy, want := range map[string]string{"nvm": "nnnn", "hdd": "hhhh", "boundary=3": "hhhn", "lass": "hnnn"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
-			r := rig.New(t, rig.Options{DaemonArgs: []string{"--set", "placement.policy=" + policy}})
+			r := newRig(t, rig.Options{DaemonArgs: []string{"--set", "placement.policy=" + policy}})
 			layers := pullWithLast(t, r, "p:1", small(11, 4), 1)
 			require.Equal(t, want, tiers(layers))
 			for _, l := range layers {
@@ -153,7 +153,7 @@ func TestDrainGoesByTheRateOfTheDisk(t *testing.T) {
 	for rate, want := range map[string]string{"100TB/s": "h", "1B/s": "n"} {
 		t.Run(strings.ReplaceAll(rate, "/", ""), func(t *testing.T) {
 			t.Parallel()
-			r := rig.New(t, rig.Options{
+			r := newRig(t, rig.Options{
 				Rate:       20e6, // a bandwidth there is something to measure of
 				DaemonArgs: []string{"--set", "placement.policy=drain", "--set", "placement.hdd_rate=" + rate},
 			})
@@ -184,7 +184,7 @@ func TestDrainGoesByTheRateOfTheDisk(t *testing.T) {
 func TestImageAlreadyInTheContentStore(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "here:1", small(21, 3))
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "here:1", "--snapshotter", "overlayfs"))
@@ -207,7 +207,7 @@ func TestImageAlreadyInTheContentStore(t *testing.T) {
 func TestLocalPull(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	spec := small(31, 4)
 	spec.Runnable = true
 	img, err := r.PushTiny(ctx, "local:1", spec)
@@ -234,7 +234,7 @@ func TestLocalPull(t *testing.T) {
 func TestPullRightAfterContainerdCameBack(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{DaemonArgs: lass})
+	r := newRig(t, rig.Options{DaemonArgs: lass})
 	require.NoError(t, r.Containerd.Stop())
 	// gRPC now waits longer and longer before it tries again.
 	awaitLog(t, r, "no events from containerd")
@@ -248,7 +248,7 @@ func TestPullRightAfterContainerdCameBack(t *testing.T) {
 func TestLayerTooLargeForNVM(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
+	r := newRig(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
 	_, err := r.PushTiny(ctx, "large:1", image.TinySpec{Runnable: true, Layers: []int64{80 << 20, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "large:1", "--snapshotter", "overlayfs"))
@@ -267,7 +267,7 @@ func TestLayerTooLargeForNVM(t *testing.T) {
 func TestTierOfWritableDirectories(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
-	r := rig.New(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
+	r := newRig(t, rig.Options{NVMSize: 64 << 20, DaemonArgs: lass})
 	_, err := r.PushBusybox(ctx, "busybox:1")
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "busybox:1"))

@@ -12,7 +12,9 @@ import (
 	"github.com/nhybrid/nhybrid/integration/rig"
 )
 
+// TestPullAndRun is a thin thread through everything, with what a rig has by itself.
 func TestPullAndRun(t *testing.T) {
+	t.Parallel()
 	r := rig.New(t, rig.Options{})
 	ctx := t.Context()
 	if _, err := r.PushBusybox(ctx, "busybox:1"); err != nil {
@@ -25,9 +27,20 @@ func TestPullAndRun(t *testing.T) {
 	if err != nil || !strings.Contains(out, "hello from nhybrid") {
 		t.Fatalf("run: %v: %q", err, out)
 	}
-	for _, args := range [][]string{{"status"}, {"ls"}, {"inspect", r.Ref("busybox:1")}, {"why", r.Ref("busybox:1")}, {"du"}} {
-		out, err := r.Nhybridctl(ctx, args...)
-		t.Logf("%v: %v\n%s", args, err, out)
+	// Each view shows it, by whatever policy is the default.
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"status"}, "1 committed"},
+		{[]string{"ls"}, r.Ref("busybox:1")},
+		{[]string{"inspect", r.Ref("busybox:1")}, "layers     1"},
+		{[]string{"why", r.Ref("busybox:1")}, "stands on"},
+		{[]string{"du"}, r.Ref("busybox:1")},
+	} {
+		out, err := r.Nhybridctl(ctx, c.args...)
+		if err != nil || !strings.Contains(out, c.want) {
+			t.Errorf("nhybridctl %q: %v: want %q in\n%s", c.args, err, c.want, out)
+		}
 	}
-	t.Log(r.Daemon.Log())
 }
