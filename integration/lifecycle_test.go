@@ -154,29 +154,31 @@ func TestContainerdRestartsUnderContainers(t *testing.T) {
 func TestDaemonDiesInAPull(t *testing.T) {
 	t.Parallel()
 	for signal, end := range map[string]func(*rig.Process) error{"SIGTERM": (*rig.Process).Stop, "SIGKILL": (*rig.Process).Kill} {
-		t.Run(signal, func(t *testing.T) {
-			t.Parallel()
-			ctx := soon(t)
-			r := newRig(t, rig.Options{DaemonArgs: lass})
-			img, err := r.PushTiny(ctx, "app:1", app(6))
-			require.NoError(t, err)
-			digests := blobs(t, img)
-			release := r.Link.Hold(digests[2], half)
-			defer release()
-			wait := start(func() error { return r.Pull(ctx, "app:1") })
-			awaitLog(t, r, "layer prepared", digests[2]) // those below are committed, captured or not
-			require.NoError(t, end(r.Daemon))
-			require.NoError(t, r.Daemon.Start(ctx))
-			release()
-			if err := wait(); err != nil { // containerd may have met the daemon's absence
-				require.NoError(t, r.Pull(ctx, "app:1"))
-			}
-			out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "stat -c '%u:%g %a %s' /data/shared; cat /data/*/* | sha256sum")
-			require.NoError(t, err)
-			require.Equal(t, "0:0 644 2\n"+contentSum(t, 6, 3), out)
-			removeImage(t, r, "app:1")
-			awaitEmpty(t, r)
-		})
+		for _, unpacks := range []int{1, 3} {
+			t.Run(fmt.Sprintf("%s, unpacks=%d", signal, unpacks), func(t *testing.T) {
+				t.Parallel()
+				ctx := soon(t)
+				r := newRig(t, rig.Options{ConcurrentUnpacks: unpacks})
+				img, err := r.PushTiny(ctx, "app:1", app(6))
+				require.NoError(t, err)
+				digests := blobs(t, img)
+				release := r.Link.Hold(digests[2], half)
+				defer release()
+				wait := start(func() error { return r.Pull(ctx, "app:1") })
+				awaitLog(t, r, "layer prepared", digests[2]) // those below are stored or being stored
+				require.NoError(t, end(r.Daemon))
+				require.NoError(t, r.Daemon.Start(ctx))
+				release()
+				if err := wait(); err != nil { // containerd may have met the daemon's absence
+					await(t, reachable(r))
+					require.NoError(t, r.Pull(ctx, "app:1"))
+				}
+				require.Equal(t, "0:0 644 2\n"+contentSum(t, 6, 3),
+					run(t, r, "app:1", "sh", "-c", "stat -c '%u:%g %a %s' /data/shared; "+allContent))
+				removeImage(t, r, "app:1")
+				awaitEmpty(t, r)
+			})
+		}
 	}
 }
 
