@@ -12,12 +12,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/integration/bench/result"
@@ -59,11 +61,15 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	if b.setting, err = b.fingerprint(); err != nil {
 		return err
 	}
+	policy, err := b.defaultPolicy(ctx)
+	if err != nil {
+		return err
+	}
 	r := &result.Result{
 		Name: "deploy", Command: shellCommand(), Machine: result.ThisMachine(), Targets: targets,
 		Settings: map[string]any{
 			"hdd": hddsim.HDD(), "devices": b.sizes, "drop_caches": o.dropCaches, "idle": o.idle.String(), "rounds": o.rounds,
-			"images": b.layers, "setting": b.setting,
+			"images": b.layers, "setting": b.setting, "default_policy": policy,
 		},
 	}
 	if r.Versions, err = result.Versions(ctx, found, "containerd", "ctr", "containerd-nhybrid-grpc"); err != nil {
@@ -86,7 +92,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		}
 	}
 	r.Machine.LoadAfter = result.Load()
-	if err := raw.fill(r, b.rates); err != nil {
+	if err := raw.fill(r, policy, b.rates); err != nil {
 		return err
 	}
 	path, err := r.Write(o.out)
@@ -97,6 +103,23 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	return nil
 }
 
+// defaultPolicy is the one of a daemon that was told nothing.
+func (b *bench) defaultPolicy(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, filepath.Join(b.bin, "nhybridctl"), "config", "default").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask for the default configuration: %w", err)
+	}
+	var config struct {
+		Placement struct {
+			Policy string `toml:"policy"`
+		} `toml:"placement"`
+	}
+	if err := toml.Unmarshal(out, &config); err != nil {
+		return "", fmt.Errorf("read the default configuration: %w", err)
+	}
+	return config.Placement.Policy, nil
+}
+
 // rawRuns is everything that the figures are made of.
 type rawRuns struct {
 	Pulls        runs                    `json:"pulls,omitempty"`
@@ -105,9 +128,9 @@ type rawRuns struct {
 }
 
 // fill derives figures and tables.
-func (raw rawRuns) fill(r *result.Result, bandwidth map[string]float64) error {
+func (raw rawRuns) fill(r *result.Result, policy string, bandwidth map[string]float64) error {
 	r.Runs = raw
-	raw.Pulls.figures(r.Set)
+	raw.Pulls.figures(policy, r.Set)
 	prepareFigures(raw.Preparations, r.Set)
 	metadataFigures(raw.Metadata, r.Set)
 	if len(raw.Pulls) == 0 {

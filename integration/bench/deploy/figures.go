@@ -12,9 +12,6 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 )
 
-// The variant that a daemon runs which was told nothing: its policy, containerd's sequential unpacking.
-const defaultVariant = lass
-
 // runs are those of one benchmark, all of one setting.
 type runs []run
 
@@ -58,14 +55,14 @@ func (rs runs) ratios(variant, base string, cell key, of func(run) float64) (rat
 }
 
 // worst is the highest median of a cell, NaN where there is none.
-func (rs runs) worst(variant, base string, of func(run) float64) (worst float64, where key) {
-	worst = math.NaN()
+func (rs runs) worst(variant, base string, of func(run) float64) float64 {
+	worst := math.NaN()
 	for _, c := range rs.cells() {
 		if m := result.Median(rs.ratios(variant, base, c, of)); math.IsNaN(worst) || m > worst {
-			worst, where = m, c
+			worst = m
 		}
 	}
-	return worst, where
+	return worst
 }
 
 func returned(r run) float64 { return r.ReturnS }
@@ -103,25 +100,18 @@ func (rs runs) usedSaved(variant, base string) float64 {
 	return result.Mean(medians)
 }
 
-// figures of the pulls.
-func (rs runs) figures(set func(string, float64)) {
-	for _, v := range []struct{ variant, key string }{{defaultVariant, ""}, {drain, "drain_"}, {lassParallel, "parallel_"}, {drainParallel, "drain_parallel_"}, {allNVM, "all_nvm_"}, {allHDD, "all_hdd_"}} {
+// figures of the pulls. The figures without a variant in their names are those of the default policy and of containerd's
+// default, sequential unpacking.
+func (rs runs) figures(defaultPolicy string, set func(string, float64)) {
+	rs.against(defaultPolicy, "", set)
+	for _, v := range []struct{ variant, key, saved string }{
+		{lass, "lass_", "sequential"}, {drain, "drain_", "drain"}, {lassParallel, "parallel_", "parallel"},
+		{drainParallel, "drain_parallel_", "drain_parallel"}, {allNVM, "all_nvm_", "all_nvm"}, {allHDD, "all_hdd_", "all_hdd"},
+	} {
+		rs.against(v.variant, v.key, set)
 		spec, _ := variantByName(v.variant)
-		for _, m := range []struct {
-			name string
-			of   func(run) float64
-		}{{"durable", durable}, {"synced", synced}, {"returns", returned}} {
-			set(m.name+"_"+v.key+"vs_nvm", result.Median(rs.ratios(v.variant, spec.Baseline, key{}, m.of)))
-			set(m.name+"_"+v.key+"vs_hdd", result.Median(rs.ratios(v.variant, overlayHDD, key{}, m.of)))
-		}
-		worst, _ := rs.worst(v.variant, spec.Baseline, durable)
-		set("durable_"+v.key+"vs_nvm_worst", worst)
-		for _, c := range rs.cells() {
-			set(fmt.Sprintf("durable_%svs_nvm.%s.%s", v.key, c.Image, c.Bandwidth), result.Median(rs.ratios(v.variant, spec.Baseline, c, durable)))
-		}
-		short := map[string]string{lass: "sequential", drain: "drain", lassParallel: "parallel", drainParallel: "drain_parallel", allNVM: "all_nvm", allHDD: "all_hdd"}[v.variant]
-		set("nvm_saved_"+short, rs.savedMean(v.variant))
-		set("nvm_saved_used_"+short, rs.usedSaved(v.variant, spec.Baseline))
+		set("nvm_saved_"+v.saved, rs.savedMean(v.variant))
+		set("nvm_saved_used_"+v.saved, rs.usedSaved(v.variant, spec.Baseline))
 	}
 	for _, c := range rs.cells() {
 		for _, v := range variantNames() {
@@ -131,6 +121,25 @@ func (rs runs) figures(set func(string, float64)) {
 		}
 	}
 	rs.afterFigures(set)
+}
+
+// against compares a variant of nhybrid with its baselines.
+func (rs runs) against(variant, infix string, set func(string, float64)) {
+	spec, ok := variantByName(variant)
+	if !ok {
+		return
+	}
+	for _, m := range []struct {
+		name string
+		of   func(run) float64
+	}{{"durable", durable}, {"synced", synced}, {"returns", returned}} {
+		set(m.name+"_"+infix+"vs_nvm", result.Median(rs.ratios(variant, spec.Baseline, key{}, m.of)))
+		set(m.name+"_"+infix+"vs_hdd", result.Median(rs.ratios(variant, overlayHDD, key{}, m.of)))
+	}
+	set("durable_"+infix+"vs_nvm_worst", rs.worst(variant, spec.Baseline, durable))
+	for _, c := range rs.cells() {
+		set(fmt.Sprintf("durable_%svs_nvm.%s.%s", infix, c.Image, c.Bandwidth), result.Median(rs.ratios(variant, spec.Baseline, c, durable)))
+	}
 }
 
 // afterFigures are of what the daemon keeps and does when the pull is over.

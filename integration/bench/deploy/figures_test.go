@@ -24,7 +24,7 @@ func pulled(round int, image, variant string, returned, synced, reported float64
 
 func figuresOf(rs runs) map[string]float64 {
 	var r result.Result
-	rs.figures(r.Set)
+	rs.figures("lass", r.Set)
 	return r.Figures
 }
 
@@ -61,6 +61,15 @@ func TestParallelHasItsOwnBaseline(t *testing.T) {
 		pulled(1, top, overlayNVM, 10, 10, 0), pulled(1, top, overlayNVMParallel, 5, 5, 0), pulled(1, top, lassParallel, 6, 6, 6),
 	})
 	require.InDelta(t, 1.2, f["durable_parallel_vs_nvm"], 1e-9)
+}
+
+func TestFiguresWithoutANameAreOfTheDefaultPolicy(t *testing.T) {
+	rs := runs{pulled(1, top, overlayNVM, 10, 10, 0), pulled(1, top, lass, 12, 12, 12), pulled(1, top, drain, 10, 11, 10)}
+	var r result.Result
+	rs.figures("drain", r.Set)
+	require.InDelta(t, 1.1, r.Figures["durable_vs_nvm"], 1e-9)
+	require.InDelta(t, 1.1, r.Figures["durable_drain_vs_nvm"], 1e-9)
+	require.InDelta(t, 1.2, r.Figures["durable_lass_vs_nvm"], 1e-9)
 }
 
 func TestMemoryIsTheWorstSeen(t *testing.T) {

@@ -37,7 +37,7 @@ func (b *bench) prepare(ctx context.Context, imageOf string) (_ map[string]*prep
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	v, _ := variantByName(defaultVariant)
+	v, _ := variantByName(allNVM)
 	o := b.rigOptions(s, v, 0)
 	o.ContainerdRoot = filepath.Join(s.nvm.Mountpoint(), "containerd")
 	o.ContainerdConfig = overlayConfig(filepath.Join(s.nvm.Mountpoint(), "overlayfs"))
