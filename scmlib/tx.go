@@ -27,9 +27,9 @@ type Tx struct {
 	ops     []allocOp // allocations and frees, in order
 	logged  int       // how many of them are in the log
 	spans   []span    // to be flushed at commit
-	olds    int       // spans below this one are not worth searching
 	ext     []allocOp // chunks that the log has taken
 	logging []span    // scratch
+	kept    []span    // what Dirty must not spoil
 }
 
 // Range is a part of the region.
@@ -82,8 +82,9 @@ func (r *Region) begin() (*Tx, error) {
 	base := r.lane(t.lane)
 	t.gen = r.mem.Load64(base)
 	t.pos, t.end = base+line, base+uint64(r.laneSize)
-	t.seq, t.count, t.logged, t.olds = 0, 0, 0, 0
+	t.seq, t.count, t.logged = 0, 0, 0
 	t.ops, t.spans, t.ext, t.buf = t.ops[:0], t.spans[:0], t.ext[:0], beginRecord(t.buf)
+	t.kept = t.kept[:0]
 	t.live = true
 	return t, nil
 }
@@ -160,8 +161,8 @@ func (t *Tx) AddRanges(rs ...Range) error {
 	return t.log(t.logging)
 }
 
-// Dirty says that a range is written by this transaction whose old content does not matter, as nothing refers to it before the commit: space behind
-// the end of a log, a free slot. It is durable with the transaction, and not restored by a rollback. It costs no fence.
+// Dirty says that a range is written by this transaction whose old content does not matter, as nothing referred to it when the transaction began: space behind
+// the end of a log, a free slot; not a slot that this transaction itself has freed (see Keep). It is durable with the transaction, and not restored by a rollback. It costs no fence.
 func (t *Tx) Dirty(off Off, n uint64) error {
 	if !t.live {
 		return ErrTxDone
@@ -169,11 +170,20 @@ func (t *Tx) Dirty(off Off, n uint64) error {
 	if !t.r.inHeap(uint64(off), n) {
 		return fmt.Errorf("range of %d bytes at %d: %w", n, uint64(off), ErrRange)
 	}
+	for _, k := range t.kept {
+		if uint64(off) < k.off+k.n && k.off < uint64(off)+n {
+			return t.AddRanges(Range{off, n})
+		}
+	}
 	if n > 0 {
 		t.spans = append(t.spans, span{uint64(off), n})
 	}
 	return nil
 }
+
+// Keep says that a range holds something that this transaction has let go, and that a rollback must find as it is. From here to the end of the
+// transaction Dirty, where it touches the range, does what Add does. A slot that one transaction empties and fills again needs it.
+func (t *Tx) Keep(off Off, n uint64) { t.kept = append(t.kept, span{uint64(off), n}) }
 
 // Set changes one value: Add and an assignment.
 func Set[T any](t *Tx, p *T, v T) error {
