@@ -173,19 +173,12 @@ func blank(m *persist.Mem) bool {
 	return true
 }
 
-// format writes the header of an empty region. The magics come last, each behind a fence: cut short, the region is blank still, or whole.
+// format writes the header of an empty region: copy A, its magic last and behind a fence. Cut short, the region is blank still, or has one good
+// copy. The open that formats goes on to write copy B.
 func format(m *persist.Mem, h *header) error {
-	h.seq++
 	b := h.encode()
-	m.Copy(headerSize+8, b[8:])
 	m.Copy(8, b[8:])
-	m.Flush(headerSize+8, headerLen-8)
 	m.Flush(8, headerLen-8)
-	if err := m.Fence(); err != nil {
-		return err
-	}
-	m.Store64(headerSize, le.Uint64(b))
-	m.Flush(headerSize, 8)
 	if err := m.Fence(); err != nil {
 		return err
 	}

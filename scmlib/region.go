@@ -55,7 +55,8 @@ func attach(m *persist.Mem, o *Options, path string) (r *Region, err error) {
 	if len(o.Layout) > 64 {
 		return nil, fmt.Errorf("%w: name %q has more than 64 bytes", ErrLayout, o.Layout)
 	}
-	if blank(m) {
+	formatted := blank(m)
+	if formatted {
 		if err := r.format(o); err != nil {
 			return nil, err
 		}
@@ -64,7 +65,7 @@ func attach(m *persist.Mem, o *Options, path string) (r *Region, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r.hdr, r.geometry, r.info.Healed = hdr, hdr.geometry, healed
+	r.hdr, r.geometry, r.info.Healed = hdr, hdr.geometry, healed && !formatted
 	if err := r.admit(o); err != nil {
 		return nil, err
 	}

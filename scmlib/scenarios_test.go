@@ -184,7 +184,7 @@ func scenarios() []*scenario {
 				func(w *world) error { // data past the cache, then the word that makes it count
 					c := root[cells](w.r)
 					b := []byte(strings.Repeat("0123456789abcdef", 200))[:2980]
-					if err := errors.Join(w.r.CopyNT(c.Bulk, b), w.r.Drain()); err != nil {
+					if err := errors.Join(w.r.CopyNT(c.Bulk+3, b[:2970]), w.r.CopyNT(c.Bulk+2975, b[:5]), w.r.Drain()); err != nil {
 						return err
 					}
 					c.Flag = 1
@@ -259,10 +259,10 @@ func scenarios() []*scenario {
 				return nil
 			},
 			ops: []func(*world) error{
+				update(nil, func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error { return alloc(r, c, tx, 0, 16<<10, 0xff) }),
 				update(scmlib.ErrFull, func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error {
 					return errors.Join(bump(tx, c, 1, 0), alloc(r, c, tx, 0, 60<<10, 0x99))
 				}),
-				update(nil, func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error { return alloc(r, c, tx, 0, 16<<10, 0xff) }),
 				update(errNo, func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error { return errors.Join(bump(tx, c, 1, 0), errNo) }),
 			}},
 		{name: "two lanes", size: 64 << 10, opts: small, setup: makeRoot[cells], observe: seeCells,
@@ -286,9 +286,7 @@ func overlap(want error) func(w *world) error {
 			if err != nil {
 				return err
 			}
-			if err := scmlib.AddAll(outer, &c.Block[0]); err != nil {
-				return err
-			}
+			// The run that this may have made must be durable before another processor's transaction commits blocks of it.
 			w.tr.Agent(1)
 			err = w.r.Update(func(inner *scmlib.Tx) error {
 				return errors.Join(alloc(w.r, c, inner, 1, 64, 0x12), bump(inner, c, 1, 3))
@@ -297,6 +295,9 @@ func overlap(want error) func(w *world) error {
 				return err
 			}
 			w.tr.Agent(0)
+			if err := scmlib.AddAll(outer, &c.Block[0]); err != nil {
+				return err
+			}
 			fill(w.r, a, 64, 0x34)
 			c.Block[0] = a
 			return want

@@ -97,11 +97,17 @@ func pointerIn(t reflect.Type, path string) string {
 	return fmt.Sprintf("%s is a %s", path, t.Kind())
 }
 
-var fingerprints = crc64.MakeTable(crc64.ECMA)
+var (
+	crcTable     = crc64.MakeTable(crc64.ECMA)
+	fingerprints sync.Map // reflect.Type to uint64
+)
 
 // fingerprint is a number for how a type lies in memory: kinds and offsets, not names, so that a field may be renamed. It is never 0.
 func fingerprint(t reflect.Type) uint64 {
-	h := crc64.New(fingerprints)
+	if v, ok := fingerprints.Load(t); ok {
+		return v.(uint64)
+	}
+	h := crc64.New(crcTable)
 	var walk func(t reflect.Type, at uintptr)
 	walk = func(t reflect.Type, at uintptr) {
 		switch t.Kind() {
@@ -118,5 +124,6 @@ func fingerprint(t reflect.Type) uint64 {
 		}
 	}
 	walk(t, 0)
+	fingerprints.Store(t, h.Sum64()|1)
 	return h.Sum64() | 1
 }

@@ -21,6 +21,9 @@ type line struct {
 	pend  map[int]int // agent to how many items its flushes cover
 }
 
+// ntLine marks what was stored past the cache: it says nothing about cached stores to the same line, nor they about it.
+const ntLine = 1 << 63
+
 // Plan says how far to go.
 type Plan struct {
 	Limit  int // states of one epoch up to which all are visited
@@ -103,6 +106,9 @@ func (e *enum) store(ev event, group bool) {
 	var order []uint64
 	for _, w := range ev.words {
 		l := w.off / lineSize
+		if ev.kind == evNT {
+			l |= ntLine
+		}
 		if by[l] == nil {
 			order = append(order, l)
 		}
@@ -286,6 +292,7 @@ func (e *enum) visit(nums []uint64, sel []int, phase int) {
 		e.done = e.stop
 	}
 	for _, l := range append(e.dirty, nums...) {
+		l &^= ntLine
 		copy(e.img[l*lineSize:(l+1)*lineSize], e.base[l*lineSize:])
 	}
 	e.dirty = e.dirty[:0]

@@ -45,7 +45,7 @@ func (m *Mutant) drop(op string) bool {
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(3, pcs[:])])
 	for {
 		f, more := frames.Next()
-		if f.Function != "" && !strings.Contains(f.Function, "/internal/persist.") && !strings.Contains(f.Function, "/internal/crash.") &&
+		if f.Function != "" && (!strings.Contains(f.Function, "/internal/persist.") || strings.HasSuffix(f.Function, ".CopyNT")) && !strings.Contains(f.Function, "/internal/crash.") &&
 			!strings.HasSuffix(f.Function, "scmlib.(*Region).fence") {
 			s := Site{op, filepath.Base(f.File), f.Line}
 			if m.Seen != nil {
