@@ -24,6 +24,8 @@ type subject struct {
 	image.Spec
 	// ready is a bash command run beside the container, in its network. "": the start is over when the program ends, well.
 	ready string
+	// heldOut marks an image that the rules were not written with.
+	heldOut bool
 }
 
 const httpReady = `exec 3<>/dev/tcp/127.0.0.1/$PORT && printf 'GET / HTTP/1.0\r\nHost: localhost\r\n\r\n' >&3 && head -1 <&3 | grep -q ' 200 '`
@@ -85,8 +87,65 @@ func subjects(t *testing.T) []subject {
 		{Spec: debian("postgres", "postgresql-15", v1.Config{Entrypoint: []string{"/entry.sh"}, Cmd: []string{"postgres"}, Env: []string{
 			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin", "PGDATA=/var/lib/postgresql/data", "LANG=C.UTF-8"}},
 			content("entry.sh", 0o755, postgresEntry)), ready: `chroot "$ROOT" su postgres -c '/usr/lib/postgresql/15/bin/psql -c "select 1"'`},
+
+		{Spec: debian("gunicorn", "gunicorn python3-django", v1.Config{Cmd: []string{"gunicorn", "-b", "127.0.0.1:8000", "web:app"}, WorkingDir: "/app"},
+			directory("app"), content("app/web.py", 0o644, djangoApp)), ready: "PORT=8000; " + httpReady, heldOut: true},
+		{Spec: debian("memcached", "memcached", v1.Config{Cmd: []string{"memcached", "-u", "nobody"}}),
+			ready: `exec 3<>/dev/tcp/127.0.0.1/11211 && printf 'version\r\n' >&3 && head -1 <&3 | grep -q VERSION`, heldOut: true},
+		{Spec: debian("mariadb", "mariadb-server", v1.Config{Entrypoint: []string{"/entry.sh"}, Cmd: []string{"mariadbd", "--user=mysql"}},
+			content("entry.sh", 0o755, mariadbEntry)), ready: `chroot "$ROOT" mariadb -e 'select 1'`, heldOut: true},
+		{Spec: debian("haproxy", "haproxy", v1.Config{Cmd: []string{"haproxy", "-f", "/app/haproxy.cfg"}},
+			directory("app"), content("app/haproxy.cfg", 0o644, haproxyConfig)), ready: "PORT=8000; " + httpReady, heldOut: true},
+		{Spec: debian("sinatra", "ruby-sinatra", v1.Config{Cmd: []string{"ruby", "/app/app.rb"}},
+			directory("app"), content("app/app.rb", 0o644, sinatraApp)), heldOut: true},
+		{Spec: debian("supervisor", "supervisor", v1.Config{Cmd: []string{"supervisord", "-n", "-c", "/app/supervisord.conf"}},
+			directory("app"), content("app/supervisord.conf", 0o644, supervisorConfig)), ready: `test -e "$ROOT/tmp/ready"`, heldOut: true},
 	}
 }
+
+const djangoApp = `from django.conf import settings
+from django.http import HttpResponse
+from django.urls import path
+
+settings.configure(ROOT_URLCONF=__name__, SECRET_KEY='x', ALLOWED_HOSTS=['*'])
+urlpatterns = [path('', lambda request: HttpResponse('hello'))]
+
+from django.core.wsgi import get_wsgi_application
+app = get_wsgi_application()
+`
+
+const mariadbEntry = `#!/bin/sh
+set -e
+install -d -o mysql -g mysql /var/lib/mysql /run/mysqld
+if [ ! -d /var/lib/mysql/mysql ]; then
+	mariadb-install-db --user=mysql --skip-test-db >/dev/null
+fi
+exec "$@"
+`
+
+const haproxyConfig = `defaults
+    mode http
+    timeout connect 1s
+    timeout client 1s
+    timeout server 1s
+frontend web
+    bind 127.0.0.1:8000
+    http-request return status 200 content-type text/plain string hello
+`
+
+const sinatraApp = `require 'sinatra/base'
+class App < Sinatra::Base
+  get('/') { 'hello' }
+end
+puts App.new.helpers.call('REQUEST_METHOD' => 'GET', 'PATH_INFO' => '/', 'rack.input' => StringIO.new).first
+`
+
+const supervisorConfig = `[supervisord]
+nodaemon=true
+[program:touch]
+command=/usr/bin/touch /tmp/ready
+autorestart=false
+`
 
 const shellApp = `#!/bin/sh
 set -e

@@ -77,6 +77,12 @@ func (a *analysis) start(name string) *process {
 	}
 	a.closure(p, p.main)
 	a.system(o)
+	if p.names["libcrypto.so.3"] || p.names["libcrypto.so.1.1"] {
+		// OpenSSL reads its configuration when it is first used.
+		for _, f := range []string{"/usr/lib/ssl/openssl.cnf", "/etc/ssl/openssl.cnf", "/etc/pki/tls/openssl.cnf"} {
+			a.add(f, System)
+		}
+	}
 	return p
 }
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -17,18 +18,18 @@ var (
 	jsIIFE  = regexp.MustCompile(`(?:^|[(!;])\s*(?:async\s+)?function\s*[\w$]*\s*$`)
 )
 
-// jsRequires gives the modules that a text names. Those in functions are left out unless all is set: most functions of
-// modules are not called at a start. A function that is called where it stands, as around whole modules, is none.
+// jsRequires gives the modules that a text names. Those of elsewhere in functions are left out unless all is set: most
+// functions of modules are not called at a start. A function that is called where it stands, as around whole modules, is none.
 func jsRequires(text string, all bool) []string {
 	const most = 5_000
-	plain, lazy := jsPlain(text)
+	plain, edges := jsPlain(text)
 	var found []string
 	for _, m := range jsRequire.FindAllStringSubmatchIndex(plain, most) {
-		if !all && lazy[m[0]/64] {
-			continue
-		}
+		// Files beside and below are mostly loaded even when by a function.
+		at, _ := slices.BinarySearch(edges, m[0]+1)
+		inside := at%2 == 1
 		for g := 2; g < len(m); g += 2 {
-			if m[g] >= 0 {
+			if m[g] >= 0 && (all || !inside || strings.HasPrefix(plain[m[g]:m[g+1]], "./")) {
 				found = append(found, plain[m[g]:m[g+1]])
 			}
 		}
@@ -36,17 +37,12 @@ func jsRequires(text string, all bool) []string {
 	return found
 }
 
-// jsPlain removes comments, and says for each 64 bytes of the rest whether they begin in a function.
-func jsPlain(text string) (plain string, lazy []bool) {
+// jsPlain removes comments, and says where in the rest functions begin, end, begin, …
+func jsPlain(text string) (plain string, edges []int) {
 	var b strings.Builder
 	var quote byte
 	var braces []bool // of open braces: is it a function's
 	functions := 0
-	mark := func() {
-		for len(lazy)*64 <= b.Len() {
-			lazy = append(lazy, functions > 0)
-		}
-	}
 	for i := 0; i < len(text); i++ {
 		c := text[i]
 		switch {
@@ -79,20 +75,23 @@ func jsPlain(text string) (plain string, lazy []bool) {
 			if len(braces) < 10_000 {
 				braces = append(braces, is)
 				if is {
+					if functions == 0 {
+						edges = append(edges, b.Len())
+					}
 					functions++
 				}
 			}
 		case c == '}' && len(braces) > 0:
 			if braces[len(braces)-1] {
-				functions--
+				if functions--; functions == 0 {
+					edges = append(edges, b.Len())
+				}
 			}
 			braces = braces[:len(braces)-1]
 		}
 		b.WriteByte(c)
-		mark()
 	}
-	mark()
-	return b.String(), lazy
+	return b.String(), edges
 }
 
 // jsOpensFunction says if a brace after the text opens a function that is not called at once.
@@ -142,6 +141,7 @@ func (a *analysis) node(i invocation) {
 			}
 		}
 	}
+	a.timeZone() // V8 asks for it
 	args := i.argv[1:]
 	for _, option := range strings.Fields(a.env["NODE_OPTIONS"]) {
 		args = append([]string{option}, args...)
@@ -194,7 +194,7 @@ func (a *analysis) nodeFollow(proc *process, name string, main bool, depth int) 
 		return
 	}
 	for _, r := range jsRequires(string(a.contents(name)), main) {
-		if base := strings.TrimSuffix(path.Base(r), ".js"); base == "browser" || strings.HasPrefix(r, "node:") {
+		if base := strings.TrimSuffix(path.Base(r), ".js"); strings.HasSuffix(base, "browser") || strings.HasPrefix(r, "node:") {
 			continue // what browsers load instead, and what is built in
 		}
 		a.nodeFollow(proc, a.nodeResolve(path.Dir("/"+real), r), false, depth+1)

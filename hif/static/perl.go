@@ -19,10 +19,9 @@ type perl struct {
 }
 
 var (
-	plUse     = regexp.MustCompile(`^(\s*)(?:BEGIN\s*\{\s*)?(use|no|require)\s+([A-Za-z_][\w:]*|['"][\w/.]+['"])\s*(.*)$`)
-	plName    = regexp.MustCompile(`[A-Za-z_]\w*(?:::\w+)+|\b[A-Z]\w+\b`)
-	plXS      = regexp.MustCompile(`\bXSLoader::load\b|\bbootstrap\s+[A-Z]|\bDynaLoader\b.*\bISA\b|\bISA\b.*\bDynaLoader\b`)
-	plVersion = regexp.MustCompile(`^\s*use\s+v?5\.0?(\d+)`)
+	plUse  = regexp.MustCompile(`^(\s*)(?:BEGIN\s*\{\s*)?(use|no|require)\s+([A-Za-z_][\w:]*|['"][\w/.]+['"])\s*(.*)$`)
+	plName = regexp.MustCompile(`[A-Za-z_]\w*(?:::\w+)+|\b[A-Z]\w+\b`)
+	plXS   = regexp.MustCompile(`\bXSLoader::load\b|\bbootstrap\s+[A-Z]|\bDynaLoader\b.*\bISA\b|\bISA\b.*\bDynaLoader\b`)
 )
 
 // perlModules gives the modules that a text uses, and whether it has a part in C. "use" is done when the text is read,
@@ -43,10 +42,6 @@ func perlModules(text string, all bool) (found []string, native bool) {
 			break
 		}
 		native = native || plXS.MatchString(line)
-		if m := plVersion.FindStringSubmatch(line); m != nil && len(m[1]) >= 2 && m[1] >= "10" {
-			found = append(found, "feature") // with the features of the version
-			continue
-		}
 		m := plUse.FindStringSubmatch(line)
 		if m == nil || m[2] == "require" && m[1] != "" && !all {
 			continue
@@ -61,6 +56,12 @@ func perlModules(text string, all bool) (found []string, native bool) {
 		}
 	}
 	return found, native
+}
+
+// plWith are modules that others require by a name made up at run time, or nearly always.
+var plWith = map[string][]string{
+	"Exporter": {"Exporter::Heavy"}, "Carp": {"Carp::Heavy"}, "File::Spec": {"File::Spec::Unix"}, "LWP::UserAgent": {"URI", "LWP::Protocol"},
+	"JSON": {"JSON::PP"},
 }
 
 func (a *analysis) perl(i invocation) {
@@ -135,6 +136,9 @@ func (p *perl) load(module string) {
 			p.a.add(f, Module)
 			p.depth++
 			p.follow(string(p.a.contents(f)), module, false)
+			for _, m := range plWith[module] {
+				p.load(m)
+			}
 			p.depth--
 			return
 		}

@@ -17,6 +17,7 @@ type pyImport struct {
 	try    int      // the try block it is in, 0: none
 	unless int      // it stands in the except clause of this try block: wanted if an import there failed
 	inner  bool     // in a function
+	lazy   bool     // in the function __getattr__ of a module
 }
 
 // pyBlock is an indented block.
@@ -57,6 +58,7 @@ func pyImports(text string, main bool, minor int) []pyImport {
 				skipped = true
 			case 'f':
 				at.inner = true
+				at.lazy = at.lazy || b.try < 0
 			case 't':
 				at.try = b.try
 			case 'e':
@@ -75,6 +77,9 @@ func pyImports(text string, main bool, minor int) []pyImport {
 		switch word {
 		case "def", "async":
 			block.kind = 'f'
+			if strings.HasPrefix(head, "def __getattr__(") {
+				block.try = -1
+			}
 		case "try":
 			tries++
 			block.kind, block.try = 't', tries

@@ -19,6 +19,7 @@ type python struct {
 	lib   string // the standard library
 	paths []string
 	seen  map[string]bool // modules: whether they were found
+	lazy  map[string]pyLazy
 	depth int
 }
 
@@ -31,7 +32,7 @@ var pyFrozen = []string{
 // pyBuiltin are modules that every interpreter has built in.
 var pyBuiltin = []string{
 	"sys", "builtins", "_abc", "_ast", "_codecs", "_collections", "_functools", "_imp", "_io", "_locale", "_operator", "_signal", "_sre",
-	"_stat", "_string", "_symtable", "_thread", "_tokenize", "_tracemalloc", "_typing", "_warnings", "_weakref", "atexit", "errno",
+	"_stat", "_string", "_symtable", "_thread", "_tokenize", "_tracemalloc", "_warnings", "_weakref", "atexit", "errno",
 	"faulthandler", "gc", "itertools", "marshal", "posix", "pwd", "time", "__main__",
 }
 
@@ -40,6 +41,9 @@ var pyFromC = map[string][]string{
 	"_decimal": {"numbers", "collections"}, "_pickle": {"copyreg", "_compat_pickle"}, "_elementtree": {"copy", "xml.etree.ElementPath", "pyexpat"},
 	"_ctypes": {"struct"}, "_zoneinfo": {"zoneinfo._common"}, "_socket": {}, "_curses_panel": {"_curses"},
 }
+
+// pyWith are modules that others import when they are used, nearly always.
+var pyWith = map[string][]string{"socketserver": {"encodings.idna"}, "asyncio": {"encodings.idna"}, "gunicorn": {"encodings.idna"}}
 
 // pyStart is imported before anything else.
 var pyStart = []string{"encodings", "encodings.aliases", "encodings.utf_8", "codecs", "io", "abc", "site", "os", "stat", "_collections_abc", "posixpath", "genericpath", "_sitebuiltins"}
@@ -137,7 +141,7 @@ func (a *analysis) pythonAt(i invocation) *python {
 		return nil
 	}
 	p := &python{
-		a: a, proc: i.proc, minor: minor, tag: "cpython-3" + strconv.Itoa(minor), lib: path.Join(prefix, "lib/python"+version), seen: map[string]bool{},
+		a: a, proc: i.proc, minor: minor, tag: "cpython-3" + strconv.Itoa(minor), lib: path.Join(prefix, "lib/python"+version), seen: map[string]bool{}, lazy: map[string]pyLazy{},
 	}
 	p.paths = slices.DeleteFunc(strings.Split(a.env["PYTHONPATH"], ":"), func(s string) bool { return s == "" })
 	p.paths = append(p.paths, p.lib, p.lib+"/lib-dynload")
@@ -304,7 +308,24 @@ func (p *python) load(module string, why Reason) bool {
 		p.a.add(f.open, why)
 	}
 	p.source(f, module, false)
+	for _, m := range pyWith[module] {
+		p.load(m, Module)
+	}
+	if module == "importlib.metadata" || module == "pkg_resources" {
+		p.entryPoints()
+	}
 	return true
+}
+
+// entryPoints predicts what is read to find plugins.
+func (p *python) entryPoints() {
+	for _, dir := range p.paths {
+		if base := path.Base(dir); base == "site-packages" || base == "dist-packages" {
+			for _, f := range p.a.glob(dir + "/*-info/entry_points.txt") {
+				p.a.add(f, Module)
+			}
+		}
+	}
 }
 
 // builtin says if the interpreter has a module built in, by the name of its entry.
@@ -343,33 +364,58 @@ func (p *python) source(f pyFound, module string, main bool) {
 func (p *python) follow(text, module string, isPackage, main bool) {
 	failed := map[int]bool{}
 	for _, i := range pyImports(text, main, p.minor) {
-		if i.inner && !main || i.unless != 0 && !failed[i.unless] {
+		if i.inner && !main {
+			if i.lazy {
+				for _, n := range i.names {
+					p.lazy[module+"."+n] = pyLazy{i, isPackage}
+				}
+			}
 			continue
 		}
-		name := i.module
-		if i.level > 0 {
-			base := module
-			up := i.level
-			if isPackage {
-				up--
-			}
-			for ; up > 0; up-- {
-				base, _, _ = cutLast(base, ".")
-			}
-			if name = strings.Trim(base+"."+name, "."); name == "" {
-				continue
-			}
+		if i.unless != 0 && !failed[i.unless] {
+			continue
+		}
+		name := i.absolute(module, isPackage)
+		if name == "" {
+			continue
 		}
 		ok := p.load(name, Module)
 		for _, sub := range i.names {
 			if ok && sub != "*" && p.find(name).dir != "" && p.find(name+"."+sub).ok {
 				p.load(name+"."+sub, Module)
+			} else if l, has := p.lazy[name+"."+sub]; ok && has {
+				p.load(l.absolute(name, l.isPackage), Module)
 			}
 		}
 		if !ok {
 			failed[i.try] = true
 		}
 	}
+}
+
+// pyLazy is an import in a module's __getattr__: done when one of its names is first used.
+type pyLazy struct {
+	pyImport
+	isPackage bool
+}
+
+// absolute is the name of the module that an import in another one means.
+func (i pyImport) absolute(in string, isPackage bool) string {
+	if i.level == 0 {
+		return i.module
+	}
+	up := i.level
+	if isPackage {
+		up--
+	}
+	for ; up > 0; up-- {
+		if parent, _, ok := cutLast(in, "."); ok {
+			in = parent
+		} else {
+			in = ""
+		}
+	}
+	return strings.Trim(in+"."+i.module, ".")
 }
 
 // cutLast cuts at the last separator.

@@ -87,10 +87,9 @@ func (a *analysis) ruby(i invocation) {
 			a.add(spec, Startup)
 		}
 	}
-	for _, f := range []string{"error_highlight", "did_you_mean", "syntax_suggest/core", "monitor"} {
+	for _, f := range []string{"error_highlight", "did_you_mean", "syntax_suggest/core", "monitor", "rubygems/dependency", "rubygems/path_support", "rubygems/util"} {
 		r.load(f, Startup)
 	}
-	a.users("whoami") // rubygems asks for the home directory
 	a.timeZone()
 	args := i.argv[1:]
 	for len(args) > 0 && strings.HasPrefix(args[0], "-") {

@@ -192,6 +192,7 @@ func (a *analysis) apache(i invocation) {
 	}
 	a.config(i.proc, name, settings{include: []string{"Include", "IncludeOptional"}, module: []string{"LoadModule", "LoadFile"}, base: root, whole: true})
 	a.documents("DocumentRoot", "DirectoryIndex", "index.html")
+	a.dlopen(i.proc, "libgcc_s.so.1", Library) // by libc, when a thread ends
 	a.hostName()
 }
 

@@ -13,16 +13,16 @@ func init() { // would be an initialization cycle
 		".": (*shRun).dot, "source": (*shRun).dot, "exec": (*shRun).replace, "command": (*shRun).inner, "builtin": (*shRun).inner,
 		"cd": (*shRun).cd, "set": (*shRun).set, "shift": (*shRun).shift, "eval": (*shRun).eval,
 		"export": (*shRun).export, "readonly": (*shRun).export, "local": (*shRun).export, "declare": (*shRun).export, "typeset": (*shRun).export,
-		"[": (*shRun).test, "[[": (*shRun).test, "test": (*shRun).test,
+		"exit": (*shRun).exit,
 	}
-	for _, name := range strings.Fields(": true false echo printf read return exit break continue trap umask ulimit unset wait type hash let " +
+	for _, name := range strings.Fields(": true false echo printf read return break continue trap umask ulimit unset wait type hash let " +
 		"getopts jobs kill alias unalias shopt pwd times bg fg case in ] ]] mapfile readarray dirs pushd popd enable caller compgen complete") {
 		shBuiltins[name] = nothing
 	}
 }
 
 func (r *shRun) dot(argv []string, _ []shWord) {
-	if len(argv) < 2 || argv[1] == unknown {
+	if len(argv) < 2 || strings.Contains(argv[1], unknown) {
 		return
 	}
 	name := argv[1]
@@ -39,12 +39,13 @@ func (r *shRun) replace(argv []string, _ []shWord) {
 			argv = argv[1:]
 		}
 	}
-	if len(argv) == 0 || argv[0] == unknown {
+	if len(argv) == 0 || strings.Contains(argv[0], unknown) {
 		return
 	}
 	r.export(nil, nil)
 	r.a.arguments(invocation{}, argv[1:])
 	r.a.exec(argv, r.depth+1)
+	r.ended = !r.uncertain()
 }
 
 func (r *shRun) inner(argv []string, _ []shWord) {
@@ -55,7 +56,7 @@ func (r *shRun) inner(argv []string, _ []shWord) {
 }
 
 func (r *shRun) cd(argv []string, _ []shWord) {
-	if len(argv) > 1 && r.block == 0 && r.a.isDir(argv[1]) {
+	if len(argv) > 1 && !r.uncertain() && r.a.isDir(argv[1]) {
 		if real, n := r.a.resolve(argv[1]); n.ok {
 			r.a.cwd = "/" + strings.TrimPrefix(real, ".")
 		}
@@ -72,7 +73,7 @@ func (r *shRun) set(argv []string, _ []shWord) {
 	if len(r.args) > 1 {
 		first = r.args[1]
 	}
-	if r.block == 0 || first == "" || strings.HasPrefix(first, "-") || r.a.lookPath(first) == "" {
+	if !r.uncertain() || first == "" || strings.HasPrefix(first, "-") || r.a.lookPath(first) == "" {
 		r.args = append(r.args[:min(1, len(r.args)):1], argv[2:]...)
 		return
 	}
@@ -83,15 +84,13 @@ func (r *shRun) set(argv []string, _ []shWord) {
 }
 
 func (r *shRun) shift([]string, []shWord) {
-	if r.block == 0 && len(r.args) > 1 {
+	if !r.uncertain() && len(r.args) > 1 {
 		r.args = append(r.args[:1:1], r.args[2:]...)
 	}
 }
 
 func (r *shRun) eval(argv []string, _ []shWord) {
-	if s := strings.Join(argv[1:], " "); !strings.Contains(s, unknown) {
-		r.script(s)
-	}
+	r.script(strings.Join(argv[1:], " "))
 }
 
 // export keeps variables for programs too. Of what a script sets otherwise, programs see nothing.
@@ -107,5 +106,6 @@ func (r *shRun) export(argv []string, words []shWord) {
 	}
 }
 
-// test sees the files that are compared or read, not those that are only looked for.
-func (r *shRun) test([]string, []shWord) {}
+func (r *shRun) exit([]string, []shWord) {
+	r.ended = !r.uncertain()
+}

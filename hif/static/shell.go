@@ -4,25 +4,30 @@
 package static
 
 import (
+	"maps"
 	"path"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 )
 
 // shRun is a script that is read.
 type shRun struct {
-	a     *analysis
-	shell string
-	depth int
-	vars  map[string]string
-	args  []string // $0, $1, …
-	block int      // depth of if, while, case and the like
-	text  int      // depth of scripts in scripts
-	count int      // commands
-	ended bool
+	a        *analysis
+	shell    string
+	depth    int
+	vars     map[string]string
+	args     []string // $0, $1, …
+	text     int      // depth of scripts in scripts
+	frames   []shFrame
+	function bool // a function's name came before
+	last     truth
+	count    int // commands
+	ended    bool
 }
 
-// unknown stands for a value that only a run would tell. It is in no path.
+// unknown stands for a value, or a part of one, that only a run would tell. It is in no path.
 const unknown = "\x00"
 
 // shell follows sh, with its script in a file or after -c.
@@ -69,9 +74,16 @@ func (a *analysis) shell(i invocation) {
 	}
 	a.add(name, Script)
 	run.args = append([]string{name}, args[1:]...)
-	run.vars["BASH_SOURCE"] = name
-	run.script(string(a.contents(name)))
+	text := string(a.contents(name))
+	if real, n := a.resolve(name); n.ok && linkLoop.MatchString(text) {
+		run.args[0] = "/" + real
+	}
+	run.vars["BASH_SOURCE"] = run.args[0]
+	run.script(text)
 }
+
+// linkLoop is how scripts follow the links that they were called by, in loops that are not followed here.
+var linkLoop = regexp.MustCompile(`\[\s+-[hL]\s+"?\$`)
 
 // login predicts what a login shell reads first.
 func (r *shRun) login() {
@@ -93,38 +105,41 @@ func (r *shRun) source(name string) {
 	}
 }
 
-// script reads the commands of a text, one after the other, those of all branches.
+// script reads the commands of a text, one after the other, but for branches that are known not to be taken.
 func (r *shRun) script(text string) {
-	if r.text++; r.text > 10 {
-		r.text--
+	const deepest = 10
+	if r.text >= deepest {
 		return
 	}
-	defer func() { r.text-- }()
+	r.text++
+	open := len(r.frames)
+	defer func() {
+		r.text--
+		r.frames = r.frames[:min(open, len(r.frames))]
+	}()
 	l := &shLexer{s: text}
 	var words []shWord
-	pattern, caseDepth := false, 0
-	redirect := ""
+	pattern, redirect, op := false, "", ""
 	for !r.ended && !r.a.stopped() {
 		t, ok := l.next()
 		if ok && t.op == "" {
 			literal := t.word.literal()
 			switch {
 			case redirect == "<":
-				if name, ok := r.expand(t.word); ok {
+				if name, ok := r.expand(t.word); ok && !r.dead() {
 					r.a.add(name, Argument)
 				}
 			case redirect != "":
 			case pattern && literal == "esac" && len(words) == 0:
-				pattern, caseDepth = false, caseDepth-1
-				r.block--
+				pattern = false
+				r.pop("case")
 			case pattern:
+				words = append(words, t.word)
 			case literal == "in" && len(words) == 2 && words[0].literal() == "case":
-				words, pattern = nil, true
-				caseDepth++
-				r.block++
-			case literal == "esac" && len(words) == 0 && caseDepth > 0:
-				caseDepth--
-				r.block--
+				pattern = true
+				r.push("case", no)
+				r.chosen(words[1])
+				words = nil
 			default:
 				words = append(words, t.word)
 			}
@@ -140,31 +155,47 @@ func (r *shRun) script(text string) {
 		redirect = ""
 		if ok && pattern {
 			if t.op == ")" {
-				pattern = false
+				r.pattern(words)
+				pattern, words = false, nil
 			}
 			continue
 		}
-		nested := l.nested
-		l.nested = nil
-		for _, n := range nested {
-			inner := *r
-			inner.args = r.args
-			inner.script(n)
-			r.count = inner.count
+		r.nested(l)
+		if ok && t.op == "(" && len(words) == 1 {
+			words, r.function = nil, true // NAME(): what a function does is read where it stands
+			continue
 		}
-		switch {
-		case ok && t.op == "(" && len(words) == 1:
-			words = nil // NAME(): what a function does is read where it stands
-		default:
-			r.command(words)
-			words = nil
-		}
-		if ok && strings.HasPrefix(t.op, ";;") && caseDepth > 0 {
-			pattern = true
+		if len(words) > 0 {
+			r.command(words, op)
+			words, op = nil, ""
 		}
 		if !ok {
 			return
 		}
+		if t.op == "&&" || t.op == "||" || t.op == "|" {
+			op = t.op
+		}
+		if pattern = strings.HasPrefix(t.op, ";;") && r.inside("case"); pattern {
+			r.endPattern()
+		}
+	}
+}
+
+// nested reads the command substitutions of a command, which change nothing outside.
+func (r *shRun) nested(l *shLexer) {
+	texts := l.nested
+	l.nested = nil
+	if r.dead() {
+		return
+	}
+	for _, n := range texts {
+		inner := *r
+		inner.vars = maps.Clone(r.vars)
+		inner.frames = slices.Clone(r.frames)
+		cwd := r.a.cwd
+		inner.script(n)
+		r.a.cwd = cwd
+		r.count = inner.count
 	}
 }
 
@@ -175,18 +206,17 @@ func (w shWord) literal() string {
 	return w.parts[0].text
 }
 
-// expand gives a word's value. ok is false if only a run would tell.
+// expand gives a word's value. ok is false if only a run would tell all of it: then unknown stands for the rest.
 func (r *shRun) expand(w shWord) (string, bool) {
 	const longest = 64 << 10
 	var b strings.Builder
 	for _, p := range w.parts {
-		if !p.variable {
-			b.WriteString(p.text)
-			continue
+		v := p.text
+		if p.variable {
+			v = r.value(p)
 		}
-		v, ok := r.value(p)
-		if !ok || strings.Contains(v, unknown) || b.Len()+len(v) > longest {
-			return unknown, false
+		if b.Len()+len(v) > longest {
+			v = unknown
 		}
 		b.WriteString(v)
 	}
@@ -194,23 +224,51 @@ func (r *shRun) expand(w shWord) (string, bool) {
 	if strings.HasPrefix(s, "~/") && !w.quoted {
 		s = r.a.env["HOME"] + s[1:]
 	}
-	return s, true
+	return s, !strings.Contains(s, unknown)
 }
 
-func (r *shRun) value(p shPart) (string, bool) {
-	if len(p.text) == 1 && p.text[0] >= '0' && p.text[0] <= '9' {
-		if n := int(p.text[0] - '0'); n < len(r.args) && r.args[n] != "" {
-			return r.args[n], true
+func (r *shRun) value(p shPart) string {
+	v := r.plain(p)
+	switch {
+	case v == "":
+		v = p.fallback
+	case v == unknown && p.fallback != "":
+		v = p.fallback
+	}
+	switch p.op {
+	case ":+", "+":
+		if v != "" {
+			v = p.arg
 		}
-		return p.fallback, true
+	case "#", "##":
+		v = strings.TrimPrefix(v, p.arg)
+	case "%", "%%":
+		v = strings.TrimSuffix(v, p.arg)
 	}
-	if v, ok := r.vars[p.text]; ok && v != "" {
-		return v, true
+	return v
+}
+
+func (r *shRun) plain(p shPart) string {
+	if p.command != "" {
+		return r.substitute(p.command)
 	}
-	if v, ok := r.a.env[p.text]; ok && v != "" {
-		return v, true
+	switch {
+	case p.text == "" || strings.Contains("?$!-", p.text):
+		return unknown
+	case p.text == "#":
+		return strconv.Itoa(max(0, len(r.args)-1))
+	case p.text == "@" || p.text == "*":
+		return strings.Join(r.args[min(1, len(r.args)):], " ")
+	case p.text[0] >= '0' && p.text[0] <= '9':
+		if n := int(p.text[0] - '0'); len(p.text) == 1 && n < len(r.args) {
+			return r.args[n]
+		}
+		return ""
 	}
-	return p.fallback, p.fallback != ""
+	if v, ok := r.vars[p.text]; ok {
+		return v
+	}
+	return r.a.env[p.text]
 }
 
 // fields expands words to arguments: "$@" to several, an unquoted variable to its words.
@@ -227,7 +285,7 @@ func (r *shRun) fields(words []shWord) []string {
 		s, ok := r.expand(w)
 		switch {
 		case !ok:
-			out = append(out, unknown)
+			out = append(out, s)
 		case !w.quoted && len(w.parts) > 0 && w.parts[0].variable:
 			out = append(out, strings.Fields(s)...)
 		case !w.quoted && strings.ContainsAny(s, "*?["):
@@ -246,53 +304,84 @@ func (r *shRun) fields(words []shWord) []string {
 	return out
 }
 
-var shOpening = []string{"if", "while", "until", "for", "select"}
-
-// command follows one simple command.
-func (r *shRun) command(words []shWord) {
+// command follows one simple command, with the operator before it.
+func (r *shRun) command(words []shWord, op string) {
 	const most = 20_000
 	if r.count++; r.count > most {
 		r.ended = true
 		return
 	}
+	not := false
 	for len(words) > 0 {
 		first := words[0].literal()
-		switch {
-		case slices.Contains([]string{"then", "else", "elif", "do", "{", "!", "time", "coproc"}, first):
-			words = words[1:]
-			continue
-		case first == "if" || first == "while" || first == "until":
-			r.block++
-			words = words[1:]
-			continue
-		case first == "for" || first == "select":
-			r.block++
-			r.loop(words)
-			return
-		case first == "fi" || first == "done" || first == "}":
-			if first != "}" {
-				r.block--
+		if !r.keyword(first, words) {
+			if first == "!" {
+				not = !not
+			} else if first != "time" && first != "coproc" {
+				break
 			}
-			words = words[1:]
-			continue
-		case first == "function":
-			return
 		}
-		if !r.assign(words[0], true) {
-			break
+		if first == "for" || first == "select" {
+			return
 		}
 		words = words[1:]
+		if first == "function" && len(words) > 0 {
+			words, r.function = words[1:], true
+		}
+	}
+	if len(words) == 0 || r.dead() || op == "&&" && r.last == no || op == "||" && r.last == yes {
+		return
+	}
+	if op == "&&" || op == "||" {
+		r.push("list", maybe)
+		if r.last != maybe {
+			r.frames[len(r.frames)-1].now = yes
+		}
+		defer r.pop("list")
+	}
+	result := r.simple(words)
+	if not {
+		result = -result
+	}
+	if f := r.condition(); f != nil {
+		switch op {
+		case "&&":
+			result = min(r.last, result)
+		case "||":
+			result = max(r.last, result)
+		}
+		f.cond = result
+	}
+	r.last = result
+}
+
+// simple follows a command without keywords and says how it ended, if that can be told.
+func (r *shRun) simple(words []shWord) truth {
+	for len(words) > 0 && r.assign(words[0], true) {
+		words = words[1:]
+		if len(words) == 0 {
+			return yes
+		}
 	}
 	argv := r.fields(words)
-	if len(argv) == 0 || argv[0] == "" || argv[0] == unknown {
-		return
+	if len(argv) == 0 || argv[0] == "" || strings.Contains(argv[0], unknown) {
+		return maybe
+	}
+	switch argv[0] {
+	case "true", ":":
+		return yes
+	case "false":
+		return no
+	case "[", "[[", "test":
+		return r.test(argv)
 	}
 	if b := shBuiltins[argv[0]]; b != nil {
 		b(r, argv, words)
-		return
+		return maybe
 	}
 	r.a.arguments(invocation{}, argv[1:])
 	r.a.exec(argv, r.depth+1)
+	return maybe
 }
 
 // loop takes the first value of a for loop.
@@ -304,7 +393,9 @@ func (r *shRun) loop(words []shWord) {
 				r.a.add(v, Argument)
 			}
 		}
-		delete(r.vars, words[1].literal())
+	}
+	if len(words) > 1 {
+		r.vars[words[1].literal()] = unknown
 	}
 }
 
@@ -318,10 +409,13 @@ func (r *shRun) assign(w shWord, keep bool) bool {
 		return false
 	}
 	value := shWord{parts: append([]shPart{{text: rest}}, w.parts[1:]...), quoted: true}
-	if v, ok := r.expand(value); ok && keep {
-		r.vars[name] = v
-	} else if !ok {
-		delete(r.vars, name)
+	// What a script sets first is mostly what holds; branches that may not run are for special cases.
+	// A value that is made of the old one is the same in a better form.
+	own := slices.ContainsFunc(w.parts, func(p shPart) bool {
+		return p.variable && (p.text == name || strings.Contains(p.command, "$"+name) || strings.Contains(p.command, "${"+name))
+	})
+	if old := r.vars[name]; keep && (old == "" || own || strings.Contains(old, unknown) || !r.uncertain()) {
+		r.vars[name], _ = r.expand(value)
 	}
 	return true
 }

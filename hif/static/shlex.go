@@ -20,6 +20,8 @@ type shPart struct {
 	text     string // literal, or the variable's name
 	variable bool
 	fallback string // of ${NAME:-fallback}
+	op, arg  string // of ${NAME#arg}, ${NAME%arg}, ${NAME:+arg}
+	command  string // of $(command)
 }
 
 // shToken is a word, or an operator.
@@ -153,13 +155,7 @@ func (l *shLexer) word() shWord {
 			w.parts = append(w.parts, l.dollar())
 		case c == '`':
 			flush()
-			end := strings.IndexByte(l.s[l.at+1:], '`')
-			if end < 0 {
-				end = len(l.s) - l.at - 1
-			}
-			l.nest(l.s[l.at+1 : l.at+1+end])
-			l.at += end + 2
-			w.parts = append(w.parts, shPart{variable: true})
+			w.parts = append(w.parts, shPart{variable: true, command: l.backquoted()})
 		case !double && strings.IndexByte(" \t\r\n;&|()<>", c) >= 0:
 			flush()
 			return w
@@ -171,6 +167,20 @@ func (l *shLexer) word() shWord {
 	}
 	flush()
 	return w
+}
+
+// backquoted reads an old command substitution, in which a backslash keeps backquotes.
+func (l *shLexer) backquoted() string {
+	var b strings.Builder
+	for l.at++; l.at < len(l.s) && l.s[l.at] != '`'; l.at++ {
+		if l.s[l.at] == '\\' && l.at+1 < len(l.s) && strings.IndexByte("`$\\", l.s[l.at+1]) >= 0 {
+			l.at++
+		}
+		b.WriteByte(l.s[l.at])
+	}
+	l.at++
+	l.nest(b.String())
+	return b.String()
 }
 
 func (l *shLexer) nest(text string) {
@@ -188,15 +198,19 @@ func (l *shLexer) dollar() shPart {
 	switch c := l.s[l.at]; {
 	case c == '(':
 		inside := l.balanced('(', ')')
-		if !strings.HasPrefix(inside, "(") {
-			l.nest(inside)
+		if strings.HasPrefix(inside, "(") {
+			return shPart{variable: true} // arithmetic
 		}
-		return shPart{variable: true}
+		l.nest(inside)
+		return shPart{variable: true, command: inside}
 	case c == '{':
 		inside := l.balanced('{', '}')
 		n := 0
-		for n < len(inside) && (isName(inside[:n+1]) || strings.IndexByte("@*#?0123456789", inside[n]) >= 0) {
+		for n < len(inside) && n < 256 && isName(inside[:n+1]) {
 			n++
+		}
+		if n == 0 && inside != "" && strings.IndexByte("@*#?0123456789", inside[0]) >= 0 {
+			n = 1
 		}
 		p := shPart{text: inside[:n], variable: true}
 		rest := inside[n:]
@@ -208,6 +222,12 @@ func (l *shLexer) dollar() shPart {
 		}
 		if strings.Contains(inside, "$(") {
 			l.nest(inside[strings.Index(inside, "$(")+1:])
+		}
+		for _, op := range []string{":+", "+", "##", "#", "%%", "%"} {
+			if arg, ok := strings.CutPrefix(rest, op); ok && p.text != "" && !strings.ContainsAny(arg, "$`*?[") {
+				p.op, p.arg, rest = op, strings.Trim(arg, "'\""), ""
+				break
+			}
 		}
 		if rest != "" || strings.ContainsAny(p.fallback, "$`") {
 			return shPart{variable: true} // changed in a way that is not followed

@@ -23,8 +23,6 @@ func (a *analysis) system(o *object) {
 	if o.has("setlocale") && a.localeName() != "" {
 		a.locale(o, a.localeName(), localeCategories)
 	}
-	// OpenSSL reads its configuration when it is first used; programs that are linked with it mostly do so at once, but
-	// nothing tells if it finds one.
 }
 
 func (a *analysis) timeZone() {

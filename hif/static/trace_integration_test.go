@@ -133,7 +133,7 @@ func opened(t *testing.T, root string, s subject) map[string]bool {
 	}
 	seen := parseTrace(t, data, root)
 	for path := range seen {
-		if !before[path] {
+		if !before[path] || path == "etc/hosts" || path == "etc/hostname" || path == "etc/resolv.conf" { // the runtime's
 			delete(seen, path) // made by the start, or no regular file
 		}
 	}
