@@ -168,6 +168,10 @@ func boundary(n int) rule {
 // sends layers to NVM that would still be in the page cache when the pull is over, and layers to HDD that come after the last
 // download but have enough unpacking above them.
 //
+// Where containerd keeps its blobs and so its database on the same disk, T is the time until the last other blob has arrived, no
+// more: from then on containerd's own fsyncs there, a hundred and more a pull, are what the pull waits for, and whatever else
+// the disk has to do makes each of them wait.
+//
 // Where R, U or, with something left to download, the bandwidth is unknown, there is nothing to compute with: it falls back to lass
 // and says so.
 func drain(in Input) (Tier, string) {
@@ -198,6 +202,12 @@ func drain(in Input) (Tier, string) {
 	}
 	on := float64(me.Size())/in.UnpackRate + b/in.HDDRate
 	rest := restOfPull(in)
+	if in.ContentOnHDD {
+		rest = 0
+		if left > 0 {
+			rest = float64(left) / in.Bandwidth
+		}
+	}
 	if on <= rest {
 		return HDD, fmt.Sprintf("the disk has it in %s (%s to write at %s), before the pull can be over, %s at best",
 			seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), seconds(rest))

@@ -259,7 +259,11 @@ func TestDrainCountsBlobsOnTheSameDisk(t *testing.T) {
 	}
 	// 0.5 s + 100 MB / 50 MB/s = 2.5 s, before the 100 MB of b can have come, 2.5 s, and be unpacked, 0.5 s.
 	require.Equal(t, HDD, p.Decide(in).Tier)
-	in.ContentOnHDD = true // and now the disk has 100 MB more to take
+	in.ContentOnHDD = true // and now the disk has 100 MB more to take, by the time that b has come
+	require.Equal(t, NVM, p.Decide(in).Tier)
+	in.Bandwidth = 10e6 // 10 s
+	require.Equal(t, HDD, p.Decide(in).Tier)
+	in.Layers[1].Downloaded = true // nothing hides the disk any more
 	require.Equal(t, NVM, p.Decide(in).Tier)
 }
 

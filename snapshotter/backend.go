@@ -97,6 +97,7 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 	r.Queues = []*control.Queue{
 		{Name: "background", Waiting: int64(s.jobs.length())},
 		{Name: "sync", Waiting: int64(s.syncer.waiting())},
+		{Name: "database copy", Waiting: s.mirror.waiting()},
 		{Name: "remove", Waiting: int64(len(removed))},
 		{Name: "write-back", Waiting: int64(s.homing.left), Failed: s.homing.failed, LastError: s.homing.lastErr},
 	}

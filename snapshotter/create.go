@@ -25,12 +25,10 @@ import (
 // isExtraction tells whether containerd is going to unpack a layer into the
 // snapshot. Such a snapshot is written by path, never mounted.
 //
-// containerd's metadata layer turns a client's key into "<namespace>/<n>/<key>".
-// ctr pull --local sets no labels, so that the key is all there is.
-func isExtraction(key string, labels map[string]string) bool {
-	if labels[labelRef] != "" {
-		return true
-	}
+// The key tells: containerd's unpacker makes it, and its metadata layer turns
+// it into "<namespace>/<n>/<key>". Labels do not: ctr pull --local sets none, and
+// CRI passes on what it finds in the annotations of a pod.
+func isExtraction(key string) bool {
 	return strings.HasPrefix(clientKey(key), snapshots.UnpackKeyPrefix+"-")
 }
 
@@ -72,38 +70,60 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	r := record{Tier: s.config.UpperTier, Namespace: namespaceOf(ctx, key)}
-	extraction := kind == snapshots.KindActive && isExtraction(key, base.Labels)
-	var e *extract
-	if extraction {
-		r.ChainID = chainIDOf(key, base.Labels)
-		e = s.placer.plan(ctx, r.Namespace, r.ChainID, parent, base.Labels)
-		r.Tier, r.Image = e.tier(), e.image()
-	} else {
+	extraction := kind == snapshots.KindActive && isExtraction(key)
+	if !extraction {
 		if err := s.readLabels(key, base.Labels, &r); err != nil {
 			return nil, err
 		}
 		s.admitUpper(ctx, key, &r)
-		// The tree first: if it cannot be had, nothing has been created.
-		if err := s.awaitTree(ctx, parent); err != nil {
-			return nil, fmt.Errorf("prepare snapshot %q: %w", key, err)
+	}
+	// What stands below first: if it cannot be had, nothing has been created.
+	below, err := s.awaitParent(ctx, parent, extraction)
+	if err != nil {
+		return nil, fmt.Errorf("prepare snapshot %q: %w", key, err)
+	}
+	var e *extract
+	if extraction {
+		r.ChainID = chainIDOf(key, base.Labels)
+		e = s.placer.plan(ctx, r.Namespace, r.ChainID, parent, base.Labels)
+		defer func() {
+			if err != nil {
+				s.placer.dropped(e)
+			}
+		}()
+		r.Tier, r.Image, r.Decision = e.tier(), e.image(), e.text()
+	}
+	var staged string
+	if kind == snapshots.KindActive || parent == "" { // nothing is written to a view
+		if staged, err = s.prestage(&r, below); err != nil {
+			return nil, err
 		}
 	}
 
 	var sn storage.Snapshot
-	staged := false
 	err = s.db.update(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
 		if sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err != nil {
 			return fmt.Errorf("create snapshot %q: %w", key, err)
 		}
-		staged = true
-		if err := s.stage(sn, &r, extraction); err != nil {
-			return err
+		if staged != "" {
+			if err := s.tiers.Stage(sn.ID, r.Tier, staged); err != nil {
+				return err
+			}
 		}
-		return putRecord(tx, sn.ID, r)
+		err = s.dress(sn, r, extraction)
+		if err == nil {
+			err = putRecord(tx, sn.ID, r)
+		}
+		if err != nil && staged != "" {
+			// Here, while the transaction stops everybody else: after the rollback
+			// the next snapshot gets the same id.
+			err = errors.Join(err, s.tiers.Remove(sn.ID))
+		}
+		return err
 	})
 	if err != nil {
-		if staged {
-			err = errors.Join(err, s.tiers.Remove(sn.ID))
+		if staged != "" {
+			err = errors.Join(err, s.tiers.Unprestage(r.Tier, staged))
 		}
 		return nil, err
 	}
@@ -160,39 +180,39 @@ func (s *Snapshotter) admitUpper(ctx context.Context, key string, r *record) {
 		placement.FormatBytes(free), placement.FormatBytes(s.config.Reserve(total)))
 }
 
-// stage makes the directories of a new snapshot.
-func (s *Snapshotter) stage(sn storage.Snapshot, r *record, extraction bool) error {
-	if sn.Kind == snapshots.KindView && len(sn.ParentIDs) > 0 {
-		return nil // nothing is written
-	}
-	uid, gid, err := s.rootOwner(sn, *r)
+// prestage makes the directories of a new snapshot, on HDD if NVM has no room
+// even for them.
+func (s *Snapshotter) prestage(r *record, below string) (string, error) {
+	uid, gid, err := rootOwner(*r, below)
 	if err != nil {
-		return err
+		return "", err
 	}
-	if err := s.tiers.Stage(sn.ID, r.Tier, uid, gid); err != nil {
-		// NVM without room for a directory is full; HDD is not.
-		if !errors.Is(err, unix.ENOSPC) || r.Tier == placement.HDD {
-			return err
-		}
+	name, err := s.tiers.Prestage(r.Tier, uid, gid)
+	if errors.Is(err, unix.ENOSPC) && r.Tier == placement.NVM {
 		r.Tier = placement.HDD
-		if err := s.tiers.Stage(sn.ID, r.Tier, uid, gid); err != nil {
-			return err
-		}
+		name, err = s.tiers.Prestage(r.Tier, uid, gid)
 	}
-	if extraction {
+	return name, err
+}
+
+// dress gives a new snapshot what depends on its id.
+func (s *Snapshotter) dress(sn storage.Snapshot, r record, extraction bool) error {
+	switch {
+	case extraction:
 		return s.tiers.Link(sn.ID, r.Tier)
-	}
-	if r.MaxSize > 0 && sn.Kind == snapshots.KindActive {
+	case r.MaxSize > 0 && sn.Kind == snapshots.KindActive:
 		return s.quota.limit(sn.ID, r.Tier, r.MaxSize)
 	}
 	return nil
 }
 
-// awaitTree makes sure that the tree of a committed parent is mounted. Whether
-// the parent exists and is committed is for the transaction to tell.
-func (s *Snapshotter) awaitTree(ctx context.Context, parent string) error {
+// awaitParent makes sure that a committed parent can be used, and returns the
+// directory that shows its root: for a container the mounted tree, for an
+// extraction the layer's own directory, from which containerd takes owners.
+// Whether the parent exists and is committed is for the transaction to tell.
+func (s *Snapshotter) awaitParent(ctx context.Context, parent string, extraction bool) (string, error) {
 	if parent == "" {
-		return nil
+		return "", nil
 	}
 	var id string
 	var info snapshots.Info
@@ -200,20 +220,29 @@ func (s *Snapshotter) awaitTree(ctx context.Context, parent string) error {
 		id, info, _, err = storage.GetInfo(ctx, parent)
 		return err
 	})
-	if errdefs.IsNotFound(err) || info.Kind != snapshots.KindCommitted {
-		return nil
+	if errdefs.IsNotFound(err) || (err == nil && info.Kind != snapshots.KindCommitted) {
+		return "", nil
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
-	_, err = s.tree(ctx, parent, id)
-	return err
+	if !extraction {
+		return s.tree(ctx, parent, id)
+	}
+	// The owners of a torn layer would stay wrong in the one above for ever.
+	if err := s.bounded(ctx, func(ctx context.Context) error { return s.intact(ctx, parent) }); err != nil {
+		return "", err
+	}
+	if dirs := s.ownDirs([]string{id}); len(dirs) > 0 {
+		return dirs[0], nil
+	}
+	return "", nil
 }
 
 // rootOwner is the owner of the root directory of a new snapshot: the mapped
-// root in a user namespace, else that of the parent, as overlayfs shows the
-// root with the attributes of the upper directory.
-func (s *Snapshotter) rootOwner(sn storage.Snapshot, r record) (uid, gid int, err error) {
+// root in a user namespace, else that of what stands below, as overlayfs shows
+// the root with the attributes of the upper directory.
+func rootOwner(r record, below string) (uid, gid int, err error) {
 	if r.UIDMap != "" {
 		if uid, err = mappedRoot(r.UIDMap); err != nil {
 			return 0, 0, err
@@ -221,20 +250,12 @@ func (s *Snapshotter) rootOwner(sn storage.Snapshot, r record) (uid, gid int, er
 		gid, err = mappedRoot(r.GIDMap)
 		return uid, gid, err
 	}
-	if len(sn.ParentIDs) == 0 {
-		return 0, 0, nil
-	}
-	// Where the tree is mounted, the HDD need not be asked.
-	dirs := []string{s.state("t", sn.ParentIDs[0])}
-	if !isErofs(dirs[0]) {
-		dirs = s.ownDirs(sn.ParentIDs[:1])
-	}
-	if len(dirs) == 0 {
+	if below == "" {
 		return 0, 0, nil
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(dirs[0], &st); err != nil {
-		return 0, 0, fmt.Errorf("stat the root of layer %s: %w", sn.ParentIDs[0], err)
+	if err := unix.Stat(below, &st); err != nil {
+		return 0, 0, fmt.Errorf("stat the root of the parent: %w", err)
 	}
 	return int(st.Uid), int(st.Gid), nil
 }

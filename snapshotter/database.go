@@ -37,7 +37,10 @@ var (
 	bucketRemoved = []byte("removed") // snapshot id of which files may still stand
 	keySchema     = []byte("schema")
 
-	bucketMetastore = []byte("v1") // containerd's, absent before the first snapshot
+	// containerd's metastore (core/snapshots/storage), whose sequence gives the ids.
+	bucketMetastore = []byte("v1")
+	bucketSnapshots = []byte("snapshots")
+	bucketParents   = []byte("parents")
 )
 
 // record is what the database knows of a snapshot beside containerd's
@@ -53,6 +56,7 @@ type record struct {
 	Captured bool            `json:"captured,omitempty"`
 	Durable  bool            `json:"durable,omitempty"`
 	Home     bool            `json:"home,omitempty"`    // all data stand on HDD too
+	Homing   string          `json:"homing,omitempty"`  // boot id in which copying them began
 	Damaged  string          `json:"damaged,omitempty"` // why it cannot be used
 	Usage    snapshots.Usage `json:"usage,omitzero"`
 	Data     int64           `json:"data_bytes,omitempty"`
@@ -255,6 +259,25 @@ func (d *database) removed(ctx context.Context) (ids []string, err error) {
 func (d *database) forgetRemoved(ctx context.Context, id string) error {
 	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
 		return tx.Bucket(bucketOwn).Bucket(bucketRemoved).Delete([]byte(id))
+	})
+}
+
+// passIDs makes the metastore give out only ids above n from now on.
+func (d *database) passIDs(ctx context.Context, n uint64) error {
+	return d.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
+		v1, err := tx.CreateBucketIfNotExists(bucketMetastore)
+		if err != nil {
+			return err
+		}
+		for _, b := range [][]byte{bucketSnapshots, bucketParents} {
+			if _, err := v1.CreateBucketIfNotExists(b); err != nil {
+				return err
+			}
+		}
+		if b := v1.Bucket(bucketSnapshots); b.Sequence() < n {
+			return b.SetSequence(n)
+		}
+		return nil
 	})
 }
 

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 )
@@ -40,3 +41,9 @@ func TestMain(m *testing.M) {
 }
 
 func withLabel(k, v string) snapshots.Opt { return snapshots.WithLabels(map[string]string{k: v}) }
+
+// Tests wait for background work, never for a time.
+const (
+	awaitFor   = 10 * time.Second
+	awaitEvery = time.Millisecond
+)

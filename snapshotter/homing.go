@@ -35,14 +35,20 @@ type homing struct {
 	lastErr string
 }
 
+// homingRetry is when copying that failed is tried again.
+const homingRetry = time.Minute
+
 // yield is how long homing waits before it looks again whether a pull is over.
 const yield = time.Second
 
 func newHoming(s *Snapshotter) *homing {
+	return &homing{s: s, wake: make(chan struct{}, 1), done: make(chan struct{})}
+}
+
+func (h *homing) start() {
 	ctx, cancel := context.WithCancel(context.Background())
-	h := &homing{s: s, wake: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{})}
+	h.cancel = cancel
 	go h.run(ctx)
-	return h
 }
 
 // kick tells that there may be something to copy.
@@ -65,12 +71,15 @@ func (h *homing) run(ctx context.Context) {
 	if err := setIdleIO(); err != nil {
 		log.G(ctx).WithError(err).Debug("copying to HDD keeps its normal I/O priority")
 	}
+	var again <-chan time.Time
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-h.wake:
+		case <-again:
 		}
+		again = nil
 		if !h.s.config.WriteBack {
 			continue
 		}
@@ -79,7 +88,8 @@ func (h *homing) run(ctx context.Context) {
 			h.failed++
 			h.lastErr = err.Error()
 			h.mu.Unlock()
-			log.G(ctx).WithError(err).Error("copying layers to HDD stopped")
+			log.G(ctx).WithError(err).Error("not all layers could be copied to HDD; trying again later")
+			again = time.After(homingRetry)
 		}
 	}
 }
@@ -100,15 +110,19 @@ func (h *homing) copyAll(ctx context.Context) error {
 		h.left, h.current = 0, ""
 		h.mu.Unlock()
 	}()
+	var failed error
 	for i, sn := range todo {
 		h.mu.Lock()
 		h.left, h.current = len(todo)-i, sn.ID
 		h.mu.Unlock()
 		if err := h.copyLayer(ctx, sn); err != nil {
-			return err
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			failed = errors.Join(failed, err) // one bad layer must not keep the others from their copy
 		}
 	}
-	return nil
+	return failed
 }
 
 func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
@@ -117,6 +131,17 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
 	}
 	start := time.Now()
+	if sn.Homing != h.s.config.BootID {
+		// Begun before the machine last went down: what is there may be torn.
+		if sn.Homing != "" {
+			if err := h.s.tiers.DropCopy(sn.ID); err != nil {
+				return err
+			}
+		}
+		if err := h.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Homing = h.s.config.BootID }); err != nil {
+			return err
+		}
+	}
 	n, err := h.s.tiers.WriteBack(ctx, sn.ID, func(n int) error {
 		for h.s.placer.busy() {
 			select {
@@ -128,7 +153,7 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 		return limit.WaitN(ctx, n)
 	})
 	if err == nil {
-		err = h.s.tiers.Sync(placement.HDD)
+		err = h.s.syncer.flush(placement.HDD)
 	}
 	if errors.Is(err, unix.ENOSPC) {
 		return fmt.Errorf("HDD root %q is full; free space there: %w", h.s.tiers.Root(placement.HDD), err)
@@ -140,7 +165,7 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 		}
 		return err
 	}
-	if err := h.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Home = true }); err != nil {
+	if err := h.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Home, r.Homing = true, "" }); err != nil {
 		return err
 	}
 	h.s.mirror.changed()

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -95,6 +96,33 @@ func (j *jobs) add(name string, run func(context.Context) error) *job {
 	j.queue = append(j.queue, b)
 	j.cond.Signal()
 	return b
+}
+
+// retryFirst and retryMost bound the pause before work that failed is tried again.
+const (
+	retryFirst = 2 * time.Second
+	retryMost  = 5 * time.Minute
+)
+
+// addUntilDone queues work that is tried again, with growing pauses, as long as
+// it fails and the daemon runs.
+func (j *jobs) addUntilDone(name string, run func(context.Context) error) {
+	pause := retryFirst
+	var again func(context.Context) error
+	again = func(ctx context.Context) error {
+		err := run(ctx)
+		if err != nil && ctx.Err() == nil {
+			wait := pause
+			pause = min(2*pause, retryMost)
+			time.AfterFunc(wait, func() {
+				if j.ctx.Err() == nil {
+					j.add(name, again)
+				}
+			})
+		}
+		return err
+	}
+	j.add(name, again)
 }
 
 // do queues work, or joins it, and waits for its end. The work goes on when

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -30,9 +31,26 @@ import (
 // merges a tree (300 bytes an entry).
 const largeLayer = 50_000
 
+// patience is how long a call waits for background work. containerd holds a
+// lock of the snapshotter meanwhile, for which its garbage collection waits,
+// and for that everybody else (containerd#13798).
+const patience = 20 * time.Second
+
+// bounded runs fn, which waits for background work, for at most patience. The
+// work itself goes on.
+func (s *Snapshotter) bounded(ctx context.Context, fn func(context.Context) error) error {
+	inner, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	err := fn(inner)
+	if err != nil && inner.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("not ready after %s, the work goes on; try again: %w", patience, errdefs.ErrUnavailable)
+	}
+	return err
+}
+
 // settle starts the background work that follows a commit.
 func (s *Snapshotter) settle(id, name string) {
-	s.jobs.add("capture "+id, s.capture(id, name))
+	s.jobs.addUntilDone("capture "+id, s.capture(id, name))
 }
 
 // capturePath is where the metadata of a layer stand.
@@ -96,7 +114,7 @@ func (s *Snapshotter) capture(id, name string) func(context.Context) error {
 			return os.Remove(s.capturePath(id)) // removed meanwhile
 		}
 		s.mirror.changed()
-		s.syncer.add(id, r.Tier, stats.DataBytes)
+		s.syncer.add(id, name, r.Tier, stats.DataBytes)
 		if s.isTop(ctx, name, r) {
 			s.jobs.add("tree "+id, s.buildTree(id, name))
 		}
@@ -226,7 +244,10 @@ func (s *Snapshotter) tree(ctx context.Context, name, id string) (string, error)
 	if isErofs(dir) {
 		return dir, nil
 	}
-	if err := s.jobs.do(ctx, "tree "+id, s.buildTree(id, name)); err != nil {
+	err := s.bounded(ctx, func(ctx context.Context) error {
+		return s.jobs.do(ctx, "tree "+id, s.buildTree(id, name))
+	})
+	if err != nil {
 		return "", err
 	}
 	if !isErofs(dir) {
@@ -325,6 +346,12 @@ func writeTree(ctx context.Context, c tree.Chain, path string) error {
 // removal deletes what stands of a removed snapshot.
 func (s *Snapshotter) removal(id string) func(context.Context) error {
 	return func(ctx context.Context) error {
+		if _, err := s.db.record(ctx, id); !errdefs.IsNotFound(err) {
+			if err == nil { // an id that lives is nobody's garbage
+				err = s.db.forgetRemoved(ctx, id)
+			}
+			return err
+		}
 		err := errors.Join(unmount(s.state("i", id)), unmount(s.state("t", id)))
 		if err == nil {
 			for _, f := range append(s.treeImages(id), s.capturePath(id)) {

@@ -5,6 +5,7 @@ package snapshotter
 
 import (
 	"context"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/log"
@@ -18,6 +19,8 @@ type mirror struct {
 	wake chan struct{}
 	stop chan struct{}
 	done chan error
+
+	want, have atomic.Int64 // changes, and those that the copy has
 }
 
 const (
@@ -38,6 +41,7 @@ func newMirror(db *database, path string, busy func() bool) *mirror {
 
 // changed tells that the database has changed.
 func (m *mirror) changed() {
+	m.want.Add(1)
 	select {
 	case m.wake <- struct{}{}:
 	default:
@@ -64,11 +68,17 @@ func (m *mirror) run() {
 				break
 			}
 		}
+		now := m.want.Load()
 		if err := m.db.copyTo(ctx, m.path); err != nil {
 			log.G(ctx).WithError(err).Error("the copy of the database on HDD is out of date")
+			continue
 		}
+		m.have.Store(now)
 	}
 }
+
+// waiting tells how many changes the copy lacks.
+func (m *mirror) waiting() int64 { return m.want.Load() - m.have.Load() }
 
 func (m *mirror) close() error {
 	close(m.stop)

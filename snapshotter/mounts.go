@@ -24,7 +24,7 @@ import (
 
 // mounts says how to mount an active snapshot or a view.
 func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snapshots.Info, r record) ([]mount.Mount, error) {
-	if sn.Kind == snapshots.KindActive && isExtraction(info.Name, info.Labels) {
+	if sn.Kind == snapshots.KindActive && isExtraction(info.Name) {
 		return s.extractionMounts(sn), nil
 	}
 	upper := filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "fs")

@@ -5,6 +5,7 @@ package snapshotter
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
@@ -30,9 +32,13 @@ type Downloads interface {
 
 // ContentPlace tells where containerd keeps blobs, "" if unknown; implemented
 // by [pull.Watcher].
-type ContentPlace interface{ ContentRoot() string }
+type ContentPlace interface {
+	ContentRoot(ctx context.Context) string
+}
 
 const (
+	// abandoned is when an extraction whose storing has begun counts as given up.
+	abandoned = 10 * time.Minute
 	// stalled is when a pull between two layers is no longer taken for busy.
 	stalled = 2 * time.Second
 	// forgotten is when a pull of which nothing was heard counts as given up.
@@ -57,6 +63,8 @@ type placer struct {
 	mu     sync.Mutex
 	pulls  map[string]*pulling // by namespace and manifest
 	active map[string]*extract // by snapshot id
+	// planned are those that have no snapshot yet; their space is promised.
+	planned map[*extract]bool
 
 	contentOnHDD bool // containerd's blobs share the disk of the HDD tier
 
@@ -73,8 +81,9 @@ type pulling struct {
 	bandwidth pull.Bandwidth
 	parallel  bool // containerd unpacks several layers at once
 	began     time.Time
-	touched   time.Time
-	shown     []shown // what watchers know
+	touched   time.Time // when something was last heard of it
+	received  int64     // bytes, then
+	shown     []shown   // what watchers know
 }
 
 // placed is how far a layer is with containerd's unpacker.
@@ -93,6 +102,7 @@ type extract struct {
 	bound    bool // storing has begun, or nothing is known that could change the tier
 	since    time.Time
 	swings   int
+	unsaved  bool // the record holds an older decision
 }
 
 func (e *extract) tier() placement.Tier { return e.decision.Tier }
@@ -115,11 +125,20 @@ func (e *extract) message() *control.Decision {
 	return m
 }
 
+// text is the decision as the record keeps it.
+func (e *extract) text() json.RawMessage {
+	b, err := protojson.Marshal(e.message())
+	if err != nil { // a message of numbers and valid UTF-8 always marshals; a name may be neither
+		log.L.WithError(err).Warn("cannot record a decision")
+		return nil
+	}
+	return b
+}
+
 func newPlacer(s *Snapshotter) *placer {
-	ctx, stop := context.WithCancel(context.Background())
-	p := &placer{
-		s: s, stop: stop, done: make(chan struct{}), wake: make(chan struct{}, 1),
-		pulls: map[string]*pulling{}, active: map[string]*extract{},
+	return &placer{
+		s: s, done: make(chan struct{}), wake: make(chan struct{}, 1),
+		pulls: map[string]*pulling{}, active: map[string]*extract{}, planned: map[*extract]bool{},
 		decisions: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "nhybrid_layers_placed_total", Help: "Layers by the tier that storing them began on.",
 		}, []string{"tier"}),
@@ -127,8 +146,12 @@ func newPlacer(s *Snapshotter) *placer {
 			Name: "nhybrid_swings_total", Help: "Changes of a layer's tier between Prepare and the start of its storing.",
 		}),
 	}
+}
+
+func (p *placer) start() {
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
 	go p.run(ctx)
-	return p
 }
 
 func (p *placer) close() {
@@ -148,6 +171,7 @@ func (p *placer) plan(ctx context.Context, ns, chainID, parent string, labels ma
 		log.G(ctx).WithError(err).WithField("chain_id", chainID).Debug("placing a layer without knowing its image")
 		p.mu.Lock()
 		defer p.mu.Unlock()
+		p.planned[e] = true
 		e.bound = true
 		e.decision = p.s.config.Policy.Decide(p.input(&pulling{
 			layers: []placement.Layer{{Digest: chainID, Uncompressed: sizeUnknown, Downloaded: true}},
@@ -156,7 +180,7 @@ func (p *placer) plan(ctx context.Context, ns, chainID, parent string, labels ma
 		return e
 	}
 	layers, err := p.s.config.Downloads.Progress(ctx, pl.img)
-	onHDD := p.askContentRoot()
+	onHDD := p.askContentRoot(ctx)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.contentOnHDD = onHDD
@@ -169,7 +193,35 @@ func (p *placer) plan(ctx context.Context, ns, chainID, parent string, labels ma
 	e.pulling, e.index = pl, index
 	e.decision = p.s.config.Policy.Decide(p.input(pl, index))
 	e.bound = pl.layers[index].Downloaded
+	p.planned[e] = true
 	return e
+}
+
+// dropped tells that a planned layer gets no snapshot.
+func (p *placer) dropped(e *extract) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.planned, e)
+}
+
+// resumed tells of an extraction that an earlier run of the daemon began. Where
+// it stands is settled, since nobody knows whether its storing has begun.
+func (p *placer) resumed(id string, on placement.Tier) {
+	p.mu.Lock()
+	p.active[id] = &extract{
+		id: id, bound: true, since: time.Now(),
+		decision: placement.Decision{Tier: on, Input: placement.Input{Layers: make([]placement.Layer, 1)}},
+	}
+	p.mu.Unlock()
+	p.poke()
+}
+
+// poke makes the loop look.
+func (p *placer) poke() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
 }
 
 // find returns the pull that a layer belongs to.
@@ -200,6 +252,7 @@ func (p *placer) find(ctx context.Context, ns, chainID string, labels map[string
 	} else {
 		p.pulls[key] = pl
 		p.watch.began(pl)
+		defer p.poke()
 	}
 	pl.touched = time.Now()
 	return pl, index, nil
@@ -228,7 +281,11 @@ func (pl *pulling) saw(layers []placement.Layer) {
 		return
 	}
 	pl.layers = layers
-	pl.bandwidth.Observe(time.Now(), pull.Received(layers))
+	now, received := time.Now(), pull.Received(layers)
+	pl.bandwidth.Observe(now, received)
+	if received != pl.received {
+		pl.received, pl.touched = received, now
+	}
 }
 
 // input is all that a decision for layer i may look at. Called with p.mu held.
@@ -249,10 +306,16 @@ func (p *placer) input(pl *pulling, i int) placement.Input {
 		log.L.WithError(err).Warn("NVM counts as full")
 	}
 	in.NVMFree, in.NVMReserve = free, p.s.config.Reserve(total)
-	for _, e := range p.active {
-		if e.pulling != pl && e.tier() == placement.NVM {
+	promise := func(e *extract) {
+		if (e.pulling != pl || p.planned[e]) && e.tier() == placement.NVM {
 			in.NVMPromised += placement.Footprint(e.decision.Input.Layers[e.decision.Input.Index].Size())
 		}
+	}
+	for _, e := range p.active {
+		promise(e)
+	}
+	for e := range p.planned {
+		promise(e)
 	}
 	in.HDDBacklog = p.s.syncer.backlog()
 	return in
@@ -266,25 +329,41 @@ func (p *placer) began(ctx context.Context, e *extract, id string, on placement.
 		e.decision.Tier, e.decision.Admitted = on, false
 		e.decision.Reason += "; NVM had no room for a directory"
 	}
+	delete(p.planned, e)
 	p.active[id] = e
 	if e.pulling != nil {
 		q := &e.pulling.placed[e.index]
-		q.tier, q.prepared, q.storing = e.tier(), true, e.bound
+		q.tier, q.prepared = e.tier(), true
 		e.pulling.touched = time.Now()
 	}
 	p.announce(ctx, e, "prepared")
 	if e.bound {
-		p.settled(ctx, e)
+		p.bind(ctx, e)
+		e.unsaved = false // Prepare has written it
 	}
 	p.mu.Unlock()
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
+	p.poke()
+	p.s.syncer.kick()
 }
 
-// committed tells that a layer is stored.
-func (p *placer) committed(ctx context.Context, id string) {
+// committing tells that a layer is about to be committed, and returns its
+// decision, which no longer changes; nil if nothing is known of it.
+func (p *placer) committing(ctx context.Context, id string) json.RawMessage {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.active[id]
+	if e == nil || (e.pulling == nil && e.decision.Policy == "") {
+		return nil
+	}
+	if !e.bound { // stored between two looks: what was decided last is what was done
+		p.bind(ctx, e)
+	}
+	e.unsaved = false
+	return e.text()
+}
+
+// committed tells that a layer is stored, and where.
+func (p *placer) committed(id string, on placement.Tier) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	e := p.active[id]
@@ -292,16 +371,11 @@ func (p *placer) committed(ctx context.Context, id string) {
 		return
 	}
 	delete(p.active, id)
-	if !e.bound {
-		// Stored between two looks: what was decided last is what was done.
-		e.bound = true
-		p.settled(ctx, e)
-	}
 	pl := e.pulling
 	if pl == nil {
 		return
 	}
-	pl.placed[e.index] = placed{prepared: true, stored: true, tier: e.tier()}
+	pl.placed[e.index] = placed{prepared: true, stored: true, tier: on}
 	pl.touched = time.Now()
 	if l := pl.layers[e.index]; l.Exact && !pl.parallel {
 		p.s.rates.sawUnpack(l.Size(), time.Since(e.since))
@@ -326,16 +400,9 @@ func (p *placer) removed(id string) {
 	}
 }
 
-// busy tells whether a pull is going on.
+// busy tells whether a pull is storing layers, or will soon. One that nothing
+// was heard of for a while is not waited for.
 func (p *placer) busy() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return len(p.pulls) > 0 || len(p.active) > 0
-}
-
-// storing tells whether a pull is storing layers, or will soon. A pull that
-// nothing was heard of for a while is not waited for.
-func (p *placer) storing() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.active) > 0 {
@@ -349,9 +416,22 @@ func (p *placer) storing() bool {
 	return false
 }
 
+// storingOnHDD lists the extractions of parallel unpacks that stand on HDD and
+// are being written, or are written and wait for their turn to be committed.
+func (p *placer) storingOnHDD() (ids []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, e := range p.active {
+		if e.bound && e.tier() == placement.HDD && e.pulling != nil && e.pulling.parallel {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 // askContentRoot finds out whether containerd keeps its blobs on the disk of
 // the HDD tier. It may ask containerd, so it is not called with p.mu held.
-func (p *placer) askContentRoot() bool {
+func (p *placer) askContentRoot(ctx context.Context) bool {
 	c, ok := p.s.config.Downloads.(ContentPlace)
-	return ok && p.s.tiers.OnDevice(placement.HDD, c.ContentRoot())
+	return ok && p.s.tiers.OnDevice(placement.HDD, c.ContentRoot(ctx))
 }

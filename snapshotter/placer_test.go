@@ -267,13 +267,14 @@ func TestIsExtraction(t *testing.T) {
 	}{
 		{"default/3/extract-123-abc sha256:11", nil, true, "sha256:11"},
 		{"extract-123-abc sha256:11", nil, true, "sha256:11"},
-		{"default/3/whatever", map[string]string{labelRef: "sha256:22"}, true, "sha256:22"},
+		{"default/3/extract-1 sha256:11", map[string]string{labelRef: "sha256:22"}, true, "sha256:22"},
+		{"default/3/pod", map[string]string{labelRef: "sha256:22"}, false, ""}, // an annotation of a pod
 		{"default/3/my-extract-container", nil, false, ""},
 		{"default/3/extractor", nil, false, ""},
 		{"default/3//tmp/initialC", nil, false, ""},
 		{"", nil, false, ""},
 	} {
-		require.Equal(t, c.want, isExtraction(c.key, c.labels), c.key)
+		require.Equal(t, c.want, isExtraction(c.key), c.key)
 		if c.want {
 			require.Equal(t, c.chain, chainIDOf(c.key, c.labels), c.key)
 		}

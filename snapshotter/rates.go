@@ -18,9 +18,10 @@ import (
 type rates struct {
 	db *database
 
-	mu     sync.Mutex
-	HDD    float64 `json:"hdd"`    // bytes/s at which the HDD takes file trees
-	Unpack float64 `json:"unpack"` // bytes/s at which containerd unpacks, uncompressed
+	mu      sync.Mutex
+	changed bool
+	HDD     float64 `json:"hdd"`    // bytes/s at which the HDD takes file trees
+	Unpack  float64 `json:"unpack"` // bytes/s at which containerd unpacks, uncompressed
 }
 
 // What a machine is taken for until it has shown better.
@@ -70,15 +71,27 @@ func (r *rates) saw(rate *float64, bytes int64, took time.Duration) {
 		return
 	}
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	*rate = 0.7**rate + 0.3*float64(bytes)/took.Seconds()
+	r.changed = true
+}
+
+// save keeps what was measured for the next start.
+func (r *rates) save(ctx context.Context) {
+	r.mu.Lock()
 	b, err := json.Marshal(map[string]float64{"hdd": r.HDD, "unpack": r.Unpack})
+	changed := r.changed
+	r.changed = false
 	r.mu.Unlock()
+	if !changed {
+		return
+	}
 	if err == nil {
-		err = r.db.update(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		err = r.db.update(ctx, func(_ context.Context, tx *bolt.Tx) error {
 			return tx.Bucket(bucketOwn).Put(keyRates, b)
 		})
 	}
 	if err != nil {
-		log.L.WithError(err).Warn("cannot keep measured rates")
+		log.G(ctx).WithError(err).Warn("cannot keep measured rates")
 	}
 }

@@ -5,11 +5,11 @@ package snapshotter
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"time"
 
 	"github.com/containerd/log"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/nhybrid/nhybrid/placement/tier"
 )
@@ -75,6 +75,42 @@ func (p *placer) lookAt(ctx context.Context) {
 		}
 		p.mu.Unlock()
 	}
+	p.save(ctx)
+	p.expire(ctx)
+}
+
+// save writes down the decisions that have become final.
+func (p *placer) save(ctx context.Context) {
+	p.mu.Lock()
+	texts := map[string]json.RawMessage{}
+	for id, e := range p.active {
+		if e.bound && e.unsaved {
+			texts[id], e.unsaved = e.text(), false
+		}
+	}
+	p.mu.Unlock()
+	for id, text := range texts {
+		if err := p.s.db.updateRecord(ctx, id, func(r *record) { r.Decision = text }); err != nil {
+			log.G(ctx).WithError(err).Warn("cannot record a decision")
+		}
+	}
+}
+
+// expire forgets extractions that nobody goes on with: containerd was killed,
+// or a pull was cancelled and its snapshot waits for garbage collection.
+func (p *placer) expire(ctx context.Context) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, e := range p.active {
+		idle := time.Since(e.since) > abandoned
+		if !e.bound {
+			idle = time.Since(e.pulling.touched) > abandoned
+		}
+		if idle {
+			log.G(ctx).WithField("id", id).Info("nothing was heard of an extraction for long; it no longer holds up background work")
+			delete(p.active, id)
+		}
+	}
 }
 
 // giveUp forgets a pull of which nothing is heard any more.
@@ -82,6 +118,11 @@ func (p *placer) giveUp(pl *pulling) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, e := range p.active {
+		if e.pulling == pl {
+			return false
+		}
+	}
+	for e := range p.planned {
 		if e.pulling == pl {
 			return false
 		}
@@ -102,49 +143,45 @@ func (p *placer) reconsider(ctx context.Context, e *extract) {
 	if pl.layers[e.index].Downloaded {
 		// The blob arrived between two looks. containerd may be writing: the
 		// link stays where it was decided to be while the download still ran.
-		e.bound, e.since = true, time.Now()
+		e.since = time.Now()
 		e.decision.Input = p.input(pl, e.index)
-		p.settled(ctx, e)
+		p.bind(ctx, e)
 		return
 	}
 	d := p.s.config.Policy.Decide(p.input(pl, e.index))
-	if d.Tier != e.tier() {
-		switch err := p.s.tiers.Swing(e.id, d.Tier); {
-		case errors.Is(err, tier.ErrStoring):
-			e.bound = true
-			p.settled(ctx, e)
-			return
-		case err != nil:
-			log.G(ctx).WithError(err).WithField("id", e.id).Warn("cannot change the tier of a layer; it stays where it is")
-			return
-		}
-		e.swings++
-		p.swings.Inc()
-		pl.placed[e.index].tier = d.Tier
+	if d.Tier == e.tier() {
 		e.decision = d
-		p.announce(ctx, e, "swung")
-		p.watch.swung(e)
 		return
 	}
+	err := p.s.tiers.Swing(e.id, d.Tier)
+	if err != nil {
+		if !errors.Is(err, tier.ErrStoring) {
+			log.G(ctx).WithError(err).WithField("id", e.id).Warn("cannot change the tier of a layer")
+		}
+		if on, err := p.s.tiers.StagedOn(e.id); err == nil {
+			e.decision.Tier = on // however far the swing came
+		}
+		p.bind(ctx, e)
+		return
+	}
+	e.swings++
+	p.swings.Inc()
+	pl.placed[e.index].tier = d.Tier
 	e.decision = d
+	p.announce(ctx, e, "swung")
+	p.watch.swung(e)
 }
 
-// settled writes the decision down once it cannot change any more.
-func (p *placer) settled(ctx context.Context, e *extract) {
+// bind settles the tier of a layer: its storing has begun. Called with p.mu held.
+func (p *placer) bind(ctx context.Context, e *extract) {
+	e.bound, e.unsaved = true, true
 	if e.pulling != nil {
-		e.pulling.placed[e.index].storing = true
-		e.pulling.placed[e.index].tier = e.tier()
+		q := &e.pulling.placed[e.index]
+		q.storing, q.tier = true, e.tier()
 	}
 	p.announce(ctx, e, "storing")
 	p.decisions.WithLabelValues(e.tier().String()).Inc()
 	p.watch.decided(e)
-	text, err := protojson.Marshal(e.message())
-	if err == nil {
-		err = p.s.db.updateRecord(context.WithoutCancel(ctx), e.id, func(r *record) { r.Tier, r.Decision = e.tier(), text })
-	}
-	if err != nil {
-		log.G(ctx).WithError(err).Warn("cannot record a decision")
-	}
 }
 
 // announce logs one line per event of a layer, for operators and tests.

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/archive"
@@ -25,6 +26,10 @@ import (
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 )
+
+// rebuildTimeout bounds the unpacking of one layer from containerd's blobs: a
+// containerd that hangs must not hang us.
+const rebuildTimeout = 15 * time.Minute
 
 // LayerSource opens the blob of a layer in containerd's content store;
 // implemented by [pull.Watcher]. Layers lost in a crash are rebuilt from it.
@@ -55,24 +60,24 @@ func (s *Snapshotter) probe(ctx context.Context) (f host.Features, err error) {
 // restoreDatabase puts the copy of the database into an NVM root that has none.
 // An empty file is none too: bolt would begin a new database in it, and all
 // layers would be garbage.
-func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
+func (s *Snapshotter) restoreDatabase(ctx context.Context) (restored bool, err error) {
 	path, saved := filepath.Join(s.tiers.Root(placement.NVM), databaseFile), s.path(databaseFile)
 	if st, err := os.Lstat(path); err == nil && st.Size() > 0 {
-		return nil
+		return false, nil
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+		return false, err
 	}
 	in, err := os.Open(saved)
 	if errors.Is(err, os.ErrNotExist) {
 		// Without a database every layer would be garbage.
 		if empty, err := s.tiers.Empty(); err != nil || empty {
-			return err
+			return false, err
 		}
-		return fmt.Errorf("there are layers below %q and %q but no database, neither %q nor its copy %q; put one of them back, or empty both roots to begin anew: %w",
+		return false, fmt.Errorf("there are layers below %q and %q but no database, neither %q nor its copy %q; put one of them back, or empty both roots to begin anew: %w",
 			s.tiers.DataRoot(placement.NVM), s.tiers.DataRoot(placement.HDD), path, saved, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
-		return fmt.Errorf("open the copy of the database: %w", err)
+		return false, fmt.Errorf("open the copy of the database: %w", err)
 	}
 	defer in.Close()
 	log.G(ctx).Warnf("NVM root %q holds no database: it was lost or replaced; restoring from the copy %q", s.tiers.Root(placement.NVM), saved)
@@ -81,14 +86,17 @@ func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("restore database: %w", err)
+		return false, fmt.Errorf("restore database: %w", err)
 	}
-	return nil
+	return true, nil
 }
 
 // recover takes up what an earlier run left: work that was not done, layers
 // that a crash may have torn, files that nothing refers to.
-func (s *Snapshotter) recover(ctx context.Context) error {
+//
+// After the database was restored from its copy, which may be a while old, what
+// it does not know is left alone until the next start.
+func (s *Snapshotter) recover(ctx context.Context, restored bool) error {
 	all, err := s.db.snapshots(ctx)
 	if err != nil {
 		return fmt.Errorf("read database: %w", err)
@@ -103,7 +111,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 		known[sn.ID] = true
 		if sn.Info.Kind != snapshots.KindCommitted {
 			if err := s.recoverActive(ctx, sn); err != nil {
-				return err
+				log.G(ctx).WithError(err).WithField("id", sn.ID).Warnf("snapshot %q cannot be used", sn.Info.Name)
 			}
 			continue
 		}
@@ -116,11 +124,12 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 	if damaged {
 		s.detachTrees(ctx)
 	}
+	s.dropFormerState(ctx)
 	for _, id := range removed {
 		known[id] = true
 		s.jobs.add("remove "+id, s.removal(id))
 	}
-	if err := s.sweep(ctx, known); err != nil {
+	if err := s.sweep(ctx, known, restored); err != nil {
 		return err
 	}
 	s.homing.kick()
@@ -134,7 +143,8 @@ func (s *Snapshotter) recoverActive(ctx context.Context, sn snapshot) error {
 		return nil
 	}
 	if t, err := s.tiers.StagedOn(sn.ID); err == nil {
-		if isExtraction(sn.Info.Name, sn.Info.Labels) {
+		if isExtraction(sn.Info.Name) {
+			s.placer.resumed(sn.ID, t)
 			return s.tiers.Link(sn.ID, t) // the state directory may be new
 		}
 		return nil
@@ -165,22 +175,27 @@ func (s *Snapshotter) detachTrees(ctx context.Context) {
 // whether it is whole.
 func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) (whole bool, err error) {
 	damage := sn.Damaged
-	switch {
-	case damage != "":
-	case s.tiers.Fresh() && sn.Tier == placement.NVM && sn.Home:
-		// Its data are at home; NVM was only faster.
-		if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Tier = placement.HDD }); err != nil {
-			return false, err
-		}
-		sn.Tier = placement.HDD
-	case s.tiers.Fresh() && sn.Tier == placement.NVM:
-		damage = "its data were on the NVM device that was lost"
-	case !sn.Durable && sn.Boot != s.config.BootID:
+	if damage == "" && !sn.Durable && sn.Boot != s.config.BootID {
 		damage = "the machine went down before it was on the disk"
 	}
-	if damage == "" {
-		if _, err := os.Lstat(s.tiers.Data(sn.Tier, sn.ID)); err != nil {
+	if _, err := os.Lstat(s.tiers.Data(sn.Tier, sn.ID)); damage == "" && err != nil {
+		switch _, home := os.Lstat(s.tiers.Data(placement.HDD, sn.ID)); {
+		case sn.Tier == placement.NVM && sn.Home && home == nil:
+			// NVM was lost, and was only faster.
+			if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Tier = placement.HDD }); err != nil {
+				return false, err
+			}
+			sn.Tier = placement.HDD
+		case sn.Tier == placement.NVM:
+			damage = "its data were on an NVM device that was lost"
+		default:
 			damage = fmt.Sprintf("its data directory on %s is gone", sn.Tier)
+		}
+	}
+	if _, err := os.Lstat(s.capturePath(sn.ID)); damage == "" && err != nil {
+		sn.Captured = false
+		if sn.Tier == placement.HDD && sn.Home {
+			damage = "its metadata are gone, and its copy on HDD holds data only"
 		}
 	}
 	if damage != "" {
@@ -191,29 +206,30 @@ func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) (whole bool
 				return false, err
 			}
 		}
-		s.jobs.add("repair "+sn.ID, s.repair(sn.ID, sn.Info.Name))
+		s.repairLater(sn.ID, sn.Info.Name)
 		return false, nil
 	}
-	if sn.Captured {
-		if _, err := os.Lstat(s.capturePath(sn.ID)); err != nil {
-			sn.Captured = false
-			if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Captured = false }); err != nil {
-				return false, err
-			}
+	if !sn.Captured {
+		if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Captured = false }); err != nil {
+			return false, err
 		}
 	}
 	switch {
 	case !sn.Captured:
 		s.settle(sn.ID, sn.Info.Name)
 	case !sn.Durable:
-		s.syncer.add(sn.ID, sn.Tier, sn.Data)
+		s.syncer.add(sn.ID, sn.Info.Name, sn.Tier, sn.Data)
 	}
 	return true, nil
 }
 
 // sweep deletes what no snapshot refers to. Only what carries a name of ours
 // goes; anything else is left alone and reported.
-func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool) error {
+//
+// Ids beyond the database's are never given out again, whatever becomes of
+// their files: bolt counts inside the transaction, so that one that was not
+// committed leaves its id to the next.
+func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool, spare bool) error {
 	found, err := s.tiers.IDs()
 	if err != nil {
 		return err
@@ -232,17 +248,72 @@ func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool) error {
 			found[strings.TrimSuffix(e.Name(), ".erofs")] = true
 		}
 	}
+	var highest uint64
+	var garbage []string
 	for id := range found {
-		if known[id] {
-			continue
-		}
-		if _, err := strconv.ParseUint(id, 10, 64); err != nil {
+		n, err := strconv.ParseUint(id, 10, 64)
+		switch {
+		case err != nil:
 			log.G(ctx).Warnf("%q in the store is not nhybrid's; it is left alone", id)
 			continue
+		case !known[id]:
+			garbage = append(garbage, id)
 		}
+		highest = max(highest, n)
+	}
+	for id := range known {
+		if n, err := strconv.ParseUint(id, 10, 64); err == nil {
+			highest = max(highest, n)
+		}
+	}
+	if err := s.db.passIDs(ctx, highest); err != nil {
+		return err
+	}
+	if spare && len(garbage) > 0 {
+		log.G(ctx).Warnf("the restored database does not know %d snapshots whose files stand in the store (ids %s); they are left until the daemon starts again",
+			len(garbage), strings.Join(garbage, ", "))
+		return nil
+	}
+	for _, id := range garbage {
 		s.jobs.add("remove "+id, s.removal(id))
 	}
 	return nil
+}
+
+// dropFormerState takes down what was mounted under the id that the store had
+// before a new NVM root was adopted. Running containers do not notice.
+func (s *Snapshotter) dropFormerState(ctx context.Context) {
+	if s.tiers.Former() == "" {
+		return
+	}
+	dir := filepath.Join(filepath.Dir(s.tiers.State()), s.tiers.Former())
+	var err error
+	for _, sub := range []string{"i", "t"} {
+		mounts, _ := filepath.Glob(filepath.Join(dir, sub, "*"))
+		for _, m := range mounts {
+			err = errors.Join(err, unmount(m))
+		}
+	}
+	if err == nil {
+		err = os.RemoveAll(dir)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot take down what was mounted for the lost NVM")
+	}
+}
+
+// repairLater repairs a layer in the background. containerd may not be there
+// yet: then it is tried again.
+func (s *Snapshotter) repairLater(id, name string) {
+	repair := s.repair(id, name)
+	s.jobs.addUntilDone("repair "+id, func(ctx context.Context) error {
+		err := repair(ctx)
+		if err != nil && !errdefs.IsUnavailable(err) {
+			log.G(ctx).WithError(err).Error("a layer cannot be repaired")
+			return nil // nothing changes by itself; who needs the layer tries again
+		}
+		return err
+	})
 }
 
 // repair rebuilds a layer on HDD from its blob in the content store.
@@ -255,7 +326,11 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 		if err != nil {
 			return err
 		}
-		if err := s.rebuild(ctx, id, name, r); err != nil {
+		err = s.rebuild(ctx, id, name, r)
+		if errdefs.IsUnavailable(err) {
+			return fmt.Errorf("layer %q is damaged, %s, and waits for containerd to be rebuilt: %w", name, r.Damaged, err)
+		}
+		if err != nil {
 			return fmt.Errorf("layer %q cannot be used, %s, and could not be rebuilt (%w); remove the image and pull it again: %w",
 				name, r.Damaged, err, errdefs.ErrDataLoss)
 		}
@@ -272,6 +347,8 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 }
 
 func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) error {
+	ctx, cancel := context.WithTimeout(ctx, rebuildTimeout)
+	defer cancel()
 	source, ok := s.config.Downloads.(LayerSource)
 	if !ok || r.ChainID == "" {
 		return errors.New("it came from no blob")
@@ -301,8 +378,12 @@ func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) er
 	for _, image := range s.treeImages(id) {
 		os.Remove(image)
 	}
-	if err := s.tiers.Stage(id, placement.HDD, 0, 0); err != nil {
+	staged, err := s.tiers.Prestage(placement.HDD, 0, 0)
+	if err != nil {
 		return err
+	}
+	if err := s.tiers.Stage(id, placement.HDD, staged); err != nil {
+		return errors.Join(err, s.tiers.Unprestage(placement.HDD, staged))
 	}
 	sum := digest.Canonical.Digester()
 	in := io.TeeReader(tar, sum.Hash())

@@ -145,6 +145,8 @@ func TestLossOfNVM(t *testing.T) {
 			require.NoError(t, s.Close())
 			require.NoError(t, unmountAll(s))
 			require.NoError(t, os.RemoveAll(filepath.Join(dir, "nvm")))
+			require.NoError(t, mkdirs(filepath.Join(dir, "nvm")))
+			require.NoError(t, os.WriteFile(filepath.Join(dir, "nvm", "adopt"), nil, 0o600))
 			if !home {
 				d.blobs[d.chainID(0)] = oneFile(t, "file", "hello")
 			}

@@ -136,7 +136,8 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.features, err = s.probe(ctx); err != nil {
 		return nil, err
 	}
-	if err := s.restoreDatabase(ctx); err != nil {
+	restored, err := s.restoreDatabase(ctx)
+	if err != nil {
 		return nil, err
 	}
 	if s.db, err = openDatabase(ctx, s.tiers.Root(placement.NVM)); err != nil {
@@ -151,12 +152,15 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.rates, err = loadRates(ctx, s.db); err != nil {
 		return nil, errors.Join(err, s.db.ms.Close())
 	}
-	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.storing() })
+	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.busy() })
 	s.quota = newQuotas(ctx, s.tiers)
 	s.syncer = newSyncer(s)
 	s.homing = newHoming(s)
 	s.placer = newPlacer(s)
-	if err := s.recover(ctx); err != nil {
+	s.syncer.start()
+	s.homing.start()
+	s.placer.start()
+	if err := s.recover(ctx, restored); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -281,7 +285,16 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	var committed bool
 	var on placement.Tier
 	start := time.Now()
-	err := s.db.update(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) (err error) {
+		id, _, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("commit snapshot %q: %w", key, err)
+	}
+	// From here on nobody swings the link.
+	decision := s.placer.committing(ctx, id)
+	err = s.db.update(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
 		// Usage is not known before the capture; Usage takes it from the record.
 		if id, err = storage.CommitActive(ctx, key, name, snapshots.Usage{}, opts...); err != nil {
 			return fmt.Errorf("commit snapshot %q: %w", key, err)
@@ -296,6 +309,9 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		committed = true
 		r.Tier, r.Boot = on, s.config.BootID
 		r.UIDMap, r.GIDMap = "", ""
+		if decision != nil {
+			r.Decision = decision
+		}
 		return putRecord(tx, id, r)
 	})
 	if err != nil {
@@ -304,7 +320,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 		return err
 	}
-	s.placer.committed(ctx, id)
+	s.placer.committed(id, on)
 	s.mirror.changed()
 	s.settle(id, name)
 	log.G(ctx).WithFields(log.Fields{"id": id, "name": name, "tier": on.String(), "took": time.Since(start)}).Debug("committed")

@@ -6,9 +6,11 @@ package snapshotter
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -29,10 +31,12 @@ type syncer struct {
 
 	mu      sync.Mutex
 	pending map[string]*unsynced
+	lost    error // what a sync for somebody else has reported
 }
 
 type unsynced struct {
 	id    string
+	name  string
 	tier  placement.Tier
 	left  int64 // bytes that may still be in the page cache
 	out   bool  // written out
@@ -42,21 +46,24 @@ type unsynced struct {
 const (
 	// syncLatest is how long a captured layer waits for its sync while pulls go on.
 	syncLatest = 15 * time.Second
-	// syncRetry is when a sync that failed is tried again.
-	syncRetry = 5 * time.Second
+	// syncLook is how often the syncer looks by itself while there is something to do.
+	syncLook = time.Second
 )
 
 func newSyncer(s *Snapshotter) *syncer {
+	return &syncer{s: s, wake: make(chan struct{}, 1), done: make(chan struct{}), pending: map[string]*unsynced{}}
+}
+
+func (y *syncer) start() {
 	ctx, cancel := context.WithCancel(context.Background())
-	y := &syncer{s: s, wake: make(chan struct{}, 1), cancel: cancel, done: make(chan struct{}), pending: map[string]*unsynced{}}
+	y.cancel = cancel
 	go y.run(ctx)
-	return y
 }
 
 // add queues a captured layer.
-func (y *syncer) add(id string, t placement.Tier, bytes int64) {
+func (y *syncer) add(id, name string, t placement.Tier, bytes int64) {
 	y.mu.Lock()
-	y.pending[id] = &unsynced{id: id, tier: t, left: bytes, since: time.Now()}
+	y.pending[id] = &unsynced{id: id, name: name, tier: t, left: bytes, since: time.Now()}
 	y.mu.Unlock()
 	y.kick()
 }
@@ -91,9 +98,9 @@ func (y *syncer) waiting() int {
 func (y *syncer) run(ctx context.Context) {
 	defer close(y.done)
 	for {
-		var again <-chan time.Time
-		if y.waiting() > 0 {
-			again = time.After(syncRetry)
+		var again <-chan time.Time // none wakes an idle daemon
+		if y.waiting() > 0 || y.s.placer.busy() {
+			again = time.After(syncLook)
 		}
 		select {
 		case <-ctx.Done():
@@ -108,6 +115,7 @@ func (y *syncer) run(ctx context.Context) {
 			}
 			y.writeOut(ctx, u)
 		}
+		y.writeOutStaged(ctx)
 		if y.due() {
 			y.sync(ctx)
 		}
@@ -116,7 +124,7 @@ func (y *syncer) run(ctx context.Context) {
 
 // next is a layer to be written out, nil if there is none or no pull to spare.
 func (y *syncer) next() *unsynced {
-	if !y.s.placer.storing() {
+	if !y.s.placer.busy() {
 		return nil
 	}
 	y.mu.Lock()
@@ -138,7 +146,7 @@ func (y *syncer) writeOut(ctx context.Context, u *unsynced) {
 		y.mu.Lock()
 		u.left = max(0, u.left-n)
 		y.mu.Unlock()
-		if !y.s.placer.storing() {
+		if !y.s.placer.busy() {
 			return errOver // syncfs does the rest at full speed
 		}
 		return nil
@@ -153,9 +161,20 @@ func (y *syncer) writeOut(ctx context.Context, u *unsynced) {
 	y.s.rates.sawHDD(written, time.Since(start))
 }
 
+// writeOutStaged writes out what stands in the staging directories of parallel
+// unpacks, whose layers are stored early and committed at the very end.
+func (y *syncer) writeOutStaged(ctx context.Context) {
+	for _, id := range y.s.placer.storingOnHDD() {
+		err := y.s.tiers.WriteOut(ctx, placement.HDD, id, func(int64) error { return ctx.Err() })
+		if err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Debug("cannot write a layer out while it is stored")
+		}
+	}
+}
+
 // due tells whether layers wait for their sync and no pull would suffer from it.
 func (y *syncer) due() bool {
-	busy := y.s.placer.storing()
+	busy := y.s.placer.busy()
 	y.mu.Lock()
 	defer y.mu.Unlock()
 	for _, u := range y.pending {
@@ -177,19 +196,31 @@ func (y *syncer) sync(ctx context.Context) {
 	y.mu.Unlock()
 	var err error
 	if onNVM {
-		err = y.s.tiers.Sync(placement.NVM)
+		err = y.flush(placement.NVM)
 	}
 	if err == nil { // captures stand on HDD whatever the tier of the data
-		err = y.s.tiers.Sync(placement.HDD)
+		err = y.flush(placement.HDD)
 	}
+	y.mu.Lock()
+	err = errors.Join(err, y.lost)
+	y.lost = nil
+	y.mu.Unlock()
 	for _, u := range batch {
 		if err == nil {
 			err = y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Durable = true })
+			continue
 		}
-	}
-	if err != nil {
-		log.G(ctx).WithError(err).Error("layers are not durable yet")
-		return // run tries again
+		if errdefs.IsUnavailable(err) {
+			return // the store is closed
+		}
+		// The kernel has taken the pages for clean that it could not write: a second
+		// sync would succeed and prove nothing.
+		log.G(ctx).WithError(err).Errorf("layer %q may not have reached its device and will be rebuilt", u.name)
+		damage := fmt.Sprintf("its device reported an error while it was written (%v)", err)
+		if err := y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Damaged, r.Captured = damage, false }); err != nil {
+			log.G(ctx).WithError(err).Error("cannot record that a layer is damaged")
+		}
+		y.s.repairLater(u.id, u.name)
 	}
 	y.mu.Lock()
 	for _, u := range batch {
@@ -198,12 +229,34 @@ func (y *syncer) sync(ctx context.Context) {
 		}
 	}
 	y.mu.Unlock()
+	if err != nil {
+		return
+	}
 	log.G(ctx).WithField("layers", len(batch)).Debug("durable")
+	y.s.rates.save(ctx)
 	y.s.mirror.changed()
 	y.s.homing.kick()
 }
 
+// flush syncs a tier. The kernel reports a loss once: whoever hears of it, the
+// layers that wait for their sync are concerned.
+func (y *syncer) flush(t placement.Tier) error {
+	err := y.s.tiers.Sync(t)
+	if err != nil && !errdefs.IsUnavailable(err) {
+		y.mu.Lock()
+		y.lost = err
+		y.mu.Unlock()
+	}
+	return err
+}
+
+// close ends the syncer, after one sync of what waits: a machine that goes down
+// in order loses nothing.
 func (y *syncer) close() {
 	y.cancel()
 	<-y.done
+	if y.waiting() > 0 {
+		y.sync(context.Background())
+	}
+	y.s.rates.save(context.Background())
 }

@@ -4,6 +4,7 @@
 package tier
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -20,33 +21,53 @@ import (
 // the staging directory: its tier is settled.
 var ErrStoring = fmt.Errorf("storing has begun: %w", errdefs.ErrFailedPrecondition)
 
-// Stage creates the staging directory of a snapshot: fs with the given owner,
-// and work. What an interrupted transaction left under the same id goes first.
-func (s *Store) Stage(id string, t placement.Tier, uid, gid int) error {
-	for _, old := range Tiers {
-		if err := os.RemoveAll(s.Staging(old, id)); err != nil {
-			return fmt.Errorf("clear staging directory of %q: %w", id, err)
-		}
+// Prestage makes a staging directory, fs with the given owner and work, that
+// belongs to nobody yet. Making directories may wait for the disk, so it is done
+// before the transaction that gives out the id. It returns a name for [Store.Stage].
+func (s *Store) Prestage(t placement.Tier, uid, gid int) (name string, err error) {
+	name = ".new-" + rand.Text()
+	if err := s.stage(name, t, uid, gid); err != nil {
+		return "", errors.Join(err, s.Unprestage(t, name))
 	}
-	return s.stage(id, t, uid, gid)
+	return name, nil
 }
 
-func (s *Store) stage(id string, t placement.Tier, uid, gid int) error {
-	dir := s.Staging(t, id)
+// Unprestage takes a directory of [Store.Prestage] back that was not used.
+func (s *Store) Unprestage(t placement.Tier, name string) error {
+	return os.RemoveAll(s.Staging(t, name))
+}
+
+// Stage gives a prestaged directory to a snapshot, by one rename.
+func (s *Store) Stage(id string, t placement.Tier, name string) error {
+	err := os.Rename(s.Staging(t, name), s.Staging(t, id))
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+		// Left by a transaction that did not come to its end; the id was given out again.
+		if err = os.RemoveAll(s.Staging(t, id)); err == nil {
+			err = os.Rename(s.Staging(t, name), s.Staging(t, id))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("give snapshot %q its staging directory: %w", id, err)
+	}
+	return nil
+}
+
+func (s *Store) stage(name string, t placement.Tier, uid, gid int) error {
+	dir := s.Staging(t, name)
 	if err := os.Mkdir(dir, 0o711); err != nil {
-		return fmt.Errorf("create staging directory of %q: %w", id, err)
+		return fmt.Errorf("create staging directory: %w", err)
 	}
 	for _, sub := range []struct {
 		name string
 		mode os.FileMode
 	}{{"fs", 0o755}, {"work", 0o711}} {
 		if err := os.Mkdir(filepath.Join(dir, sub.name), sub.mode); err != nil {
-			return fmt.Errorf("create staging directory of %q: %w", id, err)
+			return fmt.Errorf("create staging directory: %w", err)
 		}
 	}
 	if uid > 0 || gid > 0 {
 		if err := os.Lchown(filepath.Join(dir, "fs"), uid, gid); err != nil {
-			return fmt.Errorf("give staging directory of %q its owner: %w", id, err)
+			return fmt.Errorf("give a staging directory its owner: %w", err)
 		}
 	}
 	return nil
@@ -171,6 +192,10 @@ func (s *Store) Commit(id string) (placement.Tier, error) {
 
 // Uncommit takes a [Store.Commit] back, for a transaction that failed after it.
 func (s *Store) Uncommit(id string, t placement.Tier) error {
+	// Unstage may have been there in between.
+	if err := os.MkdirAll(filepath.Join(s.Staging(t, id), "work"), 0o711); err != nil {
+		return fmt.Errorf("take back the commit of %q: %w", id, err)
+	}
 	return os.Rename(s.Data(t, id), filepath.Join(s.Staging(t, id), "fs"))
 }
 
@@ -197,8 +222,8 @@ func (s *Store) Remove(id string) error {
 }
 
 // IDs lists the ids of all snapshots of which something stands on a tier, and
-// whatever else has a name there. Half-made files of an interrupted run, whose
-// names begin with a dot, are deleted on the way: only the daemon that owns the
+// whatever else has a name there. Half-made files and directories of an interrupted
+// run, whose names begin with a dot, are deleted on the way: only the daemon that owns the
 // store may call this, before it moves anything.
 func (s *Store) IDs() (map[string]bool, error) {
 	ids := map[string]bool{}
@@ -213,7 +238,7 @@ func (s *Store) IDs() (map[string]bool, error) {
 		}
 		for _, n := range names {
 			if n[0] == '.' {
-				os.Remove(filepath.Join(dir, n))
+				os.RemoveAll(filepath.Join(dir, n))
 				continue
 			}
 			ids[n] = true

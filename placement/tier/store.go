@@ -38,11 +38,11 @@ var Tiers = [...]placement.Tier{placement.NVM, placement.HDD}
 
 // Store is the pair of roots.
 type Store struct {
-	roots [2]string // by placement.Tier
-	state string
-	id    string
-	fresh bool
-	pins  []*os.File
+	roots  [2]string // by placement.Tier
+	state  string
+	id     string
+	former string
+	pins   [2]*os.File // by placement.Tier
 }
 
 // Open prepares the two roots and checks that they belong together. Both must
@@ -87,21 +87,21 @@ func Open(hdd, nvm, state string) (*Store, error) {
 			}
 		}
 	}
-	if err := s.pair(); err != nil {
-		return nil, err
-	}
-	s.state = filepath.Join(state, s.id)
-	if err := os.MkdirAll(filepath.Join(s.state, "l"), 0o711); err != nil {
-		return nil, fmt.Errorf("create state directory: %w", err)
-	}
 	// Every rootfs is mounted over the data roots. While they are open their
 	// inodes stay in memory, so that a start does not wait for the HDD to find them.
 	for _, t := range Tiers {
 		f, err := os.Open(s.DataRoot(t))
 		if err != nil {
-			return nil, fmt.Errorf("open data root: %w", err)
+			return nil, errors.Join(fmt.Errorf("open data root: %w", err), s.Close())
 		}
-		s.pins = append(s.pins, f)
+		s.pins[t] = f
+	}
+	if err := s.pair(); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	s.state = filepath.Join(state, s.id)
+	if err := os.MkdirAll(filepath.Join(s.state, "l"), 0o711); err != nil {
+		return nil, errors.Join(fmt.Errorf("create state directory: %w", err), s.Close())
 	}
 	return s, nil
 }
@@ -109,18 +109,18 @@ func Open(hdd, nvm, state string) (*Store, error) {
 // Close lets go of the roots. Nothing is unmounted or deleted.
 func (s *Store) Close() error {
 	var err error
-	for _, f := range s.pins {
-		err = errors.Join(err, f.Close())
+	for t, f := range s.pins {
+		if f != nil {
+			err = errors.Join(err, f.Close())
+		}
+		s.pins[t] = nil
 	}
-	s.pins = nil
 	return err
 }
 
 func (s *Store) makeDir(t placement.Tier, name string) error {
 	dir := filepath.Join(s.roots[t], name)
-	// 0711: overlayfs reads data with the rights of the mounter, but the
-	// directory of an extraction is walked by path.
-	err := os.Mkdir(dir, 0o711)
+	err := os.Mkdir(dir, 0o700)
 	switch {
 	case err == nil:
 		return nil
@@ -137,8 +137,12 @@ func (s *Store) makeDir(t placement.Tier, name string) error {
 	if !st.IsDir() {
 		return fmt.Errorf("%q is not a directory; remove it or choose another root: %w", dir, errdefs.ErrFailedPrecondition)
 	}
-	if err := unix.Access(dir, unix.W_OK); err != nil {
+	// Nobody but root may come to the programs of images, some of them setuid.
+	// overlayfs reads with the rights of who mounts.
+	if err := os.Chmod(dir, 0o700); errors.Is(err, unix.EROFS) {
 		return readOnly(t, s.roots[t])
+	} else if err != nil {
+		return fmt.Errorf("close %q to others: %w", dir, err)
 	}
 	return nil
 }
@@ -147,9 +151,15 @@ func readOnly(t placement.Tier, root string) error {
 	return fmt.Errorf("%s root %q is read-only; remount its filesystem read-write: %w", t, root, errdefs.ErrFailedPrecondition)
 }
 
+// adoptFile in a new NVM root says that it is meant to take the place of a lost
+// one although it stands where a device that is not mounted would leave it: on the
+// filesystem of the HDD root, or of /.
+const adoptFile = "adopt"
+
 // pair makes sure that the two roots carry the same id, and gives them one
 // when both are new. An NVM root without an id beside an HDD root with one is
-// a replaced device: it is adopted, and Fresh reports it.
+// a replaced device, and is adopted: both get a new id, so that the old NVM
+// root, should it come back, is refused with what it remembers.
 func (s *Store) pair() error {
 	var ids [2]string
 	for _, t := range Tiers {
@@ -173,9 +183,15 @@ func (s *Store) pair() error {
 	case h == "":
 		h = rand.Text()
 	default:
-		s.fresh = true
+		if _, err := os.Lstat(filepath.Join(s.roots[placement.NVM], adoptFile)); err != nil && (s.SameFilesystem() || s.OnDevice(placement.NVM, "/")) {
+			return fmt.Errorf("NVM root %q is new, and on the filesystem of the HDD root or of /: the NVM device is probably not mounted; mount it, or, if the old one is lost and this one is meant, create the empty file %q: %w",
+				s.roots[placement.NVM], filepath.Join(s.roots[placement.NVM], adoptFile), errdefs.ErrFailedPrecondition)
+		}
+		s.former, h = h, rand.Text()
+		ids[placement.HDD] = ""
 	}
 	s.id = h
+	// NVM last: with an id on HDD alone the next start adopts it again.
 	for _, t := range [...]placement.Tier{placement.HDD, placement.NVM} {
 		if ids[t] == "" {
 			err := WriteFile(filepath.Join(s.roots[t], storeIDFile), func(f *os.File) error {
@@ -201,9 +217,9 @@ func (s *Store) State() string { return s.state }
 // ID names the store; both roots carry it.
 func (s *Store) ID() string { return s.id }
 
-// Fresh reports that the NVM root was empty while the HDD root was not: the
-// NVM device was lost or replaced.
-func (s *Store) Fresh() bool { return s.fresh }
+// Former is the id that the store had until this start, "" if it was the same:
+// a new NVM root was adopted in the place of a lost one.
+func (s *Store) Former() string { return s.former }
 
 // Empty tells whether no layer stands on either tier.
 func (s *Store) Empty() (bool, error) {
@@ -244,12 +260,16 @@ func (s *Store) Space(t placement.Tier) (free, total int64, err error) {
 }
 
 // Sync writes all that is dirty on a tier to its device.
+//
+// An error means that something was lost that had been written since the last
+// call, and it is reported once: the kernel marks pages clean that it could not
+// write. So the descriptor is one that is open since [Open], and sees every
+// error from then on, whoever else syncs (errseq_t, Linux 5.8 for syncfs).
 func (s *Store) Sync(t placement.Tier) error {
-	f, err := os.Open(s.roots[t])
-	if err != nil {
-		return fmt.Errorf("open the %s root: %w", t, err)
+	f := s.pins[t]
+	if f == nil {
+		return fmt.Errorf("sync %s: the store is closed: %w", t, errdefs.ErrUnavailable)
 	}
-	defer f.Close()
 	if err := unix.Syncfs(int(f.Fd())); err != nil {
 		return fmt.Errorf("sync the filesystem of %q: %w", s.roots[t], err)
 	}
@@ -297,5 +317,13 @@ func WriteFile(path string, fill func(*os.File) error) (err error) {
 	if err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), path)
+	if err = os.Rename(f.Name(), path); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync() // the name, too
 }

@@ -28,6 +28,13 @@ func open(t *testing.T) *Store {
 	return s
 }
 
+func prepare(t *testing.T, s *Store, id string, on placement.Tier) {
+	t.Helper()
+	name, err := s.Prestage(on, 0, 0)
+	require.NoError(t, err)
+	require.NoError(t, s.Stage(id, on, name))
+}
+
 func write(t *testing.T, path, content string) {
 	t.Helper()
 	require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
@@ -70,26 +77,38 @@ func TestOpenAdoptsANewNVM(t *testing.T) {
 	hdd, nvm, state := filepath.Join(dir, "hdd"), filepath.Join(dir, "nvm"), filepath.Join(dir, "state")
 	s, err := Open(hdd, nvm, state)
 	require.NoError(t, err)
-	require.False(t, s.Fresh())
+	require.Empty(t, s.Former())
 	require.NoError(t, s.Close())
 	id := s.ID()
 
 	s, err = Open(hdd, nvm, state)
 	require.NoError(t, err)
-	require.False(t, s.Fresh())
+	require.Empty(t, s.Former())
 	require.NoError(t, s.Close())
 
-	require.NoError(t, os.RemoveAll(nvm))
+	// A new root where a device that is not mounted would leave one is not believed.
+	old := nvm + ".old"
+	require.NoError(t, os.Rename(nvm, old))
+	_, err = Open(hdd, nvm, state)
+	require.True(t, errdefs.IsFailedPrecondition(err), err)
+	require.ErrorContains(t, err, "not mounted")
+	require.NoError(t, os.WriteFile(filepath.Join(nvm, adoptFile), nil, 0o600))
 	s, err = Open(hdd, nvm, state)
 	require.NoError(t, err)
-	require.True(t, s.Fresh())
-	require.Equal(t, id, s.ID())
+	require.Equal(t, id, s.Former())
+	require.NotEqual(t, id, s.ID())
 	require.NoError(t, s.Close())
+
+	// The lost one comes back, with what it remembers.
+	require.NoError(t, os.RemoveAll(nvm))
+	require.NoError(t, os.Rename(old, nvm))
+	_, err = Open(hdd, nvm, state)
+	require.True(t, errdefs.IsFailedPrecondition(err), err)
 }
 
 func TestSwingBeforeStoring(t *testing.T) {
 	s := open(t)
-	require.NoError(t, s.Stage("7", placement.HDD, 0, 0))
+	prepare(t, s, "7", placement.HDD)
 	require.NoError(t, s.Link("7", placement.HDD))
 	for _, to := range []placement.Tier{placement.NVM, placement.HDD, placement.NVM, placement.NVM} {
 		require.NoError(t, s.Swing("7", to))
@@ -130,7 +149,7 @@ func TestSwingAgainstAWriter(t *testing.T) {
 	var onOne, refused, failed int
 	for i := range 600 {
 		id := "7"
-		require.NoError(t, s.Stage(id, placement.HDD, 0, 0))
+		prepare(t, s, id, placement.HDD)
 		require.NoError(t, s.Link(id, placement.HDD))
 		var wrote atomic.Int32
 		var failedWrite atomic.Bool
@@ -179,7 +198,7 @@ func TestSwingAgainstAWriter(t *testing.T) {
 
 func TestCommitRefusesATornLayer(t *testing.T) {
 	s := open(t)
-	require.NoError(t, s.Stage("7", placement.HDD, 0, 0))
+	prepare(t, s, "7", placement.HDD)
 	require.NoError(t, s.Link("7", placement.HDD))
 	require.NoError(t, os.MkdirAll(filepath.Join(s.Staging(placement.NVM, "7"), "fs"), 0o755))
 	_, err := s.Commit("7")
@@ -189,7 +208,7 @@ func TestCommitRefusesATornLayer(t *testing.T) {
 
 func TestUncommit(t *testing.T) {
 	s := open(t)
-	require.NoError(t, s.Stage("7", placement.NVM, 0, 0))
+	prepare(t, s, "7", placement.NVM)
 	write(t, filepath.Join(s.Staging(placement.NVM, "7"), "fs", "f"), "x")
 	on, err := s.Commit("7")
 	require.NoError(t, err)
@@ -278,4 +297,23 @@ func TestWriteBackResumes(t *testing.T) {
 	ids, err := s.IDs()
 	require.NoError(t, err)
 	require.Equal(t, map[string]bool{"7": true}, ids, "a temporary file is left")
+}
+
+// An id whose transaction did not come to its end is given out again.
+func TestStageOverALeftover(t *testing.T) {
+	s := open(t)
+	prepare(t, s, "7", placement.HDD)
+	write(t, filepath.Join(s.Staging(placement.HDD, "7"), "fs", "old"), "x")
+	prepare(t, s, "7", placement.HDD)
+	names, err := readNames(filepath.Join(s.Staging(placement.HDD, "7"), "fs"))
+	require.NoError(t, err)
+	require.Empty(t, names)
+	_, err = s.Prestage(placement.NVM, 0, 0) // and never used
+	require.NoError(t, err)
+	ids, err := s.IDs()
+	require.NoError(t, err)
+	require.Equal(t, map[string]bool{"7": true}, ids)
+	names, err = readNames(filepath.Join(s.Root(placement.NVM), "s"))
+	require.NoError(t, err)
+	require.Empty(t, names)
 }

@@ -13,19 +13,23 @@ import (
 	"path/filepath"
 	"syscall"
 
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
 	"github.com/nhybrid/nhybrid/placement"
 )
 
 // writeBackChunk is how many bytes are copied between two calls of pace.
-const writeBackChunk = 1 << 20
+const writeBackChunk = 512 << 10
 
 // WriteBack copies the data of a layer from NVM to HDD, so that they stand on
 // both, and returns the bytes copied. The caller syncs the HDD afterwards; only
 // then the copy counts. Files that are there already with the right size are
-// skipped, so that an interrupted call can be repeated: a filesystem that
-// orders data before size shows the right size only for written data.
+// skipped, so that an interrupted call can be repeated within one run of the
+// machine. After a crash the size of a file says nothing of its data: see
+// [Store.DropCopy].
 //
-// pace is called before each piece of at most 1 MiB with its size; it may
+// pace is called before each piece of at most 512 KiB with its size; it may
 // sleep, and ends the copying by an error.
 func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) (copied int64, err error) {
 	from, to := s.Data(placement.NVM, id), s.Data(placement.HDD, id)
@@ -74,6 +78,15 @@ func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) 
 		return copied, fmt.Errorf("copy layer %q to HDD: %w", id, err)
 	}
 	return copied, nil
+}
+
+// DropCopy deletes the copy of a layer on HDD that an earlier run of the machine
+// left unfinished; the layer stands on NVM.
+func (s *Store) DropCopy(id string) error {
+	if !isDir(s.Data(placement.NVM, id)) {
+		return fmt.Errorf("layer %q is not on NVM: %w", id, errdefs.ErrFailedPrecondition)
+	}
+	return os.RemoveAll(s.Data(placement.HDD, id))
 }
 
 // copyDir makes a directory with owner and mode of the original, which
@@ -149,6 +162,11 @@ func copyFile(src, dst string, pace func(int) error) (n int64, err error) {
 			m, err := io.CopyN(out, in, piece)
 			n, off = n+m, off+m
 			if err != nil {
+				return n, err
+			}
+			// Submitted here, the writes have the I/O class of this thread; left to the
+			// kernel's flusher they would have its, and come all at once.
+			if err := unix.SyncFileRange(int(out.Fd()), off-m, m, unix.SYNC_FILE_RANGE_WRITE); err != nil {
 				return n, err
 			}
 		}

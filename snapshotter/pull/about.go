@@ -27,15 +27,15 @@ func (w *Watcher) Version(ctx context.Context) (string, error) {
 }
 
 // ContentRoot is the directory in which containerd keeps its blobs, "" while it
-// has not told. It is asked once.
-func (w *Watcher) ContentRoot() string {
+// has not told. It is asked until it has answered.
+func (w *Watcher) ContentRoot(ctx context.Context) string {
 	w.mu.Lock()
 	root := w.contentRoot
 	w.mu.Unlock()
 	if root != "" {
 		return root
 	}
-	c, ctx, cancel, err := w.begin(context.Background(), "default")
+	c, ctx, cancel, err := w.begin(ctx, "default")
 	if err != nil {
 		return ""
 	}

@@ -121,6 +121,10 @@ func parse(ctx context.Context, cs content.Store, i content.Info) (b blob, lasti
 		(m.MediaType != "" && !images.IsManifestType(m.MediaType)) {
 		return blob{}, true, nil
 	}
+	// The size that counts is that of the blob, not the one that the manifest states.
+	if info, err := cs.Info(ctx, m.Config.Digest); err == nil && info.Size > maxConfig {
+		return blob{}, true, nil
+	}
 	text, err = content.ReadBlob(ctx, cs, m.Config)
 	if errdefs.IsNotFound(err) {
 		return blob{}, false, nil

@@ -17,6 +17,8 @@ const (
 	// maxRatio is the highest ratio of compression that is believed of a whole layer when a size is known only modulo 2^32. Of the
 	// known layers of Docker Hub none is above 4.5; text reaches 10.
 	maxRatio = 12
+	// likelyRatio is the highest ratio of compression of a large layer in the same table (4.43), rounded up.
+	likelyRatio = 5
 	// maxBlocks bounds the walk over a zstd blob: one small read each, of at most 128 KiB uncompressed.
 	maxBlocks = 4096
 )
@@ -25,8 +27,8 @@ const (
 // counts, not the media type, which is wrong often enough. Where the size cannot be read, or is not to be believed, n is a cautious
 // estimate and exact is false.
 //
-//   - gzip ends in its size modulo 2³² (RFC 1952, ISIZE). The multiple is the smallest that makes the layer no smaller than its blob;
-//     a ratio above 12 is not believed. A blob of several members (estargz, bgzip) ends in the size of the last one only, which
+//   - gzip ends in its size modulo 2³² (RFC 1952, ISIZE). Where the size may have wrapped it is not believed, nor is
+//     a ratio above 12. A blob of several members (estargz, bgzip) ends in the size of the last one only, which
 //     is nearly always smaller than the whole blob and so seen.
 //   - zstd states the size in each frame's header, if the compressor knew it (RFC 8878, Frame_Content_Size). All frames are walked.
 //   - a plain tar is its own size.
@@ -59,8 +61,10 @@ func gzipSize(ra content.ReaderAt, size int64) (int64, bool) {
 	}
 	n := int64(binary.LittleEndian.Uint32(tail[:]))
 	// A tar can grow by compression, by 5 bytes a block of 64 KiB and the 18 bytes of the frame.
-	for n < size-size/4096-64 {
-		n += 1 << 32
+	// Where it is smaller than that it has wrapped, or is that of the last of several members; and of
+	// a large blob the next multiple is as likely: nothing is known for certain.
+	if n < size-size/4096-64 || n+1<<32 <= likelyRatio*size {
+		return 0, false
 	}
 	// A small blob is mostly tar padding, up to 10 KiB of it.
 	return n, n <= maxRatio*size+16<<10

@@ -157,9 +157,10 @@ func TestGzipBeyond4GiB(t *testing.T) {
 		isize uint32
 		want  int64
 	}{
-		{2 * gib, 1 * gib, 5 * gib},       // smaller than the blob: one wrap
-		{2 * gib, 3 * gib, 3 * gib},       // larger: none
-		{9 * gib, 0, 12 * gib},            // three wraps
+		{2 * gib, 1 * gib, 0},             // smaller than the blob: it has wrapped, once or twice
+		{2 * gib, 3 * gib, 0},             // 3 GiB or 7
+		{9 * gib, 0, 0},                   // many
+		{800 << 20, 3 * gib, 3 * gib},     // 7 GiB would be 9:1
 		{100 << 20, 50 << 20, 0},          // 4.05 GiB would be 41:1: rather the last member of several
 		{100 << 20, 3 * gib, 0},           // 30:1 is not believed
 		{100 << 20, 900 << 20, 900 << 20}, // 9:1 is
