@@ -104,7 +104,7 @@ func Encode(w io.Writer, p Profile) error {
 // future. Whether the files exist is for [Fit] to say.
 func Decode(r io.Reader) (Profile, error) {
 	limited := &io.LimitedReader{R: r, N: MaxBytes + 1}
-	p, err := decode(json.NewDecoder(limited))
+	p, err := decode(json.NewDecoder(&dense{r: limited}))
 	switch {
 	case limited.N <= 0:
 		return Profile{}, fmt.Errorf("decode profile: more than %d MiB: %w", MaxBytes>>20, errdefs.ErrInvalidArgument)
@@ -118,6 +118,28 @@ func Decode(r io.Reader) (Profile, error) {
 		}
 		return Profile{}, fmt.Errorf("decode profile: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
+}
+
+// dense refuses long runs of white space: json.Decoder looks for the next token
+// from the beginning of a run each time it has read more, so that its time
+// grows with the square of the run.
+type dense struct {
+	r     io.Reader
+	blank int
+}
+
+const maxBlank = 8 << 10
+
+func (d *dense) Read(p []byte) (int, error) {
+	n, err := d.r.Read(p)
+	for _, c := range p[:n] {
+		if c != ' ' && c != '\t' && c != '\n' && c != '\r' {
+			d.blank = 0
+		} else if d.blank++; d.blank > maxBlank {
+			return 0, fmt.Errorf("more than %d bytes of white space in a row", maxBlank)
+		}
+	}
+	return n, err
 }
 
 var fields = []string{"schema", "image", "repository", "inherited", "layers", "starts", "incompleteStarts", "created", "updated", "rules", "files"}
