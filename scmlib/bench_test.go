@@ -4,6 +4,7 @@
 package scmlib_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/nhybrid/nhybrid/scmlib"
+	"github.com/nhybrid/nhybrid/scmlib/pmap"
 )
 
 // benchDir is where the regions of the benchmarks lie: SCM_BENCH_DIR, else memory.
@@ -208,4 +210,82 @@ func BenchmarkStream(b *testing.B) {
 			}
 		})
 	}
+}
+
+// BenchmarkBTree is the paper's figures 6 and 9: inserts into a tree of 200 000 elements, each a transaction, and many in one.
+func BenchmarkBTree(b *testing.B) {
+	setup := func(b *testing.B, mode scmlib.Mode) (*scmlib.Region, *pmap.Tree[uint64], *rand.Rand) {
+		r := benchRegion(b, 512<<20, mode)
+		var h scmlib.Ptr[pmap.TreeHead]
+		if err := r.Update(func(tx *scmlib.Tx) (err error) { h, err = scmlib.New[pmap.TreeHead](tx); return err }); err != nil {
+			b.Fatal(err)
+		}
+		tree, err := pmap.NewTree[uint64](r, h)
+		if err != nil {
+			b.Fatal(err)
+		}
+		rnd := rand.New(rand.NewPCG(1, 2))
+		for range 200 {
+			if err := r.Update(func(tx *scmlib.Tx) error {
+				for range 1000 {
+					if err := tree.Put(tx, rnd.Uint64(), 1); err != nil {
+						return err
+					}
+				}
+				return nil
+			}); err != nil {
+				b.Fatal(err)
+			}
+		}
+		return r, tree, rnd
+	}
+	insert := func(mode scmlib.Mode) func(b *testing.B) {
+		return func(b *testing.B) {
+			r, tree, rnd := setup(b, mode)
+			for b.Loop() {
+				if err := r.Update(func(tx *scmlib.Tx) error { return tree.Put(tx, rnd.Uint64(), 1) }); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}
+	}
+	b.Run("insert-tx", insert(scmlib.Auto))
+	b.Run("insert-tx-msync", insert(scmlib.Volume))
+	b.Run("get", func(b *testing.B) {
+		_, tree, rnd := setup(b, scmlib.Auto)
+		for b.Loop() {
+			tree.Get(rnd.Uint64())
+		}
+	})
+	b.Run("bolt-insert-tx", func(b *testing.B) {
+		db, err := bolt.Open(filepath.Join(benchDir(b), "bolt"), 0o600, nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer db.Close()
+		rnd := rand.New(rand.NewPCG(1, 2))
+		put := func(n int) error {
+			return db.Update(func(tx *bolt.Tx) error {
+				bk, err := tx.CreateBucketIfNotExists([]byte("t"))
+				for range n {
+					var k, v [8]byte
+					binary.BigEndian.PutUint64(k[:], rnd.Uint64())
+					if err == nil {
+						err = bk.Put(k[:], v[:])
+					}
+				}
+				return err
+			})
+		}
+		for range 20 {
+			if err := put(10000); err != nil {
+				b.Fatal(err)
+			}
+		}
+		for b.Loop() {
+			if err := put(1); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -184,7 +184,7 @@ func scenarios() []*scenario {
 				func(w *world) error { // data past the cache, then the word that makes it count
 					c := root[cells](w.r)
 					b := []byte(strings.Repeat("0123456789abcdef", 200))[:2980]
-					if err := errors.Join(w.r.CopyNT(c.Bulk+3, b[:2970]), w.r.CopyNT(c.Bulk+2975, b[:5]), w.r.Drain()); err != nil {
+					if err := errors.Join(w.r.CopyNT(c.Bulk+3, b[:2890]), w.r.CopyNT(c.Bulk+2975, b[:5]), w.r.Drain()); err != nil {
 						return err
 					}
 					c.Flag = 1
