@@ -211,6 +211,11 @@ func decode(dec *json.Decoder) (Profile, error) {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return Profile{}, fmt.Errorf("more data behind the profile")
 	}
+	for _, key := range []string{"image", "layers", "starts", "created", "updated", "files"} {
+		if !seen[key] {
+			return Profile{}, fmt.Errorf("field %q is missing", key)
+		}
+	}
 	h := header{Profile: p}
 	strict := json.NewDecoder(bytes.NewReader(append(rest, '}')))
 	strict.DisallowUnknownFields()
