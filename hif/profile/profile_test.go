@@ -264,7 +264,7 @@ func TestRules(t *testing.T) {
 	set("bin/*", Exclude)
 	require.Equal(t, []string{"usr/lib/x.so.1!"}, hot())
 	require.NoError(t, p.Validate())
-	for _, bad := range []string{"", "/", "a[", "{a", strings.Repeat("a", maxGlob+1)} {
+	for _, bad := range []string{"", "/", "a[", "{a", strings.Repeat("a", maxGlob+1), strings.Repeat("{a,a}", 5), "{" + strings.Repeat("a,", 40) + "a}"} {
 		_, err := NewRule(bad, Pin)
 		require.ErrorIs(t, err, errdefs.ErrInvalidArgument, bad)
 	}
