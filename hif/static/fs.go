@@ -27,6 +27,7 @@ type analysis struct {
 	lists   map[string][]string
 	lookups int
 	read    int64
+	text    int64
 	limit   string // the first limit reached
 
 	running map[string]bool // command lines that were followed
@@ -58,6 +59,16 @@ func (a *analysis) stop(limit string) {
 	if a.limit == "" {
 		a.limit = limit
 	}
+}
+
+// spend counts text that is parsed: scripts can be made to be read over and over, by each other or within themselves. It
+// says if there is some left.
+func (a *analysis) spend(n int) bool {
+	const most = 64 << 20
+	if a.text += int64(n) + 64; a.text > most {
+		a.stop("too much text parsed")
+	}
+	return !a.stopped()
 }
 
 // What a runtime mounts over the image's own.

@@ -134,10 +134,11 @@ frontend web
 `
 
 const sinatraApp = `require 'sinatra/base'
+require 'stringio'
 class App < Sinatra::Base
   get('/') { 'hello' }
 end
-puts App.new.helpers.call('REQUEST_METHOD' => 'GET', 'PATH_INFO' => '/', 'rack.input' => StringIO.new).first
+puts App.call('REQUEST_METHOD' => 'GET', 'PATH_INFO' => '/', 'rack.input' => StringIO.new).first
 `
 
 const supervisorConfig = `[supervisord]

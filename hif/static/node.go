@@ -193,7 +193,11 @@ func (a *analysis) nodeFollow(proc *process, name string, main bool, depth int) 
 		a.dlopen(proc, name, Module)
 		return
 	}
-	for _, r := range jsRequires(string(a.contents(name)), main) {
+	text := string(a.contents(name))
+	if !a.spend(len(text)) {
+		return
+	}
+	for _, r := range jsRequires(text, main) {
 		if base := strings.TrimSuffix(path.Base(r), ".js"); strings.HasSuffix(base, "browser") || strings.HasPrefix(r, "node:") {
 			continue // what browsers load instead, and what is built in
 		}

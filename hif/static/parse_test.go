@@ -7,6 +7,7 @@ import (
 	"archive/zip"
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"os"
 	"testing"
 
@@ -118,8 +119,7 @@ func FuzzScripts(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		files := map[string]string{"app": text, "etc/nginx/nginx.conf": text, "etc/ld.so.conf": text, "etc/ld.so.preload": text, "etc/nsswitch.conf": text, "app/package.json": text}
-		delete(files, "app/package.json")
+		files := map[string]string{"app": text, "etc/nginx/nginx.conf": text, "etc/ld.so.conf": text, "etc/ld.so.preload": text, "etc/nsswitch.conf": text}
 		for _, p := range []string{"sh", "python3.11", "node", "ruby3.1", "perl", "php8.2", "nginx", "env"} {
 			files["bin/"+p] = program("libc.so.6")
 		}
@@ -128,7 +128,7 @@ func FuzzScripts(f *testing.F) {
 		for _, argv := range [][]string{
 			{"/app", "x"}, {"sh", "/app", "x"}, {"sh", "-c", text}, {"python3.11", "/app"}, {"node", "/app"}, {"ruby3.1", "/app"}, {"perl", "/app"}, {"php8.2", "/app"}, {"nginx"}, {"env", text},
 		} {
-			if _, err := Analyze(t.Context(), root, v1.ImageConfig{Cmd: argv}, Options{}); err != nil {
+			if _, err := Analyze(t.Context(), root, v1.ImageConfig{Cmd: argv}, Options{}); err != nil && !errors.Is(err, ErrIncomplete) {
 				t.Fatal(err)
 			}
 		}

@@ -146,6 +146,9 @@ func (p *perl) load(module string) {
 }
 
 func (p *perl) follow(text, module string, main bool) {
+	if !p.a.spend(len(text)) {
+		return
+	}
 	modules, native := perlModules(text, main)
 	for _, m := range modules {
 		p.load(m)

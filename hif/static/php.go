@@ -143,7 +143,11 @@ func (a *analysis) phpFollow(name string) {
 			}
 			seen[real] = true
 			dir := path.Dir("/" + real)
-			for _, m := range phpInclude.FindAllStringSubmatch(string(a.contents(f)), 2_000) {
+			text := string(a.contents(f))
+			if !a.spend(len(text)) {
+				return
+			}
+			for _, m := range phpInclude.FindAllStringSubmatch(text, 2_000) {
 				if strings.HasPrefix(m[2], "/") && m[1] == "" {
 					next = append(next, m[2])
 				} else {

@@ -5,6 +5,7 @@ package static
 
 import (
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +44,11 @@ var pyFromC = map[string][]string{
 }
 
 // pyWith are modules that others import when they are used, nearly always.
-var pyWith = map[string][]string{"socketserver": {"encodings.idna"}, "asyncio": {"encodings.idna"}, "gunicorn": {"encodings.idna"}}
+var pyWith = map[string][]string{
+	"socketserver": {"encodings.idna"}, "asyncio": {"encodings.idna"},
+	"gunicorn.app.wsgiapp": {"encodings.idna", "gunicorn.workers.sync", "gunicorn.glogging"},
+	"uvicorn.main":         {"uvicorn.loops.auto", "uvicorn.protocols.http.auto", "uvicorn.lifespan.on", "uvicorn.logging"},
+}
 
 // pyStart is imported before anything else.
 var pyStart = []string{"encodings", "encodings.aliases", "encodings.utf_8", "codecs", "io", "abc", "site", "os", "stat", "_collections_abc", "posixpath", "genericpath", "_sitebuiltins"}
@@ -210,6 +215,9 @@ func (p *python) arguments(args []string) {
 			}
 			p.load(strings.TrimSuffix(path.Base(name), ".py"), Script)
 		} else if isApp && !strings.ContainsAny(name, "/-") && name != "" {
+			if !slices.Contains(p.paths, p.a.cwd) && len(p.paths) < 100 {
+				p.paths = append([]string{p.a.cwd}, p.paths...) // as such servers do
+			}
 			p.load(name, Script)
 		}
 	}
@@ -227,6 +235,10 @@ type pyFound struct {
 // find looks for a module as the interpreter's finders do.
 func (p *python) find(module string) (f pyFound) {
 	dirs := p.paths
+	// The package resolves these names itself.
+	if rest, ok := strings.CutPrefix(module, "pkg_resources.extern."); ok {
+		module = "pkg_resources._vendor." + rest
+	}
 	base := module
 	if parent, last, ok := cutLast(module, "."); ok {
 		base = last
@@ -317,6 +329,35 @@ func (p *python) load(module string, why Reason) bool {
 	return true
 }
 
+var pyEntry = regexp.MustCompile(`load_entry_point\(\s*['"]([\w.-]+)[^'"]*['"]\s*,\s*['"](\w+)['"]\s*,\s*['"]([\w.-]+)['"]`)
+
+// entryPoint follows a command that an installer made: it looks its function up in the package's description.
+func (p *python) entryPoint(text string) {
+	m := pyEntry.FindStringSubmatch(text)
+	if m == nil {
+		return
+	}
+	for _, dir := range p.paths {
+		for _, info := range p.a.glob(dir + "/" + m[1] + "-*-info") {
+			for _, f := range []string{"PKG-INFO", "METADATA"} {
+				p.a.add(info+"/"+f, Module)
+			}
+			p.a.add(info+"/entry_points.txt", Module)
+			group := ""
+			for line := range strings.Lines(string(p.a.head(info+"/entry_points.txt", 64<<10))) {
+				line = strings.TrimSpace(line)
+				name, target, ok := strings.Cut(line, "=")
+				if strings.HasPrefix(line, "[") {
+					group = strings.Trim(line, "[]")
+				} else if ok && group == m[2] && strings.TrimSpace(name) == m[3] {
+					module, _, _ := strings.Cut(target, ":")
+					p.load(strings.TrimSpace(module), Module)
+				}
+			}
+		}
+	}
+}
+
 // entryPoints predicts what is read to find plugins.
 func (p *python) entryPoints() {
 	for _, dir := range p.paths {
@@ -362,6 +403,12 @@ func (p *python) source(f pyFound, module string, main bool) {
 // follow loads what a text imports. Imports within functions are followed in the main program, not in modules: most
 // functions of modules are not called at a start.
 func (p *python) follow(text, module string, isPackage, main bool) {
+	if !p.a.spend(len(text)) {
+		return
+	}
+	if main {
+		p.entryPoint(text)
+	}
 	failed := map[int]bool{}
 	for _, i := range pyImports(text, main, p.minor) {
 		if i.inner && !main {

@@ -240,7 +240,7 @@ func (r *ruby) file(name string, why Reason) bool {
 
 func (r *ruby) follow(text, dir string, main bool) {
 	const deepest = 200
-	if r.depth > deepest || r.a.stopped() {
+	if r.depth > deepest || !r.a.spend(len(text)) {
 		return
 	}
 	for _, q := range rbRequires(text, main) {

@@ -280,6 +280,19 @@ func (a *analysis) mysql(i invocation) {
 	}
 	a.hostName()
 	a.arguments(i, i.argv[1:])
+	data := option(i.argv, "--datadir")
+	if data == "" {
+		data = "/var/lib/mysql"
+	}
+	// Where the image has a data directory, a server opens its logs, table spaces and tables of rights.
+	for _, pattern := range []string{
+		"/ib*", "/aria_log*", "/undo*", "/multi-master.info", "/mysql.ibd", "/mysql/*_priv.*", "/mysql/db.*", "/mysql/func.*", "/mysql/plugin.*", "/mysql/servers.*",
+		"/mysql/event.*", "/mysql/gtid_slave_pos.*", "/mysql/innodb_*.ibd", "/mysql/roles_mapping.*", "/mysql/time_zone*.*", "/mysql/transaction_registry.*", "/mysql/user.*",
+	} {
+		for _, f := range a.glob(data + pattern) {
+			a.add(f, Startup)
+		}
+	}
 }
 
 // supervisor starts what its configuration says.

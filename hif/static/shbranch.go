@@ -253,6 +253,9 @@ func volatile(name string) bool {
 
 // substitute gives the output of the few commands that scripts find themselves and programs by.
 func (r *shRun) substitute(text string) string {
+	if r.text > 10 || !r.a.spend(len(text)) {
+		return unknown
+	}
 	l := &shLexer{s: text}
 	var words []shWord
 	dir := r.a.cwd
@@ -277,9 +280,6 @@ func (r *shRun) substitute(text string) string {
 				return unknown
 			}
 			continue
-		}
-		if r.text > 10 {
-			return unknown
 		}
 		r.text++
 		argv := r.fields(words)

@@ -108,7 +108,7 @@ func (r *shRun) source(name string) {
 // script reads the commands of a text, one after the other, but for branches that are known not to be taken.
 func (r *shRun) script(text string) {
 	const deepest = 10
-	if r.text >= deepest {
+	if r.text >= deepest || !r.a.spend(len(text)) {
 		return
 	}
 	r.text++
