@@ -36,9 +36,12 @@ func (k Kind) Hot() bool { return k == EngineLayer || k == ApplicationLayer }
 //  2. COPY and ADD bring application files, but for certificates, keys and the package manager's own configuration: system.
 //  3. RUN is read command by command; the strongest of its commands decides (application, engine, system, other):
 //     installing with pip, npm, gem, composer, bundler, cpan and the like, cloning, and unpacking a download is
-//     application; installing a package whose name is that of a known engine or that of a variable for the image's own
-//     version, or building one (make install and the like), is engine; installing other packages is system.
+//     application, as is every other download but of keys and of the small programs that entrypoints use; installing a
+//     package whose name is that of a known engine, building one (make install and the like), and naming a variable of
+//     the image's own version or choosing a build by architecture is engine; installing other packages is system.
 //  4. Everything else is other.
+//
+// Of a step that is told cut short only what is there is judged.
 func Layers(history []v1.History, layers int) []Kind {
 	kinds := make([]Kind, 0, max(0, layers))
 	for _, h := range history {
@@ -67,10 +70,12 @@ func Layers(history []v1.History, layers int) []Kind {
 var (
 	stepShell     = regexp.MustCompile(`^(?:\|\d+ .*?)?(?:/bin/)?(?:ba|a|da)?sh (?:-[a-z]+ |-o \w+ )*-[a-z]*c `)
 	stepNop       = regexp.MustCompile(`^#\(nop\)\s*`)
-	stepSeparator = regexp.MustCompile(`&&|\|\||[;|{}\n()]|\b(?:then|do|else|if|while|elif)\b`)
+	stepSeparator = regexp.MustCompile(`&&|\|\||[;|\n()]|\s[{}]\s|^\{\s|\b(?:then|do|else|if|while|elif)\b`)
 	// ownVersion is a variable that image authors name after the program that the image is for.
-	ownVersion = regexp.MustCompile(`\$\{?\w*(?:VERSION|PACKAGE|RELEASE|_URL|_TGZ|_DIST|_SHA\d*|_HOME|_DOWNLOAD)\w*`)
-	archive    = regexp.MustCompile(`(?i)\.(?:tgz|tar(?:\.\w+)?|zip|war|jar|deb|rpm|phar|whl)\b|tarball|_TGZ|_URL|download`)
+	ownVersion = regexp.MustCompile(`\$\{?\w*(?:VERSION|MAJOR|PACKAGE|RELEASE|_URL|_TGZ|_DIST|_SHA\d*|_HOME|_DOWNLOAD)\w*`)
+	// ownBuild is said by steps that bring what the image is for: its version, or its builds for architectures.
+	ownBuild = regexp.MustCompile(ownVersion.String() + `|\bdpkgArch=|\b\w*ARCH=|dpkg --print-architecture`)
+	archive  = regexp.MustCompile(`(?i)\.(?:tgz|tar(?:\.\w+)?|zip|war|jar|deb|rpm|phar|whl)\b|tarball|_TGZ|_URL|download`)
 )
 
 func stepKind(step string, first bool) Kind {
@@ -142,8 +147,14 @@ func runKind(step string) Kind {
 			kind = k
 		}
 	}
-	if fetched != "" && strength[kind] < strength[ApplicationLayer] && !isHelper(step) && (archive.MatchString(fetched) || archive.MatchString(step)) {
+	if isHelper(step) {
+		return kind
+	}
+	if fetched != "" && strength[kind] < strength[ApplicationLayer] {
 		return ApplicationLayer
+	}
+	if strength[kind] < strength[EngineLayer] && ownBuild.MatchString(step) {
+		return EngineLayer
 	}
 	return kind
 }

@@ -5,7 +5,6 @@ package static
 
 import (
 	"path"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -327,46 +326,6 @@ func (p *python) load(module string, why Reason) bool {
 		p.entryPoints()
 	}
 	return true
-}
-
-var pyEntry = regexp.MustCompile(`load_entry_point\(\s*['"]([\w.-]+)[^'"]*['"]\s*,\s*['"](\w+)['"]\s*,\s*['"]([\w.-]+)['"]`)
-
-// entryPoint follows a command that an installer made: it looks its function up in the package's description.
-func (p *python) entryPoint(text string) {
-	m := pyEntry.FindStringSubmatch(text)
-	if m == nil {
-		return
-	}
-	for _, dir := range p.paths {
-		for _, info := range p.a.glob(dir + "/" + m[1] + "-*-info") {
-			for _, f := range []string{"PKG-INFO", "METADATA"} {
-				p.a.add(info+"/"+f, Module)
-			}
-			p.a.add(info+"/entry_points.txt", Module)
-			group := ""
-			for line := range strings.Lines(string(p.a.head(info+"/entry_points.txt", 64<<10))) {
-				line = strings.TrimSpace(line)
-				name, target, ok := strings.Cut(line, "=")
-				if strings.HasPrefix(line, "[") {
-					group = strings.Trim(line, "[]")
-				} else if ok && group == m[2] && strings.TrimSpace(name) == m[3] {
-					module, _, _ := strings.Cut(target, ":")
-					p.load(strings.TrimSpace(module), Module)
-				}
-			}
-		}
-	}
-}
-
-// entryPoints predicts what is read to find plugins.
-func (p *python) entryPoints() {
-	for _, dir := range p.paths {
-		if base := path.Base(dir); base == "site-packages" || base == "dist-packages" {
-			for _, f := range p.a.glob(dir + "/*-info/entry_points.txt") {
-				p.a.add(f, Module)
-			}
-		}
-	}
 }
 
 // builtin says if the interpreter has a module built in, by the name of its entry.

@@ -20,7 +20,7 @@ type ruby struct {
 }
 
 var (
-	rbRequire = regexp.MustCompile(`^\s*(?:begin\s+)?(require|require_relative|load|Kernel\.require|Bundler\.require)\b\s*\(?\s*['"]([^'"#\n]+)['"]`)
+	rbRequire = regexp.MustCompile(`^\s*(?:begin\s+)?(require|require_relative|load|Kernel\.require|autoload)\b\s*\(?\s*(?::\w+\s*,\s*)?['"]([^'"#\n]+)['"]`)
 	rbDef     = regexp.MustCompile(`^(\s*)(?:private |protected |public |module_function )?def\s+[^\n]*$`)
 	rbOneLine = regexp.MustCompile(`\bend\b\s*(?:#.*)?$|def\s+[\w.?!]+(?:\([^)]*\))?\s*=\s`)
 )
@@ -58,7 +58,7 @@ func rbRequires(text string, all bool) (found []rbRequired) {
 			continue
 		}
 		if m := rbRequire.FindStringSubmatch(line); m != nil {
-			found = append(found, rbRequired{m[2], m[1] == "require_relative"})
+			found = append(found, rbRequired{m[2], m[1] == "require_relative", m[1] == "autoload"})
 		}
 	}
 	return found
@@ -67,6 +67,7 @@ func rbRequires(text string, all bool) (found []rbRequired) {
 type rbRequired struct {
 	name     string
 	relative bool
+	auto     bool // when a constant is first used
 }
 
 // rbFromC is what extensions require, which no text shows.
@@ -202,6 +203,9 @@ func (r *ruby) load(name string, why Reason) bool {
 		r.gems = true
 		before := len(r.paths)
 		for _, dir := range r.gemDirs() {
+			for _, spec := range r.a.glob(dir + "/specifications/*.gemspec") {
+				r.a.add(spec, Startup)
+			}
 			if libs := r.a.glob(dir + "/gems/*/lib"); len(r.paths)+len(libs) < 2_000 {
 				r.paths = append(r.paths, libs...)
 			}
@@ -244,6 +248,10 @@ func (r *ruby) follow(text, dir string, main bool) {
 		return
 	}
 	for _, q := range rbRequires(text, main) {
+		// Gems split themselves up by autoload and use most of it at once; of the standard library little is used.
+		if q.auto && !strings.Contains(dir, "/gems/") {
+			continue
+		}
 		if q.relative || strings.HasPrefix(q.name, "./") {
 			r.file(path.Join(dir, q.name), Module)
 		} else {
