@@ -63,8 +63,8 @@ func FuzzLog(f *testing.F) {
 		was := bytes.Clone(m)
 		r, err = scmlib.OpenImage(m, scmlib.Options{})
 		if err != nil {
-			if !bytes.Equal(was[:8192], m[:8192]) {
-				t.Fatalf("refused, and the header changed: %v", err)
+			if !bytes.Equal(was, m) {
+				t.Fatalf("refused, and changed: %v", err)
 			}
 			return
 		}

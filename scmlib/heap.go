@@ -54,11 +54,11 @@ type allocOp struct {
 	freeable bool // a free
 }
 
-// newHeap reads and checks the chunk table.
-func newHeap(r *Region) (*heap, error) {
+// newHeap checks a chunk table and builds on it.
+func newHeap(r *Region, table []byte) (*heap, error) {
 	h := &heap{r: r, kind: make([]uint8, r.chunkCount), runs: map[uint32]*run{}, freeing: map[Off]struct{}{}}
 	for c := uint32(0); c < r.chunkCount; {
-		w := r.mem.Load64(r.word(c))
+		w := le.Uint64(table[8*c:])
 		kind, class, count := uint8(w), uint8(w>>8), uint32(w>>32)
 		switch {
 		case w == 0:
@@ -71,7 +71,7 @@ func newHeap(r *Region) (*heap, error) {
 		case kind == chunkLarge && count >= 1 && count <= r.chunkCount-c && w == chunkWord(chunkLarge, 0, count):
 			h.kind[c] = memLarge
 			for i := c + 1; i < c+count; i++ {
-				if r.mem.Load64(r.word(i)) != 0 {
+				if le.Uint64(table[8*i:]) != 0 {
 					return nil, fmt.Errorf("%w: chunk %d lies inside the block at chunk %d", ErrCorrupt, i, c)
 				}
 				h.kind[i] = memTail

@@ -139,17 +139,27 @@ func (r *Region) undo(es []entry) {
 	}
 }
 
-// recoverLanes rolls back every transaction that a crash cut short, and returns how many. The new generations of the lanes are flushed but not yet
-// fenced: the header that is written next does it.
-func (r *Region) recoverLanes() (int, error) {
-	lanes := make([][]entry, r.lanes)
-	rolled := 0
-	for i := range lanes { // all are read before the first is undone, so that a region that is refused stays as it was
-		var err error
+// readLanes reads what a crash has left in all lanes, and the chunk table as it will be when that is rolled back. Nothing is written.
+func (r *Region) readLanes() (lanes [][]entry, table []byte, err error) {
+	lanes = make([][]entry, r.lanes)
+	table = slices.Clone(r.mem.Bytes(r.tableOff, 8*uint64(r.chunkCount)))
+	for i := range lanes {
 		if lanes[i], err = r.readLane(uint32(i)); err != nil {
-			return 0, err
+			return nil, nil, err
+		}
+		for _, e := range slices.Backward(lanes[i]) {
+			if e.op == opUndo && e.off >= r.tableOff && e.off < r.tableOff+uint64(len(table)) {
+				copy(table[e.off-r.tableOff:], e.payload)
+			}
 		}
 	}
+	return lanes, table, nil
+}
+
+// recoverLanes rolls back every transaction that a crash cut short, and returns how many. The new generations of the lanes are flushed but not yet
+// fenced: the header that is written next does it.
+func (r *Region) recoverLanes(lanes [][]entry) (int, error) {
+	rolled := 0
 	for _, es := range lanes {
 		if len(es) > 0 {
 			rolled++

@@ -72,9 +72,6 @@ func attach(m *persist.Mem, o *Options, path string) (r *Region, err error) {
 	if r.info.Recovered, err = r.recover(staleA); err != nil {
 		return nil, err
 	}
-	if r.heap, err = newHeap(r); err != nil {
-		return nil, err
-	}
 	r.lanesFree = make(chan *Tx, r.lanes)
 	for i := range r.lanes {
 		r.lanesFree <- &Tx{r: r, lane: i, salt: salt(&r.hdr.uuid, i), maxBuf: int(min(r.laneSize-2*line, 8<<10))}
@@ -117,11 +114,14 @@ func (r *Region) admit(o *Options) error {
 
 // recover brings the region into the state after the last transaction that was committed, and marks it as open.
 func (r *Region) recover(staleA bool) (int, error) {
-	// The table is looked at before anything is written: at any moment of any transaction it is in order.
-	if _, err := newHeap(r); err != nil {
+	lanes, table, err := r.readLanes()
+	if err != nil {
 		return 0, err
 	}
-	n, err := r.recoverLanes()
+	if r.heap, err = newHeap(r, table); err != nil {
+		return 0, err
+	}
+	n, err := r.recoverLanes(lanes)
 	if err != nil {
 		return 0, err
 	}

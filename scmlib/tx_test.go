@@ -378,7 +378,8 @@ func TestMediaError(t *testing.T) {
 		t.Errorf("Add: %v", err)
 	}
 	me = nil
-	if err := r.Persist(scmlib.Off(at), 64); !errors.As(err, &me) {
+	// msync has nothing to write where there is no page, so at page granularity this cannot fail.
+	if err := r.Persist(scmlib.Off(at), 64); !errors.As(err, &me) && r.Granularity() != scmlib.Page {
 		t.Errorf("Persist: %v", err)
 	}
 	me = nil
