@@ -239,7 +239,7 @@ var engineNames = strings.Fields("python pypy openjdk default-jre default-jdk ja
 	"mono-runtime mono-complete r-base r-cran littler ghc golang gcc-go julia lua luajit tcl guile swipl sbcl clojure scala groovy dotnet " +
 	"nginx apache2 httpd lighttpd haproxy varnish caddy traefik tomcat jetty mysql-server mysql-community-server mariadb-server mariadb percona-server percona-xtradb postgresql redis " +
 	"memcached mongodb mongo couchdb rethinkdb cassandra elasticsearch kibana logstash influxdb neo4j rabbitmq zookeeper mosquitto nats solr sqlite3 " +
-	"supervisor ros- gazebo wordpress drupal ghost jenkins sonarqube zend-server squid bind9 postfix dovecot znc thrift crate rust cargo fsharp haxe")
+	"supervisor ros- ant maven gradle gazebo wordpress drupal ghost jenkins sonarqube zend-server squid bind9 postfix dovecot znc thrift crate rust cargo fsharp haxe")
 
 func isEngine(pkg string) bool {
 	if ownVersion.MatchString(pkg) {
@@ -251,6 +251,9 @@ func isEngine(pkg string) bool {
 		if strings.HasSuffix(name, suffix) {
 			return false
 		}
+	}
+	if strings.HasSuffix(name, "-perl") || strings.HasSuffix(name, "-java") {
+		return true // libraries of an engine, as python3-… and ruby-… are
 	}
 	return slices.ContainsFunc(engineNames, func(e string) bool {
 		rest, ok := strings.CutPrefix(name, e)

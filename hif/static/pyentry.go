@@ -6,6 +6,7 @@ package static
 import (
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -45,6 +46,31 @@ func (p *python) entryPoints() {
 			for _, f := range p.a.glob(dir + "/*-info/entry_points.txt") {
 				p.a.add(f, Module)
 			}
+		}
+	}
+}
+
+// arguments follows modules named to servers: "package.module:application", and scripts and settings of frameworks.
+func (p *python) arguments(args []string) {
+	for _, v := range []string{"DJANGO_SETTINGS_MODULE", "FLASK_APP", "UVICORN_APP"} {
+		if m := p.a.env[v]; m != "" {
+			args = append(args, m+":")
+		}
+	}
+	p.a.arguments(invocation{}, args)
+	for _, arg := range args {
+		name, _, isApp := strings.Cut(arg, ":")
+		if strings.HasSuffix(name, ".py") && p.a.isFile(name) {
+			real, _ := p.a.resolve(name)
+			if len(p.paths) < 100 {
+				p.paths = append(p.paths, "/"+path.Dir(real))
+			}
+			p.load(strings.TrimSuffix(path.Base(name), ".py"), Script)
+		} else if isApp && !strings.ContainsAny(name, "/-") && name != "" {
+			if !slices.Contains(p.paths, p.a.cwd) && len(p.paths) < 100 {
+				p.paths = append([]string{p.a.cwd}, p.paths...) // as such servers do
+			}
+			p.load(name, Script)
 		}
 	}
 }

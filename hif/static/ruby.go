@@ -16,7 +16,8 @@ type ruby struct {
 	paths []string
 	seen  map[string]bool
 	depth int
-	gems  bool // the gems' directories were searched
+	gems  bool // the gems' directories are on the path
+	specs bool // a gem was used
 }
 
 var (
@@ -192,9 +193,18 @@ func (r *ruby) load(name string, why Reason) bool {
 	r.seen[name] = true
 	for pass := 0; pass < 2; pass++ {
 		for _, dir := range r.paths {
-			if r.file(path.Join(dir, name), why) {
-				return true
+			if !r.exists(path.Join(dir, name)) {
+				continue
 			}
+			if strings.Contains(dir, "/gems/") && !r.specs {
+				r.specs = true
+				for _, gems := range r.gemDirs() {
+					for _, spec := range r.a.glob(gems + "/specifications/*.gemspec") {
+						r.a.add(spec, Startup)
+					}
+				}
+			}
+			return r.file(path.Join(dir, name), why)
 		}
 		if r.gems || strings.HasSuffix(name, ".so") {
 			return false
@@ -203,9 +213,6 @@ func (r *ruby) load(name string, why Reason) bool {
 		r.gems = true
 		before := len(r.paths)
 		for _, dir := range r.gemDirs() {
-			for _, spec := range r.a.glob(dir + "/specifications/*.gemspec") {
-				r.a.add(spec, Startup)
-			}
 			if libs := r.a.glob(dir + "/gems/*/lib"); len(r.paths)+len(libs) < 2_000 {
 				r.paths = append(r.paths, libs...)
 			}
@@ -215,6 +222,13 @@ func (r *ruby) load(name string, why Reason) bool {
 		}
 	}
 	return false
+}
+
+func (r *ruby) exists(name string) bool {
+	if ext := path.Ext(name); ext == ".rb" || ext == ".so" {
+		return r.a.isFile(name)
+	}
+	return r.a.isFile(name+".rb") || r.a.isFile(name+".so")
 }
 
 func (r *ruby) file(name string, why Reason) bool {
