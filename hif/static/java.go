@@ -174,7 +174,7 @@ func jarClassPath(r io.ReaderAt, size int64) []string {
 	const maxDirectory, maxEntries, maxManifest = 32 << 20, 200_000, 1 << 20
 	// The end of the central directory, in the last 64 KiB: what package zip would allocate for is known from there.
 	tail := make([]byte, min(size, 64<<10+22))
-	if _, err := r.ReadAt(tail, size-int64(len(tail))); err != nil && err != io.EOF { //nolint:errorlint // io.ReaderAt says io.EOF itself
+	if _, err := r.ReadAt(tail, size-int64(len(tail))); err != nil && err != io.EOF {
 		return nil
 	}
 	end := bytes.LastIndex(tail, []byte("PK\x05\x06"))

@@ -158,7 +158,7 @@ func (a *analysis) node(i invocation) {
 			a.nodeFollow(i.proc, a.nodeResolve(a.cwd, value), false, 0)
 		case "-e", "--eval", "-p", "--print":
 			if !has && len(args) > 0 {
-				value, args = args[0], args[1:]
+				value = args[0]
 			}
 			for _, r := range jsRequires(value, true) {
 				a.nodeFollow(i.proc, a.nodeResolve(a.cwd, r), false, 0)
