@@ -201,19 +201,19 @@ func drain(in Input) (Tier, string) {
 		b += float64(left)
 	}
 	on := float64(me.Size())/in.UnpackRate + b/in.HDDRate
-	rest := restOfPull(in)
+	rest, over := restOfPull(in), "the pull"
 	if in.ContentOnHDD {
-		rest = 0
+		rest, over = 0, "the download of the other layers"
 		if left > 0 {
 			rest = float64(left) / in.Bandwidth
 		}
 	}
 	if on <= rest {
-		return HDD, fmt.Sprintf("the disk has it in %s (%s to write at %s), before the pull can be over, %s at best",
-			seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), seconds(rest))
+		return HDD, fmt.Sprintf("the disk has it in %s (%s to write at %s), before %s can be over, %s at best",
+			seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), over, seconds(rest))
 	}
-	return NVM, fmt.Sprintf("the disk would have it in %s only (%s to write at %s), and the pull may be over in %s",
-		seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), seconds(rest))
+	return NVM, fmt.Sprintf("the disk would have it in %s only (%s to write at %s), and %s may be over in %s",
+		seconds(on), FormatBytes(int64(b)), FormatRate(in.HDDRate), over, seconds(rest))
 }
 
 // restOfPull is T of drain, in seconds. It wants UnpackRate > 0, and Bandwidth > 0 if another layer is downloading.

@@ -141,7 +141,7 @@ func (b *backend) Watch(ctx context.Context, _ *control.WatchRequest, send func(
 // serve runs the real control server over b and gives its socket.
 func serve(t *testing.T, b control.Backend, c config.Config) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "ctl") //nolint:usetesting // t.TempDir may be longer than a socket's path may be
+	dir, err := os.MkdirTemp("", "ctl") // t.TempDir may be longer than a socket's path may be
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	socket := filepath.Join(dir, "control.sock")

@@ -53,7 +53,7 @@ func (f failing) Watch(ctx context.Context, _ *WatchRequest, _ func(*Event) erro
 
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "control") //nolint:usetesting // t.TempDir may be longer than a socket's path may be
+	dir, err := os.MkdirTemp("", "control") // t.TempDir may be longer than a socket's path may be
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	return dir

@@ -103,7 +103,7 @@ func (d *daemon) start() {
 	d.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	require.NoError(d.t, d.process.Start())
 	d.gone = make(chan struct{})
-	go func(p *exec.Cmd, gone chan struct{}) { p.Wait(); close(gone) }(d.process, d.gone)
+	go func(p *exec.Cmd, gone chan struct{}) { _ = p.Wait(); close(gone) }(d.process, d.gone)
 	d.eventually("containerd answers", func() bool {
 		select {
 		case <-d.gone:
@@ -120,7 +120,7 @@ func (d *daemon) stop() {
 	if d.process == nil {
 		return
 	}
-	d.process.Process.Kill()
+	_ = d.process.Process.Kill()
 	<-d.gone
 	d.process = nil
 }
@@ -144,7 +144,7 @@ func (d *daemon) pull(ns, ref string) (wait func()) {
 	require.NoError(d.t, cmd.Start())
 	done := make(chan error, 1)
 	go func() { done <- cmd.Wait() }()
-	d.t.Cleanup(func() { cmd.Process.Kill() })
+	d.t.Cleanup(func() { _ = cmd.Process.Kill() })
 	return func() {
 		d.t.Helper()
 		select {

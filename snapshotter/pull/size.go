@@ -5,6 +5,7 @@ package pull
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"strings"
 
@@ -158,7 +159,7 @@ func readFull(ra content.ReaderAt, p []byte, off int64) bool {
 		return false
 	}
 	n, err := ra.ReadAt(p, off)
-	return n == len(p) && (err == nil || err == io.EOF)
+	return n == len(p) && (err == nil || errors.Is(err, io.EOF))
 }
 
 func allZero(p []byte) bool {
