@@ -42,7 +42,6 @@ func (r *shRun) replace(argv []string, _ []shWord) {
 	if len(argv) == 0 || strings.Contains(argv[0], unknown) {
 		return
 	}
-	r.export(nil, nil)
 	r.a.arguments(invocation{}, argv[1:])
 	r.a.exec(argv, r.depth+1)
 	r.ended = !r.uncertain()
