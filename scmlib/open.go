@@ -56,15 +56,13 @@ func open(path string, o *Options) (*Region, error) {
 	if o.Mode == DRAM {
 		return openDRAM(o)
 	}
-	f, made, err := openFile(path, o)
+	f, undo, err := openFile(path, o)
 	if err != nil {
 		return nil, err
 	}
 	r, err := mapFile(f, path, o)
 	if err != nil {
-		if made {
-			os.Remove(path) // still empty or blank: it was made by this call, under the lock
-		}
+		undo()
 		f.Close()
 		return nil, err
 	}
@@ -101,40 +99,48 @@ func OpenImage(b []byte, o Options) (*Region, error) {
 	return r, err
 }
 
-// openFile opens, locks and, if it is to be made, sizes the file.
-func openFile(path string, o *Options) (f *os.File, made bool, err error) {
+// openFile opens, locks and, if it is to be made, sizes the file. undo takes back what was made, as long as the lock is held.
+func openFile(path string, o *Options) (f *os.File, undo func(), err error) {
 	flags := unix.O_RDWR
 	if o.ReadOnly {
 		flags = unix.O_RDONLY
 	}
+	made := false
 	f, err = os.OpenFile(path, flags|unix.O_CLOEXEC|unix.O_NOCTTY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) && o.Create && !o.ReadOnly {
 		if o.Size == 0 {
-			return nil, false, fmt.Errorf("create region %q: %w: no size given", path, ErrSize)
+			return nil, nil, fmt.Errorf("create region %q: %w: no size given", path, ErrSize)
 		}
 		if _, err := newGeometry(uint64(o.Size), o); err != nil {
-			return nil, false, fmt.Errorf("create region %q: %w", path, err)
+			return nil, nil, fmt.Errorf("create region %q: %w", path, err)
 		}
 		f, err = os.OpenFile(path, flags|unix.O_CLOEXEC|unix.O_CREAT|unix.O_EXCL, 0o600)
 		made = err == nil
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, false, fmt.Errorf("open region %q: %w (%w); make it with Create, or give the container a region", path, ErrNoRegion, err)
+		return nil, nil, fmt.Errorf("open region %q: %w (%w); make it with Create, or give the container a region", path, ErrNoRegion, err)
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("open region %q: %w", path, err)
+		return nil, nil, fmt.Errorf("open region %q: %w", path, err)
 	}
-	if err := prepare(f, path, o); err != nil {
-		if made {
+	grown := false
+	undo = func() {
+		switch {
+		case made:
 			os.Remove(path)
+		case grown:
+			f.Truncate(0)
 		}
-		f.Close()
-		return nil, false, err
 	}
-	return f, made, nil
+	if err := prepareFile(f, path, o, &grown); err != nil {
+		undo()
+		f.Close()
+		return nil, nil, err
+	}
+	return f, undo, nil
 }
 
-func prepare(f *os.File, path string, o *Options) error {
+func prepareFile(f *os.File, path string, o *Options, grown *bool) error {
 	st, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("open region %q: %w", path, err)
@@ -164,6 +170,7 @@ func prepare(f *os.File, path string, o *Options) error {
 	if _, err := newGeometry(uint64(o.Size), o); err != nil {
 		return fmt.Errorf("create region %q: %w", path, err)
 	}
+	*grown = true
 	// All blocks now: a store into a hole of a full file system would be a SIGBUS later.
 	if err := unix.Fallocate(int(f.Fd()), 0, 0, o.Size); errors.Is(err, unix.EOPNOTSUPP) {
 		err = f.Truncate(o.Size)
@@ -171,7 +178,6 @@ func prepare(f *os.File, path string, o *Options) error {
 			return fmt.Errorf("create region %q of %d bytes: %w", path, o.Size, err)
 		}
 	} else if err != nil {
-		f.Truncate(0)
 		return fmt.Errorf("create region %q of %d bytes: %w", path, o.Size, err)
 	}
 	if err := f.Sync(); err != nil {
