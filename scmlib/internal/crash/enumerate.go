@@ -238,10 +238,12 @@ func (e *enum) sample(counts, sel []int, visit func()) {
 		for i := range sel {
 			rest := sel[i]
 			step := max(1, counts[i]*len(sel)*4/budget)
-			for s := 0; s < counts[i] && !e.done; s += step {
+			for s := 0; s < counts[i]-1 && !e.done; s += step {
 				sel[i] = s
 				visit()
 			}
+			sel[i] = counts[i] - 1 // the whole line, whatever the step
+			visit()
 			sel[i] = rest
 		}
 		for i := range sel {
