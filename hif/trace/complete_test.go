@@ -5,10 +5,12 @@ package trace
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"sort"
 	"strings"
@@ -237,15 +239,22 @@ func TestDescriptorsRunOut(t *testing.T) {
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
-	tr.mu.Lock()
-	run(t, "sh", "-c", "cat "+m+"/f*")
+	// The child is there before the limit is, and has its own.
+	cmd := exec.Command("sh", "-c", "read x; cat "+m+"/f*")
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	release := hold(t, tr)
 	var old unix.Rlimit
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
 	free, err := unix.Open("/", unix.O_PATH, 0)
 	require.NoError(t, err)
 	unix.Close(free)
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(free) + 10, Max: old.Max}))
-	tr.mu.Unlock()
+	_, err = in.Write([]byte("\n"))
+	require.NoError(t, err)
+	require.NoError(t, cmd.Wait())
+	release()
 	got := ready(w)
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old))
 	require.False(t, got.Complete)
@@ -253,32 +262,73 @@ func TestDescriptorsRunOut(t *testing.T) {
 	require.Less(t, len(got.Files), 30)
 }
 
-// BenchmarkOpen is what an open costs a container, watched or not.
+// BenchmarkOpen is what opening and closing a file costs a container: without a
+// tracer, with one that watches no start, and with one that watches it. One file
+// again and again is the worst case for the kernel's merging of events, files in
+// turn that for the reader.
 func BenchmarkOpen(b *testing.B) {
-	for _, watched := range []bool{false, true} {
-		b.Run(map[bool]string{false: "idle", true: "watched"}[watched], func(b *testing.B) {
-			s := newStore(b)
-			s.put(placement.HDD, "3", "f", []byte("x"))
-			cfg := s.config()
-			cfg.countSelf = true
-			tr := s.tracer(cfg)
-			c := s.container("7")
-			if watched {
-				watch(b, tr, c)
-			}
-			file := filepath.Join(c.mount(), "f")
-			b.ReportAllocs()
-			for b.Loop() {
-				fd, err := unix.Open(file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-				if err != nil {
-					b.Fatal(err)
+	for _, files := range []int{1, 1000} {
+		for _, how := range []string{"none", "idle", "watched"} {
+			b.Run(fmt.Sprintf("files=%d/%s", files, how), func(b *testing.B) {
+				s := newStore(b)
+				for i := range files {
+					s.put(placement.HDD, "3", fmt.Sprint("f", i), []byte("x"))
 				}
-				unix.Close(fd)
-			}
-			b.StopTimer()
-			if st := tr.Stats(); watched {
-				b.ReportMetric(float64(st.Events)/float64(b.N), "events/open")
-			}
-		})
+				c := s.container("7")
+				tr := &Tracer{}
+				if how != "none" {
+					cfg := s.config()
+					cfg.countSelf = true
+					tr = s.tracer(cfg)
+				}
+				if how == "watched" {
+					watch(b, tr, c)
+				}
+				m := c.mount()
+				var names []string
+				for i := range files {
+					names = append(names, filepath.Join(m, fmt.Sprint("f", i)))
+				}
+				i := 0
+				for b.Loop() {
+					fd, err := unix.Open(names[i%files], unix.O_RDONLY|unix.O_CLOEXEC, 0)
+					if err != nil {
+						b.Fatal(err)
+					}
+					unix.Close(fd)
+					i++
+				}
+				if st := tr.Stats(); how == "watched" {
+					b.ReportMetric(float64(st.Events)/float64(b.N), "events/open")
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkMemory reports what the tracer keeps for a file while a start is watched.
+func BenchmarkMemory(b *testing.B) {
+	s := newStore(b)
+	const files = 5000
+	for i := range files {
+		s.put(placement.HDD, "3", fmt.Sprintf("usr/lib/python3/dist-packages/module/file%d.py", i), []byte("x"))
+	}
+	for b.Loop() {
+		tr := s.tracer(s.config())
+		c := s.container("7")
+		w := watch(b, tr, c)
+		m := c.mount()
+		var before, after runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&before)
+		run(b, "sh", "-c", "cat "+m+"/usr/lib/python3/dist-packages/module/*.py")
+		for tr.Stats().Opens[placement.HDD] < files {
+			runtime.Gosched()
+		}
+		runtime.GC()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/files, "bytes/file")
+		ready(w)
+		unix.Unmount(m, 0)
 	}
 }

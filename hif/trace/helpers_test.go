@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -215,4 +216,12 @@ func need(t testing.TB, programs ...string) {
 			t.Skipf("%s is not installed", p)
 		}
 	}
+}
+
+// hold keeps the reader from taking events, until release or the end of the test.
+func hold(t testing.TB, tr *Tracer) (release func()) {
+	tr.mu.Lock()
+	release = sync.OnceFunc(tr.mu.Unlock)
+	t.Cleanup(release)
+	return release
 }

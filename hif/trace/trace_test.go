@@ -153,11 +153,11 @@ func TestMomentaryMount(t *testing.T) {
 	c.Layers = []string{"3"}
 	w := watch(t, tr, c)
 	point := t.TempDir()
-	tr.mu.Lock() // the reader is busy elsewhere
+	release := hold(t, tr) // the reader is busy elsewhere
 	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
 	run(t, "cat", filepath.Join(point, "etc/passwd"), filepath.Join(point, "etc/foreign"))
 	require.NoError(t, unix.Unmount(point, 0))
-	tr.mu.Unlock()
+	release()
 	got := ready(w)
 	require.Equal(t, []string{"etc/passwd"}, paths(got))
 	require.True(t, got.Files[0].Assumed)
@@ -264,11 +264,11 @@ func TestOverflow(t *testing.T) {
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
-	tr.mu.Lock() // nobody reads
+	release := hold(t, tr) // nobody reads
 	run(t, "cat", m+"/f")
 	// Files of its own that a container opens take room in the queue too.
 	run(t, "sh", "-c", fmt.Sprintf("i=0; while [ $i -lt 17000 ]; do : > %s/new.$i; i=$((i+1)); done", m))
-	tr.mu.Unlock()
+	release()
 	got := ready(w)
 	require.False(t, got.Complete)
 	require.EqualValues(t, 1, got.Overflows)
@@ -342,12 +342,7 @@ func TestOddFiles(t *testing.T) {
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
-	tr.mu.Lock()
-	run(t, "cat", m+"/f")
-	require.Eventually(t, func() bool { // the reader has the event, and waits for the lock
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(tr.fd), Events: unix.POLLIN}}, 0)
-		return err == nil && n == 0
-	}, 10*time.Second, time.Millisecond)
+	release := hold(t, tr)
 	// A FIFO on the filesystem, opened neither through the mount that is ignored
 	// nor through an overlay. When the reader goes on, nobody has it open any more.
 	bind := t.TempDir()
@@ -356,7 +351,7 @@ func TestOddFiles(t *testing.T) {
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && (cat p & echo z > p; wait); cat d/3/f`, bind)
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && mkdir 3 && echo y > 3/f && cat 3/f && (cat p & echo z > p; wait)
 		cat "$1" "$2"; exec 3< f; rm f; echo w > f; cat f`, m, "a b\n\\ü (deleted)", "bad\xff")
-	tr.mu.Unlock()
+	release()
 	got := ready(w)
 	require.Equal(t, []string{"a b\n\\ü (deleted)", "bad\xff", "f"}, paths(got))
 	for _, f := range got.Files {
@@ -373,12 +368,12 @@ func TestMovedFile(t *testing.T) {
 	w := watch(t, tr, c)
 	m := c.mount()
 	from, to := filepath.Join(s.root(placement.HDD), "3/f"), filepath.Join(s.root(placement.NVM), "3/f")
-	tr.mu.Lock()
+	release := hold(t, tr)
 	run(t, "cat", m+"/f")
 	require.NoError(t, os.MkdirAll(filepath.Dir(to), 0o755))
 	require.NoError(t, os.WriteFile(to, []byte("data"), 0o755))
 	require.NoError(t, os.Remove(from))
-	tr.mu.Unlock()
+	release()
 	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] == 1 }, 10*time.Second, time.Millisecond)
 	run(t, "sh", "-c", "echo 2 > /proc/sys/vm/drop_caches") // so that overlayfs looks the data up again
 	run(t, "cat", m+"/f")
