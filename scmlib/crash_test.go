@@ -221,7 +221,7 @@ func TestCrash(t *testing.T) {
 	for _, sc := range scenarios() {
 		t.Run(sc.name, func(t *testing.T) {
 			k := effort()
-			res, again, err := sc.run(nil, 4000*k, 600*k, 149, false)
+			res, again, err := sc.run(nil, 4000*k, 600*k, max(11, 401/k), false)
 			if err != nil {
 				t.Fatal(err)
 			}

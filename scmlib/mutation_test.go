@@ -69,7 +69,7 @@ func TestMutants(t *testing.T) {
 	passes := map[crash.Site][]*scenario{}
 	for _, sc := range all {
 		m := &crash.Mutant{Seen: map[crash.Site]int{}}
-		if _, _, err := sc.run(m, 1, 0, 3, false); err != nil {
+		if _, _, err := sc.run(m, 1, 0, 13, false); err != nil {
 			t.Fatal(err)
 		}
 		for s := range m.Seen {
