@@ -20,7 +20,7 @@ type overlay struct {
 	dev    devnum
 	point  string // in our mount namespace; empty if it was found through a process
 	upper  string
-	tree   string    // first lowerdir+
+	tree   string    // first lower directory
 	clones [2]uint64 // of the data roots, by tier; 0: not known yet
 }
 
@@ -90,8 +90,10 @@ func overlayOf(info *mountinfo.Info) *overlay {
 		switch k, v, _ := strings.Cut(opt, "="); k {
 		case "upperdir":
 			o.upper = unescape(v)
-		case "lowerdir+":
+		case "lowerdir", "lowerdir+":
+			// "tree::data::data", or one option for each; no path of ours has a colon.
 			if o.tree == "" {
+				v, _, _ = strings.Cut(v, ":")
 				o.tree = unescape(v)
 			}
 		}

@@ -66,7 +66,7 @@ type Start struct {
 	Snapshot string
 	// Upper is the upperdir of its mount; empty for a view.
 	Upper string
-	// Tree is the mount point given as lowerdir+.
+	// Tree is the mount point given as the first of lowerdir.
 	Tree string
 	// Layers are the ids of the layers in the chain. Opens through a mount
 	// that was gone before anyone could look (containerd mounts a rootfs for
