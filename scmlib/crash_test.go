@@ -30,7 +30,7 @@ type world struct {
 	tr     *crash.Tracer
 	mutant *crash.Mutant
 	sc     *scenario
-	seen   []string   // at the marks
+
 	allow  [][]string // states that a phase may leave
 	gen    uint64     // before the traced open
 	opened int        // phase from which on the open has returned

@@ -111,7 +111,7 @@ func TestOverlay(t *testing.T) {
 	if err := unix.Mount("overlay", mnt, "overlay", 0, "lowerdir="+lower+",upperdir="+upper+",workdir="+work); err != nil {
 		t.Skipf("mount overlay: %v", err)
 	}
-	t.Cleanup(func() { unix.Unmount(mnt, unix.MNT_DETACH) })
+	t.Cleanup(func() { _ = unix.Unmount(mnt, unix.MNT_DETACH) })
 	p := filepath.Join(mnt, "r")
 	_, err := scmlib.Open(p, scmlib.Options{Create: true, Size: mib, Mode: scmlib.Mapping})
 	if !errors.Is(err, scmlib.ErrGranularity) || !strings.Contains(err.Error(), "overlay") || !strings.Contains(err.Error(), mnt) {

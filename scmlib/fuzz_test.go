@@ -92,7 +92,7 @@ func FuzzTable(f *testing.F) {
 func use(r *scmlib.Region) {
 	n := 0
 	r.Blocks(func(scmlib.Block) bool { n++; return n < 10000 })
-	r.Update(func(tx *scmlib.Tx) error {
+	_ = r.Update(func(tx *scmlib.Tx) error {
 		for _, size := range []uint64{1, 100, 5000, 20000} {
 			if off, err := tx.Alloc(size); err == nil {
 				if b, err := r.Bytes(off, size); err == nil {
@@ -102,6 +102,6 @@ func use(r *scmlib.Region) {
 		}
 		return nil
 	})
-	scmlib.Root[[10]uint64](r)
+	_, _ = scmlib.Root[[10]uint64](r)
 	r.Close()
 }

@@ -204,13 +204,13 @@ func TestKill(t *testing.T) {
 		// Dies some random time after it has begun to work; its work is not what is timed.
 		rd := bufio.NewReader(out)
 		if _, err := rd.ReadString('\n'); err != nil {
-			cmd.Wait()
+			_ = cmd.Wait()
 			t.Fatalf("kill %d: the child ended by itself: %s", i, complaint.String())
 		}
-		timer := time.AfterFunc(time.Duration(rand.IntN(4000))*time.Microsecond, func() { cmd.Process.Kill() })
+		timer := time.AfterFunc(time.Duration(rand.IntN(4000))*time.Microsecond, func() { _ = cmd.Process.Kill() })
 		rest, _ := io.ReadAll(rd)
 		timer.Stop()
-		cmd.Wait()
+		_ = cmd.Wait()
 		promised := uint64(0)
 		if lines := strings.Split(string(rest), "\n"); len(lines) > 1 { // the last piece was cut by the kill, or is empty
 			if promised, err = strconv.ParseUint(lines[len(lines)-2], 10, 64); err != nil {

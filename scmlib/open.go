@@ -129,7 +129,7 @@ func openFile(path string, o *Options) (f *os.File, undo func(), err error) {
 		case made:
 			os.Remove(path)
 		case grown:
-			f.Truncate(0)
+			_ = f.Truncate(0)
 		}
 	}
 	if err := prepareFile(f, path, o, &grown); err != nil {

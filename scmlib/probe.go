@@ -36,7 +36,7 @@ func probeFile(f *os.File, path string) *probe {
 	p := &probe{eadr: eadr("/sys/bus/nd/devices")}
 	var sfs unix.Statfs_t
 	if unix.Fstatfs(int(f.Fd()), &sfs) == nil {
-		if p.fstype = fsNames[int64(sfs.Type)]; p.fstype == "" {
+		if p.fstype = fsNames[sfs.Type]; p.fstype == "" {
 			p.fstype = fmt.Sprintf("filesystem %#x", uint64(sfs.Type))
 		}
 	}
@@ -97,7 +97,7 @@ func memoryUnder(sys string, major, minor uint32) string {
 		if unix.Statfs(strings.TrimSpace(string(back)), &s) != nil {
 			return "a loop device whose file cannot be seen"
 		}
-		switch n := fsNames[int64(s.Type)]; n {
+		switch n := fsNames[s.Type]; n {
 		case "tmpfs", "ramfs", "hugetlbfs":
 			return "a loop device over " + n
 		}

@@ -155,7 +155,7 @@ func (r *Region) Close() error {
 			return writeHeader(r.mem, &r.hdr)
 		})
 	}
-	closed := error(ErrClosed)
+	closed := ErrClosed
 	r.failed.Store(&closed)
 	if r.release != nil {
 		err = errors.Join(err, r.release())

@@ -71,7 +71,7 @@ func update(want error, fn func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error
 	return func(w *world) error {
 		err := w.r.Update(func(tx *scmlib.Tx) error { return fn(w.r, root[cells](w.r), tx) })
 		if !errors.Is(err, want) {
-			return fmt.Errorf("Update: %v, want %v", err, want)
+			return fmt.Errorf("Update: %w, want %w", err, want)
 		}
 		return nil
 	}
@@ -302,7 +302,7 @@ func overlap(want error) func(w *world) error {
 			return want
 		})
 		if !errors.Is(err, want) {
-			return fmt.Errorf("Update: %v, want %v", err, want)
+			return fmt.Errorf("Update: %w, want %w", err, want)
 		}
 		return nil
 	}

@@ -103,7 +103,7 @@ func change(want error, fn func(h handles, tx *scmlib.Tx) error) func(*world) er
 			return err
 		}
 		if err := w.r.Update(func(tx *scmlib.Tx) error { return fn(h, tx) }); !errors.Is(err, want) {
-			return fmt.Errorf("Update: %v, want %v", err, want)
+			return fmt.Errorf("Update: %w, want %w", err, want)
 		}
 		return nil
 	}

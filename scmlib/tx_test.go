@@ -81,19 +81,19 @@ func TestPanicAndGoexit(t *testing.T) {
 				t.Error("the panic did not go on")
 			}
 		}()
-		r.Update(func(tx *scmlib.Tx) error { bump(tx, c, 1, 0); panic("boom") })
+		_ = r.Update(func(tx *scmlib.Tx) error { _ = bump(tx, c, 1, 0); panic("boom") })
 	}()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		r.Update(func(tx *scmlib.Tx) error { bump(tx, c, 1, 0); runtime.Goexit(); return nil })
+		_ = r.Update(func(tx *scmlib.Tx) error { _ = bump(tx, c, 1, 0); runtime.Goexit(); return nil })
 	}()
 	<-done
 	var late *scmlib.Tx
 	err := r.Update(func(tx *scmlib.Tx) error {
 		late = tx
 		bad, _ := scmlib.PtrAt[cells](4096)
-		bump(tx, c, 1, 0)
+		_ = bump(tx, c, 1, 0)
 		bad.In(r).Flag = 1
 		return nil
 	})
@@ -396,6 +396,6 @@ func TestMediaError(t *testing.T) {
 				t.Error("a nil dereference was swallowed")
 			}
 		}()
-		r.View(func() error { var p *int; *p = 1; return nil })
+		_ = r.View(func() error { var p *int; *p = 1; return nil })
 	}()
 }

@@ -105,7 +105,7 @@ var (
 // fingerprint is a number for how a type lies in memory: kinds and offsets, not names, so that a field may be renamed. It is never 0.
 func fingerprint(t reflect.Type) uint64 {
 	if v, ok := fingerprints.Load(t); ok {
-		return v.(uint64)
+		return v.(uint64) //nolint:forcetypeassert // nothing else is stored there
 	}
 	h := crc64.New(crcTable)
 	var walk func(t reflect.Type, at uintptr)

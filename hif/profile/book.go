@@ -5,6 +5,7 @@ package profile
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"time"
 
@@ -156,7 +157,7 @@ func (b *Book) edit(image digest.Digest, change func(*Profile) (*Profile, error)
 		}
 		return out.Bytes(), nil
 	})
-	if err == errKeep {
+	if errors.Is(err, errKeep) {
 		return nil
 	}
 	return err

@@ -217,7 +217,7 @@ func TestHostileRegistry(t *testing.T) {
 		if !strings.Contains(r.URL.Path, "/blobs/") {
 			return false
 		}
-		io.WriteString(w, strings.Replace(body, `"size":100`, `"size":101`, 1))
+		_, _ = io.WriteString(w, strings.Replace(body, `"size":100`, `"size":101`, 1))
 		return true
 	}
 	_, err = pl.Pull(ctx, pl.ref, pl.digest)
@@ -227,7 +227,7 @@ func TestHostileRegistry(t *testing.T) {
 		if !strings.HasSuffix(r.URL.Path, "/manifests/"+artifact.String()) {
 			return false
 		}
-		io.WriteString(w, "{}")
+		_, _ = io.WriteString(w, "{}")
 		return true
 	}
 	_, err = pl.Pull(ctx, pl.ref, pl.digest)
@@ -264,7 +264,7 @@ func TestHostileRegistry(t *testing.T) {
 			return false
 		}
 		w.Header().Set("Content-Type", string(types.OCIImageIndex))
-		json.NewEncoder(w).Encode(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{attached}})
+		_ = json.NewEncoder(w).Encode(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{attached}})
 		return true
 	}
 	_, err = pl.Pull(ctx, pl.ref, pl.digest)

@@ -329,6 +329,6 @@ func BenchmarkMemory(b *testing.B) {
 		runtime.ReadMemStats(&after)
 		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/files, "bytes/file")
 		ready(w)
-		unix.Unmount(m, 0)
+		_ = unix.Unmount(m, 0)
 	}
 }

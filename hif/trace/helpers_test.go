@@ -51,7 +51,7 @@ func newStore(t testing.TB) *store {
 func (s *store) mount(source, fstype, target string) {
 	s.t.Helper()
 	require.NoError(s.t, unix.Mount(source, target, fstype, 0, ""))
-	s.t.Cleanup(func() { unix.Unmount(target, unix.MNT_DETACH) })
+	s.t.Cleanup(func() { _ = unix.Unmount(target, unix.MNT_DETACH) })
 }
 
 // onDisk puts the HDD tier on an ext4 of its own: tmpfs is all page cache.
@@ -64,7 +64,7 @@ func (s *store) onDisk() {
 	hdd := s.tiers[placement.HDD]
 	require.NoError(s.t, unix.Unmount(hdd, unix.MNT_DETACH))
 	run(s.t, "mount", "-o", "loop", image, hdd)
-	s.t.Cleanup(func() { unix.Unmount(hdd, unix.MNT_DETACH) })
+	s.t.Cleanup(func() { _ = unix.Unmount(hdd, unix.MNT_DETACH) })
 	require.NoError(s.t, os.Mkdir(s.root(placement.HDD), 0o755))
 }
 
@@ -175,7 +175,7 @@ func mountOverlay(t testing.TB, point string, options [][2]string) {
 	require.NoError(t, err)
 	defer unix.Close(m)
 	require.NoError(t, unix.MoveMount(m, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH))
-	t.Cleanup(func() { unix.Unmount(point, unix.MNT_DETACH) })
+	t.Cleanup(func() { _ = unix.Unmount(point, unix.MNT_DETACH) })
 }
 
 func run(t testing.TB, name string, args ...string) string {

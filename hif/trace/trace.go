@@ -258,7 +258,7 @@ func (t *Tracer) open() error {
 
 // refused classes an error of the kernel that means "not here".
 func refused(what string, err error) error {
-	cure := ""
+	var cure string
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		cure = "give the daemon CAP_SYS_ADMIN in the initial user namespace"

@@ -138,7 +138,7 @@ func TestHelperMount(t *testing.T) {
 	mountOverlay(t, point, [][2]string{{"lowerdir+", os.Getenv("HIF_TREE")}, {"datadir+", os.Getenv("HIF_NVM")}, {"datadir+", os.Getenv("HIF_HDD")},
 		{"upperdir", upper}, {"workdir", filepath.Join(filepath.Dir(upper), "work")}})
 	require.NoError(t, unix.Chroot(point))
-	require.NoError(t, os.Chdir("/"))
+	require.NoError(t, unix.Chdir("/"))
 	require.NoError(t, unix.Exec("/bin/sh", []string{"sh"}, nil))
 }
 
@@ -347,7 +347,7 @@ func TestOddFiles(t *testing.T) {
 	// nor through an overlay. When the reader goes on, nobody has it open any more.
 	bind := t.TempDir()
 	require.NoError(t, unix.Mount(s.tiers[placement.HDD], bind, "", unix.MS_BIND, ""))
-	t.Cleanup(func() { unix.Unmount(bind, unix.MNT_DETACH) })
+	t.Cleanup(func() { _ = unix.Unmount(bind, unix.MNT_DETACH) })
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && (cat p & echo z > p; wait); cat d/3/f`, bind)
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && mkdir 3 && echo y > 3/f && cat 3/f && (cat p & echo z > p; wait)
 		cat "$1" "$2"; exec 3< f; rm f; echo w > f; cat f`, m, "a b\n\\ü (deleted)", "bad\xff")
