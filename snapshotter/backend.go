@@ -143,6 +143,14 @@ func (sn snapshot) bytes() (nvm, hdd int64) {
 	return nvm, hdd
 }
 
+// trouble is why a layer cannot be used, and the cure; "" if it can.
+func (sn snapshot) trouble() string {
+	if sn.Damaged == "" {
+		return ""
+	}
+	return sn.Damaged + "; it is rebuilt as soon as containerd gives its blob, else remove the image and pull it again"
+}
+
 // List implements [control.Backend].
 func (s backend) List(ctx context.Context, r *control.ListRequest, send func(*control.Snapshot) error) error {
 	all, err := s.db.snapshots(ctx)
@@ -240,7 +248,7 @@ func (s backend) message(sn snapshot, names map[string][]string) *control.Snapsh
 		Id: sn.ID, Key: sn.Info.Name, Namespace: sn.namespace(), Name: clientKey(sn.Info.Name), Parent: sn.Info.Parent,
 		Kind: strings.ToLower(sn.Info.Kind.String()), Tier: sn.Tier.String(), Inodes: sn.Usage.Inodes,
 		Captured: sn.Captured, Durable: sn.Durable, Labels: sn.Info.Labels, Created: timestamppb.New(sn.Info.Created),
-		TreeBytes: s.treeBytes(sn.ID), Images: names[sn.namespace()+" "+clientKey(sn.Info.Name)], Error: sn.Damaged,
+		TreeBytes: s.treeBytes(sn.ID), Images: names[sn.namespace()+" "+clientKey(sn.Info.Name)], Error: sn.trouble(),
 	}
 	m.NvmBytes, m.HddBytes = sn.bytes()
 	return m

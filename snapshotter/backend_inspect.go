@@ -138,7 +138,7 @@ func (sub *subject) messages() []*control.Layer {
 		}
 		if sn.ID != "" {
 			l.SnapshotId, l.ChainId, l.Tier = sn.ID, clientKey(sn.Info.Name), sn.Tier.String()
-			l.Captured, l.Durable, l.Inodes, l.Uncompressed, l.Error = sn.Captured, sn.Durable, sn.Usage.Inodes, sn.Data, sn.Damaged
+			l.Captured, l.Durable, l.Inodes, l.Uncompressed, l.Error = sn.Captured, sn.Durable, sn.Usage.Inodes, sn.Data, sn.trouble()
 			l.NvmBytes, l.HddBytes = sn.bytes()
 			if sn.Image != nil && l.Digest == "" {
 				l.Digest, l.Compressed = sn.Image.Digest, sn.Image.Size

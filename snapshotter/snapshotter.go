@@ -182,6 +182,10 @@ func (s *Snapshotter) Close() (err error) {
 	s.closing.Do(func() {
 		s.placer.close()
 		s.homing.close()
+		// Before what may take long: who is killed for that should have his copy.
+		if e := s.db.copyTo(context.Background(), s.path(databaseFile)); e != nil {
+			log.L.WithError(e).Warn("the copy of the database on HDD is out of date")
+		}
 		s.jobs.close()
 		s.syncer.close()
 		err = errors.Join(s.mirror.close(), s.db.ms.Close(), s.tiers.Close())
