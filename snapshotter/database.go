@@ -58,6 +58,7 @@ type record struct {
 	Home     bool            `json:"home,omitempty"`    // all data stand on HDD too
 	Homing   string          `json:"homing,omitempty"`  // boot id in which copying them began
 	Damaged  string          `json:"damaged,omitempty"` // why it cannot be used
+	Repairs  int             `json:"repairs,omitempty"` // how often it was rebuilt
 	Usage    snapshots.Usage `json:"usage,omitzero"`
 	Data     int64           `json:"data_bytes,omitempty"`
 	Files    int64           `json:"files,omitempty"`

@@ -132,16 +132,15 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 	}
 	start := time.Now()
 	if sn.Homing != h.s.config.BootID {
-		// Begun before the machine last went down: what is there may be torn.
-		if sn.Homing != "" {
-			if err := h.s.tiers.DropCopy(sn.ID); err != nil {
-				return err
-			}
+		// Begun before the machine last went down, maybe: what is there may be torn.
+		if err := h.s.tiers.DropCopy(sn.ID); err != nil {
+			return err
 		}
 		if err := h.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Homing = h.s.config.BootID }); err != nil {
 			return err
 		}
 	}
+	failures := h.s.tiers.Failures(placement.HDD)
 	n, err := h.s.tiers.WriteBack(ctx, sn.ID, func(n int) error {
 		for h.s.placer.busy() {
 			select {
@@ -153,7 +152,13 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 		return limit.WaitN(ctx, n)
 	})
 	if err == nil {
-		err = h.s.syncer.flush(placement.HDD)
+		err = h.s.syncer.flush(ctx, placement.HDD)
+		if err == nil && h.s.tiers.Failures(placement.HDD) != failures {
+			err = fmt.Errorf("the disk reported an error while layer id %s was copied: %w", sn.ID, errdefs.ErrDataLoss)
+		}
+		if err != nil { // a second sync would prove nothing
+			err = errors.Join(err, h.s.tiers.DropCopy(sn.ID))
+		}
 	}
 	if errors.Is(err, unix.ENOSPC) {
 		return fmt.Errorf("HDD root %q is full; free space there: %w", h.s.tiers.Root(placement.HDD), err)

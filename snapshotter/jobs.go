@@ -37,6 +37,9 @@ type job struct {
 	once sync.Once
 	done chan struct{}
 	err  error
+
+	retry func(error) bool // whether it is tried again after an error; nil: never
+	pause time.Duration    // before that
 }
 
 func newJobs(workers int) *jobs {
@@ -79,23 +82,23 @@ func (j *jobs) perform(b *job) {
 		j.mu.Lock()
 		j.running--
 		delete(j.byName, b.name)
+		retry := b.retry
 		j.mu.Unlock()
+		if b.err != nil && j.ctx.Err() == nil && retry != nil && retry(b.err) {
+			pause := max(b.pause, retryFirst)
+			time.AfterFunc(pause, func() {
+				if j.ctx.Err() == nil {
+					j.queueJob(&job{name: b.name, run: b.run, retry: retry, pause: min(2*pause, retryMost)})
+				}
+			})
+		}
 		close(b.done)
 	})
 }
 
 // add queues work unless work of that name is waiting or running.
 func (j *jobs) add(name string, run func(context.Context) error) *job {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	if b, ok := j.byName[name]; ok {
-		return b
-	}
-	b := &job{name: name, run: run, done: make(chan struct{})}
-	j.byName[name] = b
-	j.queue = append(j.queue, b)
-	j.cond.Signal()
-	return b
+	return j.queueJob(&job{name: name, run: run})
 }
 
 // retryFirst and retryMost bound the pause before work that failed is tried again.
@@ -105,24 +108,25 @@ const (
 )
 
 // addUntilDone queues work that is tried again, with growing pauses, as long as
-// it fails and the daemon runs.
-func (j *jobs) addUntilDone(name string, run func(context.Context) error) {
-	pause := retryFirst
-	var again func(context.Context) error
-	again = func(ctx context.Context) error {
-		err := run(ctx)
-		if err != nil && ctx.Err() == nil {
-			wait := pause
-			pause = min(2*pause, retryMost)
-			time.AfterFunc(wait, func() {
-				if j.ctx.Err() == nil {
-					j.add(name, again)
-				}
-			})
+// it fails with errors that retry accepts and the daemon runs.
+func (j *jobs) addUntilDone(name string, run func(context.Context) error, retry func(error) bool) {
+	j.queueJob(&job{name: name, run: run, retry: retry})
+}
+
+func (j *jobs) queueJob(b *job) *job {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if known, ok := j.byName[b.name]; ok {
+		if known.retry == nil {
+			known.retry = b.retry
 		}
-		return err
+		return known
 	}
-	j.add(name, again)
+	b.done = make(chan struct{})
+	j.byName[b.name] = b
+	j.queue = append(j.queue, b)
+	j.cond.Signal()
+	return b
 }
 
 // do queues work, or joins it, and waits for its end. The work goes on when

@@ -50,7 +50,7 @@ func (s *Snapshotter) bounded(ctx context.Context, fn func(context.Context) erro
 
 // settle starts the background work that follows a commit.
 func (s *Snapshotter) settle(id, name string) {
-	s.jobs.addUntilDone("capture "+id, s.capture(id, name))
+	s.jobs.addUntilDone("capture "+id, s.capture(id, name), func(error) bool { return true })
 }
 
 // capturePath is where the metadata of a layer stand.
@@ -92,6 +92,9 @@ func (s *Snapshotter) capture(id, name string) func(context.Context) error {
 		}
 		if err != nil {
 			return err
+		}
+		if r.Damaged != "" {
+			return nil // the repair captures it
 		}
 		stats, err := s.writeCapture(ctx, id, name, r)
 		if err != nil {

@@ -37,8 +37,11 @@ type ContentPlace interface {
 }
 
 const (
-	// abandoned is when an extraction whose storing has begun counts as given up.
-	abandoned = 10 * time.Minute
+	// abandoned is when an extraction counts as given up of which no download was
+	// heard, and storedLong when one does whose storing has begun: nobody tells of
+	// that, and 100 GB on a slow disk take an hour.
+	abandoned  = 10 * time.Minute
+	storedLong = time.Hour
 	// stalled is when a pull between two layers is no longer taken for busy.
 	stalled = 2 * time.Second
 	// forgotten is when a pull of which nothing was heard counts as given up.
@@ -209,7 +212,7 @@ func (p *placer) dropped(e *extract) {
 func (p *placer) resumed(id string, on placement.Tier) {
 	p.mu.Lock()
 	p.active[id] = &extract{
-		id: id, bound: true, since: time.Now(),
+		id: id, bound: true, since: time.Now().Add(abandoned - storedLong), // its client may be gone
 		decision: placement.Decision{Tier: on, Input: placement.Input{Layers: make([]placement.Layer, 1)}},
 	}
 	p.mu.Unlock()
@@ -325,7 +328,8 @@ func (p *placer) input(pl *pulling, i int) placement.Input {
 func (p *placer) began(ctx context.Context, e *extract, id string, on placement.Tier) {
 	p.mu.Lock()
 	e.id = id
-	if e.decision.Tier != on {
+	moved := e.decision.Tier != on
+	if moved {
 		e.decision.Tier, e.decision.Admitted = on, false
 		e.decision.Reason += "; NVM had no room for a directory"
 	}
@@ -339,7 +343,7 @@ func (p *placer) began(ctx context.Context, e *extract, id string, on placement.
 	p.announce(ctx, e, "prepared")
 	if e.bound {
 		p.bind(ctx, e)
-		e.unsaved = false // Prepare has written it
+		e.unsaved = moved // else Prepare has written it
 	}
 	p.mu.Unlock()
 	p.poke()

@@ -102,7 +102,7 @@ func (p *placer) expire(ctx context.Context) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for id, e := range p.active {
-		idle := time.Since(e.since) > abandoned
+		idle := time.Since(e.since) > storedLong
 		if !e.bound {
 			idle = time.Since(e.pulling.touched) > abandoned
 		}

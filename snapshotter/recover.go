@@ -60,43 +60,51 @@ func (s *Snapshotter) probe(ctx context.Context) (f host.Features, err error) {
 // restoreDatabase puts the copy of the database into an NVM root that has none.
 // An empty file is none too: bolt would begin a new database in it, and all
 // layers would be garbage.
-func (s *Snapshotter) restoreDatabase(ctx context.Context) (restored bool, err error) {
+func (s *Snapshotter) restoreDatabase(ctx context.Context) error {
 	path, saved := filepath.Join(s.tiers.Root(placement.NVM), databaseFile), s.path(databaseFile)
 	if st, err := os.Lstat(path); err == nil && st.Size() > 0 {
-		return false, nil
+		return nil
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return false, err
+		return err
 	}
 	in, err := os.Open(saved)
 	if errors.Is(err, os.ErrNotExist) {
 		// Without a database every layer would be garbage.
 		if empty, err := s.tiers.Empty(); err != nil || empty {
-			return false, err
+			return err
 		}
-		return false, fmt.Errorf("there are layers below %q and %q but no database, neither %q nor its copy %q; put one of them back, or empty both roots to begin anew: %w",
+		return fmt.Errorf("there are layers below %q and %q but no database, neither %q nor its copy %q; put one of them back, or empty both roots to begin anew: %w",
 			s.tiers.DataRoot(placement.NVM), s.tiers.DataRoot(placement.HDD), path, saved, errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
-		return false, fmt.Errorf("open the copy of the database: %w", err)
+		return fmt.Errorf("open the copy of the database: %w", err)
 	}
 	defer in.Close()
 	log.G(ctx).Warnf("NVM root %q holds no database: it was lost or replaced; restoring from the copy %q", s.tiers.Root(placement.NVM), saved)
+	// The mark comes first: a start that ends between the two must not sweep.
+	if err := tier.WriteFile(s.restoredMark(), func(*os.File) error { return nil }); err != nil {
+		return fmt.Errorf("restore database: %w", err)
+	}
 	err = tier.WriteFile(path, func(out *os.File) error {
 		_, err := io.Copy(out, in)
 		return err
 	})
 	if err != nil {
-		return false, fmt.Errorf("restore database: %w", err)
+		return fmt.Errorf("restore database: %w", err)
 	}
-	return true, nil
+	return nil
+}
+
+// restoredMark is a file that stands in the NVM root from a restore of the
+// database on: the copy may have been older than the store, so that what it does
+// not know is no garbage. Whoever is sure that it is deletes the file.
+func (s *Snapshotter) restoredMark() string {
+	return filepath.Join(s.tiers.Root(placement.NVM), "restored")
 }
 
 // recover takes up what an earlier run left: work that was not done, layers
 // that a crash may have torn, files that nothing refers to.
-//
-// After the database was restored from its copy, which may be a while old, what
-// it does not know is left alone until the next start.
-func (s *Snapshotter) recover(ctx context.Context, restored bool) error {
+func (s *Snapshotter) recover(ctx context.Context) error {
 	all, err := s.db.snapshots(ctx)
 	if err != nil {
 		return fmt.Errorf("read database: %w", err)
@@ -104,6 +112,11 @@ func (s *Snapshotter) recover(ctx context.Context, restored bool) error {
 	removed, err := s.db.removed(ctx)
 	if err != nil {
 		return fmt.Errorf("read database: %w", err)
+	}
+	// First what may take nothing that is being made: no work has begun.
+	found, err := s.inventory()
+	if err != nil {
+		return err
 	}
 	known := map[string]bool{}
 	damaged := false
@@ -129,7 +142,7 @@ func (s *Snapshotter) recover(ctx context.Context, restored bool) error {
 		known[id] = true
 		s.jobs.add("remove "+id, s.removal(id))
 	}
-	if err := s.sweep(ctx, known, restored); err != nil {
+	if err := s.sweep(ctx, found, known); err != nil {
 		return err
 	}
 	s.homing.kick()
@@ -152,7 +165,12 @@ func (s *Snapshotter) recoverActive(ctx context.Context, sn snapshot) error {
 	for _, t := range tier.Tiers {
 		if st, err := os.Lstat(s.tiers.Data(t, sn.ID)); err == nil && st.IsDir() {
 			log.G(ctx).WithField("id", sn.ID).Info("taking back an interrupted commit")
-			return s.tiers.Uncommit(sn.ID, t)
+			err := s.tiers.Uncommit(sn.ID, t)
+			if err == nil && isExtraction(sn.Info.Name) {
+				s.placer.resumed(sn.ID, t)
+				err = s.tiers.Link(sn.ID, t)
+			}
+			return err
 		}
 	}
 	log.G(ctx).WithField("id", sn.ID).Warnf("the writable directory of snapshot %q is gone", sn.Info.Name)
@@ -223,24 +241,19 @@ func (s *Snapshotter) recoverLayer(ctx context.Context, sn snapshot) (whole bool
 	return true, nil
 }
 
-// sweep deletes what no snapshot refers to. Only what carries a name of ours
-// goes; anything else is left alone and reported.
-//
-// Ids beyond the database's are never given out again, whatever becomes of
-// their files: bolt counts inside the transaction, so that one that was not
-// committed leaves its id to the next.
-func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool, spare bool) error {
+// inventory lists the names of all that stands in the store, and clears away
+// what an earlier run left half-made.
+func (s *Snapshotter) inventory() (map[string]bool, error) {
 	found, err := s.tiers.IDs()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i")} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
-			return fmt.Errorf("list %q: %w", dir, err)
+			return nil, fmt.Errorf("list %q: %w", dir, err)
 		}
 		for _, e := range entries {
-			// What an interrupted run left half-written has a name that begins with a dot.
 			if strings.HasPrefix(e.Name(), ".") {
 				os.Remove(filepath.Join(dir, e.Name()))
 				continue
@@ -248,6 +261,16 @@ func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool, spare bo
 			found[strings.TrimSuffix(e.Name(), ".erofs")] = true
 		}
 	}
+	return found, nil
+}
+
+// sweep deletes what no snapshot refers to. Only what carries a name of ours
+// goes; anything else is left alone and reported.
+//
+// Ids beyond the database's are never given out again, whatever becomes of
+// their files: bolt counts inside the transaction, so that one that was not
+// committed leaves its id to the next.
+func (s *Snapshotter) sweep(ctx context.Context, found, known map[string]bool) error {
 	var highest uint64
 	var garbage []string
 	for id := range found {
@@ -269,9 +292,9 @@ func (s *Snapshotter) sweep(ctx context.Context, known map[string]bool, spare bo
 	if err := s.db.passIDs(ctx, highest); err != nil {
 		return err
 	}
-	if spare && len(garbage) > 0 {
-		log.G(ctx).Warnf("the restored database does not know %d snapshots whose files stand in the store (ids %s); they are left until the daemon starts again",
-			len(garbage), strings.Join(garbage, ", "))
+	if _, err := os.Lstat(s.restoredMark()); err == nil && len(garbage) > 0 {
+		log.G(ctx).Warnf("the database was restored from an older copy and does not know %d snapshots whose files stand in the store (ids %s); if none of them is needed, delete %q and start again",
+			len(garbage), strings.Join(garbage, ", "), s.restoredMark())
 		return nil
 	}
 	for _, id := range garbage {
@@ -305,16 +328,42 @@ func (s *Snapshotter) dropFormerState(ctx context.Context) {
 // repairLater repairs a layer in the background. containerd may not be there
 // yet: then it is tried again.
 func (s *Snapshotter) repairLater(id, name string) {
-	repair := s.repair(id, name)
-	s.jobs.addUntilDone("repair "+id, func(ctx context.Context) error {
-		err := repair(ctx)
-		if err != nil && !errdefs.IsUnavailable(err) {
-			log.G(ctx).WithError(err).Error("a layer cannot be repaired")
-			return nil // nothing changes by itself; who needs the layer tries again
-		}
-		return err
-	})
+	s.jobs.addUntilDone("repair "+id, s.repair(id, name), errdefs.IsUnavailable)
 }
+
+// condemn marks the layers damaged that may have lost something when a tier
+// reported an error: all that are not durable. Captures stand on HDD, so an
+// error there concerns every layer.
+func (s *Snapshotter) condemn(ctx context.Context, t placement.Tier, why string) {
+	all, err := s.db.snapshots(ctx)
+	if err != nil {
+		log.G(ctx).WithError(err).Error("cannot tell which layers an error of a device concerns")
+		return
+	}
+	for _, sn := range all {
+		committed := sn.Info.Kind == snapshots.KindCommitted
+		if sn.Durable || sn.Damaged != "" || (!committed && !isExtraction(sn.Info.Name)) || (t == placement.NVM && sn.Tier != t) {
+			continue
+		}
+		err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Damaged, r.Captured, r.Durable = why, false, false })
+		if err != nil {
+			log.G(ctx).WithError(err).Error("cannot record that a layer is damaged")
+			continue
+		}
+		if !committed {
+			continue // its commit sees to it
+		}
+		if sn.Repairs >= mostRepairs {
+			log.G(ctx).Errorf("layer %q was rebuilt %d times and its device fails again; it is left to who needs it", sn.Info.Name, sn.Repairs)
+			continue
+		}
+		s.repairLater(sn.ID, sn.Info.Name)
+	}
+	s.detachTrees(ctx)
+}
+
+// mostRepairs bounds how often a layer is rebuilt without being asked for.
+const mostRepairs = 3
 
 // repair rebuilds a layer on HDD from its blob in the content store.
 func (s *Snapshotter) repair(id, name string) func(context.Context) error {
@@ -327,6 +376,9 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 			return err
 		}
 		err = s.rebuild(ctx, id, name, r)
+		if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+		}
 		if errdefs.IsUnavailable(err) {
 			return fmt.Errorf("layer %q is damaged, %s, and waits for containerd to be rebuilt: %w", name, r.Damaged, err)
 		}
@@ -335,7 +387,8 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 				name, r.Damaged, err, errdefs.ErrDataLoss)
 		}
 		err = s.db.updateRecord(ctx, id, func(r *record) {
-			r.Damaged, r.Tier, r.Boot, r.Home = "", placement.HDD, s.config.BootID, false
+			r.Damaged, r.Tier, r.Boot, r.Home, r.Durable, r.Captured = "", placement.HDD, s.config.BootID, false, false, false
+			r.Repairs++
 		})
 		if err != nil {
 			return err
@@ -372,26 +425,22 @@ func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) er
 		return err
 	}
 	parents := s.ownDirs(ids[1:])
-	if err := errors.Join(unmount(s.state("t", id)), s.tiers.Remove(id)); err != nil {
-		return err
-	}
-	for _, image := range s.treeImages(id) {
-		os.Remove(image)
-	}
 	staged, err := s.tiers.Prestage(placement.HDD, 0, 0)
 	if err != nil {
 		return err
 	}
-	if err := s.tiers.Stage(id, placement.HDD, staged); err != nil {
-		return errors.Join(err, s.tiers.Unprestage(placement.HDD, staged))
-	}
+	defer func() {
+		if e := s.tiers.Unprestage(placement.HDD, staged); e != nil {
+			log.G(ctx).WithError(e).Warn("cannot clear up after a rebuild")
+		}
+	}()
 	sum := digest.Canonical.Digester()
 	in := io.TeeReader(tar, sum.Hash())
 	opts := []archive.ApplyOpt{archive.WithConvertWhiteout(archive.OverlayConvertWhiteout)}
 	if len(parents) > 0 {
 		opts = append(opts, archive.WithParents(parents))
 	}
-	if _, err := archive.Apply(ctx, filepath.Join(s.tiers.Staging(placement.HDD, id), "fs"), in, opts...); err != nil {
+	if _, err := archive.Apply(ctx, filepath.Join(s.tiers.Staging(placement.HDD, staged), "fs"), in, opts...); err != nil {
 		return err
 	}
 	if _, err := io.Copy(io.Discard, in); err != nil {
@@ -399,6 +448,16 @@ func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) er
 	}
 	if got := sum.Digest(); got != layer.DiffID {
 		return fmt.Errorf("blob %s unpacks to %s, not %s", layer.Digest, got, layer.DiffID)
+	}
+	// Only now the old one goes: until here it may have been better than nothing.
+	if err := errors.Join(unmount(s.state("t", id)), s.tiers.Remove(id)); err != nil {
+		return err
+	}
+	for _, image := range s.treeImages(id) {
+		os.Remove(image)
+	}
+	if err := s.tiers.Stage(id, placement.HDD, staged); err != nil {
+		return err
 	}
 	_, err = s.tiers.Commit(id)
 	return err

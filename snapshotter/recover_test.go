@@ -92,8 +92,12 @@ func crashed(t *testing.T, d *downloads) (dir, name, id string) {
 	s := start(t, dir, func(c *Config) { c.Downloads = d })
 	name, id = storeLayer(t, s, d, "hello")
 	awaitRecord(t, s, id, func(r record) bool { return r.Durable })
-	require.NoError(t, s.db.updateRecord(t.Context(), id, func(r *record) { r.Durable = false }))
 	require.NoError(t, s.Close())
+	// A daemon that ends in order syncs what is left; this one did not.
+	db, err := openDatabase(t.Context(), s.tiers.Root(placement.NVM))
+	require.NoError(t, err)
+	require.NoError(t, db.updateRecord(t.Context(), id, func(r *record) { r.Durable = false }))
+	require.NoError(t, db.ms.Close())
 	// What a power cut leaves of a file that was never synced.
 	require.NoError(t, os.Truncate(filepath.Join(s.tiers.Data(placement.NVM, id), "file"), 0))
 	return dir, name, id
@@ -280,4 +284,80 @@ func TestStoreWithoutDatabaseIsRefused(t *testing.T) {
 	require.True(t, errdefs.IsFailedPrecondition(err), err)
 	require.ErrorContains(t, err, "no database")
 	require.FileExists(t, filepath.Join(s.tiers.Data(placement.NVM, id), "file"), "a layer was taken for garbage")
+}
+
+// Who needs a layer that cannot be repaired must hear so, also when the repair
+// was begun in the background.
+func TestJoinedRepairTellsItsError(t *testing.T) {
+	d := newDownloads(1000)
+	dir, name, id := crashed(t, d)
+	s := start(t, dir, func(c *Config) { c.Downloads, c.BootID = d, "after the crash" })
+	for range 50 {
+		s.repairLater(id, name)
+		_, err := read(t, s, name, "file")
+		require.True(t, errdefs.IsDataLoss(err), err)
+	}
+	r, err := s.db.record(t.Context(), id)
+	require.NoError(t, err)
+	require.False(t, r.Captured)
+	require.False(t, r.Durable)
+}
+
+// What a device could not write is never served: it is rebuilt, or refused.
+func TestErrorOfADeviceCondemns(t *testing.T) {
+	d := newDownloads(1000)
+	s := start(t, t.TempDir(), func(c *Config) { c.Downloads = d })
+	name, id := storeLayer(t, s, d, "hello")
+	awaitRecord(t, s, id, func(r record) bool { return r.Durable })
+	s.condemn(t.Context(), placement.HDD, "no")
+	r, err := s.db.record(t.Context(), id)
+	require.NoError(t, err)
+	require.Empty(t, r.Damaged, "a durable layer has nothing to lose")
+
+	require.NoError(t, s.db.updateRecord(t.Context(), id, func(r *record) { r.Durable = false }))
+	d.blobs[d.chainID(0)] = oneFile(t, "file", "hello")
+	require.NoError(t, os.Truncate(filepath.Join(s.tiers.Data(placement.NVM, id), "file"), 0))
+	s.condemn(t.Context(), placement.HDD, "the disk is bad")
+	got, err := read(t, s, name, "file")
+	require.NoError(t, err)
+	require.Equal(t, "hello", got)
+	awaitRecord(t, s, id, func(r record) bool { return r.Durable && r.Damaged == "" && r.Repairs == 1 })
+}
+
+// A machine that goes down in order loses nothing, however young.
+func TestCloseMakesDurable(t *testing.T) {
+	dir, d := t.TempDir(), newDownloads(1000)
+	s := start(t, dir, func(c *Config) { c.Downloads = d })
+	d.arrive(0)
+	key, upper := prepareLayer(t, s, d, 0, "")
+	require.NoError(t, os.WriteFile(filepath.Join(upper, "file"), []byte("hello"), 0o644))
+	name := commitLayer(t, s, d, 0, key)
+	require.NoError(t, s.Close())
+	s = start(t, dir, func(c *Config) { c.Downloads, c.BootID = d, "another boot" })
+	got, err := read(t, s, name, "file")
+	require.NoError(t, err)
+	require.Equal(t, "hello", got)
+}
+
+// The copy of the database may be older than the store: what it does not know
+// is no garbage, at no later start either.
+func TestRestoredDatabaseSparesTheUnknown(t *testing.T) {
+	dir, d := t.TempDir(), newDownloads(1000)
+	s := start(t, dir, func(c *Config) { c.Downloads = d })
+	storeLayer(t, s, d, "hello")
+	require.NoError(t, s.Close())
+	require.NoError(t, os.Remove(s.db.path))
+	newer := filepath.Join(s.tiers.DataRoot(placement.HDD), "4242")
+	require.NoError(t, mkdirs(newer))
+	for range 2 {
+		s = start(t, dir, func(c *Config) { c.Downloads = d })
+		require.NoError(t, s.Close())
+		require.DirExists(t, newer)
+	}
+	require.NoError(t, os.Remove(s.restoredMark()))
+	start(t, dir, func(c *Config) { c.Downloads = d })
+	require.Eventually(t, func() bool {
+		_, err := os.Lstat(newer)
+		return os.IsNotExist(err)
+	}, awaitFor, awaitEvery)
 }

@@ -136,8 +136,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.features, err = s.probe(ctx); err != nil {
 		return nil, err
 	}
-	restored, err := s.restoreDatabase(ctx)
-	if err != nil {
+	if err := s.restoreDatabase(ctx); err != nil {
 		return nil, err
 	}
 	if s.db, err = openDatabase(ctx, s.tiers.Root(placement.NVM)); err != nil {
@@ -160,7 +159,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	s.syncer.start()
 	s.homing.start()
 	s.placer.start()
-	if err := s.recover(ctx, restored); err != nil {
+	if err := s.recover(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -186,6 +185,7 @@ func (s *Snapshotter) Close() (err error) {
 		if e := s.db.copyTo(context.Background(), s.path(databaseFile)); e != nil {
 			log.L.WithError(e).Warn("the copy of the database on HDD is out of date")
 		}
+		s.syncer.final(context.Background())
 		s.jobs.close()
 		s.syncer.close()
 		err = errors.Join(s.mirror.close(), s.db.ms.Close(), s.tiers.Close())
@@ -235,7 +235,7 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 		du, err := fs.DiskUsage(ctx, filepath.Join(s.tiers.Staging(t, id), "fs"))
 		return snapshots.Usage(du), err
 	}
-	if err := s.captured(ctx, key); err != nil {
+	if err := s.bounded(ctx, func(ctx context.Context) error { return s.captured(ctx, key) }); err != nil {
 		return snapshots.Usage{}, err
 	}
 	r, err := s.db.record(ctx, id)
@@ -286,7 +286,7 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 // nothing here may call it.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	var id string
-	var committed bool
+	var committed, damaged bool
 	var on placement.Tier
 	start := time.Now()
 	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) (err error) {
@@ -316,6 +316,7 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		if decision != nil {
 			r.Decision = decision
 		}
+		damaged = r.Damaged != ""
 		return putRecord(tx, id, r)
 	})
 	if err != nil {
@@ -326,7 +327,11 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	s.placer.committed(id, on)
 	s.mirror.changed()
-	s.settle(id, name)
+	if damaged {
+		s.repairLater(id, name)
+	} else {
+		s.settle(id, name)
+	}
 	log.G(ctx).WithFields(log.Fields{"id": id, "name": name, "tier": on.String(), "took": time.Since(start)}).Debug("committed")
 	return nil
 }

@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 
@@ -31,7 +33,6 @@ type syncer struct {
 
 	mu      sync.Mutex
 	pending map[string]*unsynced
-	lost    error // what a sync for somebody else has reported
 }
 
 type unsynced struct {
@@ -194,43 +195,23 @@ func (y *syncer) sync(ctx context.Context) {
 		onNVM = onNVM || u.tier == placement.NVM
 	}
 	y.mu.Unlock()
-	var err error
-	if onNVM {
-		err = y.flush(placement.NVM)
+	if onNVM && y.flush(ctx, placement.NVM) != nil {
+		return
 	}
-	if err == nil { // captures stand on HDD whatever the tier of the data
-		err = y.flush(placement.HDD)
+	// Captures stand on HDD whatever the tier of the data.
+	if y.flush(ctx, placement.HDD) != nil {
+		return
 	}
-	y.mu.Lock()
-	err = errors.Join(err, y.lost)
-	y.lost = nil
-	y.mu.Unlock()
 	for _, u := range batch {
-		if err == nil {
-			err = y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Durable = true })
-			continue
+		if err := y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Durable = r.Damaged == "" }); err != nil {
+			log.G(ctx).WithError(err).Error("cannot record that a layer is durable; trying again")
+			return
 		}
-		if errdefs.IsUnavailable(err) {
-			return // the store is closed
-		}
-		// The kernel has taken the pages for clean that it could not write: a second
-		// sync would succeed and prove nothing.
-		log.G(ctx).WithError(err).Errorf("layer %q may not have reached its device and will be rebuilt", u.name)
-		damage := fmt.Sprintf("its device reported an error while it was written (%v)", err)
-		if err := y.s.db.updateRecord(ctx, u.id, func(r *record) { r.Damaged, r.Captured = damage, false }); err != nil {
-			log.G(ctx).WithError(err).Error("cannot record that a layer is damaged")
-		}
-		y.s.repairLater(u.id, u.name)
-	}
-	y.mu.Lock()
-	for _, u := range batch {
+		y.mu.Lock()
 		if y.pending[u.id] == u {
 			delete(y.pending, u.id)
 		}
-	}
-	y.mu.Unlock()
-	if err != nil {
-		return
+		y.mu.Unlock()
 	}
 	log.G(ctx).WithField("layers", len(batch)).Debug("durable")
 	y.s.rates.save(ctx)
@@ -238,25 +219,45 @@ func (y *syncer) sync(ctx context.Context) {
 	y.s.homing.kick()
 }
 
-// flush syncs a tier. The kernel reports a loss once: whoever hears of it, the
-// layers that wait for their sync are concerned.
-func (y *syncer) flush(t placement.Tier) error {
+// flush syncs a tier. An error means that something was lost that was written
+// there and not durable yet; the kernel takes the pages that it could not write
+// for clean, so that a second sync would succeed and prove nothing.
+func (y *syncer) flush(ctx context.Context, t placement.Tier) error {
 	err := y.s.tiers.Sync(t)
 	if err != nil && !errdefs.IsUnavailable(err) {
+		log.G(ctx).WithError(err).Errorf("what was written to %s may not be there", t)
+		y.s.condemn(ctx, t, fmt.Sprintf("its device reported an error while it was written (%v)", err))
 		y.mu.Lock()
-		y.lost = err
+		clear(y.pending)
 		y.mu.Unlock()
 	}
 	return err
 }
 
-// close ends the syncer, after one sync of what waits: a machine that goes down
-// in order loses nothing.
+// final syncs everything once when the daemon ends, so that a machine that goes
+// down in order loses nothing, captured or not.
+func (y *syncer) final(ctx context.Context) {
+	all, err := y.s.db.snapshots(ctx)
+	if err != nil {
+		log.G(ctx).WithError(err).Error("cannot read the database for the last sync")
+		return
+	}
+	all = slices.DeleteFunc(all, func(sn snapshot) bool {
+		return sn.Info.Kind != snapshots.KindCommitted || sn.Durable || sn.Damaged != ""
+	})
+	if len(all) == 0 || y.flush(ctx, placement.NVM) != nil || y.flush(ctx, placement.HDD) != nil {
+		return
+	}
+	for _, sn := range all {
+		if err := y.s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Durable = r.Damaged == "" }); err != nil {
+			log.G(ctx).WithError(err).Error("cannot record that a layer is durable")
+		}
+	}
+}
+
+// close ends the syncer.
 func (y *syncer) close() {
 	y.cancel()
 	<-y.done
-	if y.waiting() > 0 {
-		y.sync(context.Background())
-	}
 	y.s.rates.save(context.Background())
 }

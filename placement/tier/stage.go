@@ -37,16 +37,13 @@ func (s *Store) Unprestage(t placement.Tier, name string) error {
 	return os.RemoveAll(s.Staging(t, name))
 }
 
-// Stage gives a prestaged directory to a snapshot, by one rename.
+// Stage gives a prestaged directory to a snapshot, by one rename. What a
+// transaction that did not come to its end left under the same id goes first.
 func (s *Store) Stage(id string, t placement.Tier, name string) error {
-	err := os.Rename(s.Staging(t, name), s.Staging(t, id))
-	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
-		// Left by a transaction that did not come to its end; the id was given out again.
-		if err = os.RemoveAll(s.Staging(t, id)); err == nil {
-			err = os.Rename(s.Staging(t, name), s.Staging(t, id))
-		}
+	if err := s.Unstage(id); err != nil {
+		return fmt.Errorf("clear staging directory of %q: %w", id, err)
 	}
-	if err != nil {
+	if err := os.Rename(s.Staging(t, name), s.Staging(t, id)); err != nil {
 		return fmt.Errorf("give snapshot %q its staging directory: %w", id, err)
 	}
 	return nil

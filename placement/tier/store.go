@@ -24,6 +24,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -38,11 +39,12 @@ var Tiers = [...]placement.Tier{placement.NVM, placement.HDD}
 
 // Store is the pair of roots.
 type Store struct {
-	roots  [2]string // by placement.Tier
-	state  string
-	id     string
-	former string
-	pins   [2]*os.File // by placement.Tier
+	roots    [2]string // by placement.Tier
+	state    string
+	id       string
+	former   string
+	pins     [2]*os.File     // by placement.Tier
+	failures [2]atomic.Int64 // of Sync, by placement.Tier
 }
 
 // Open prepares the two roots and checks that they belong together. Both must
@@ -168,6 +170,9 @@ func (s *Store) pair() error {
 			return fmt.Errorf("read the store id of the %s root: %w", t, err)
 		}
 		ids[t] = strings.TrimSpace(string(b))
+		if strings.ContainsAny(ids[t], "/.\x00") { // it becomes the name of a directory
+			return fmt.Errorf("store id %q of the %s root is damaged; put back the id of the other root's file %s: %w", ids[t], t, storeIDFile, errdefs.ErrFailedPrecondition)
+		}
 	}
 	h, n := ids[placement.HDD], ids[placement.NVM]
 	switch {
@@ -271,10 +276,15 @@ func (s *Store) Sync(t placement.Tier) error {
 		return fmt.Errorf("sync %s: the store is closed: %w", t, errdefs.ErrUnavailable)
 	}
 	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		s.failures[t].Add(1)
 		return fmt.Errorf("sync the filesystem of %q: %w", s.roots[t], err)
 	}
 	return nil
 }
+
+// Failures counts the errors of [Store.Sync] of a tier. Who writes and syncs
+// compares it before and after: the error may have been reported to another.
+func (s *Store) Failures(t placement.Tier) int64 { return s.failures[t].Load() }
 
 // SameFilesystem reports that both roots stand on one filesystem, which is of
 // use for nothing but a trial.
