@@ -316,24 +316,32 @@ func walk(ctx context.Context, tx *bolt.Tx, fn snapshots.WalkFunc, filters ...st
 	return storage.WalkInfo(ctx, fn, filters...)
 }
 
-// chain lists the snapshot ids from name downwards: itself first, the bottom last.
-func chain(ctx context.Context, name string) (ids []string, err error) {
-	for name != "" {
-		id, info, _, err := storage.GetInfo(ctx, name)
-		if err != nil {
-			return nil, err
+// lineage lists the snapshots from name downwards: itself first, the bottom last.
+func (d *database) lineage(ctx context.Context, name string) (all []snapshot, err error) {
+	err = d.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		for name != "" {
+			id, info, _, err := storage.GetInfo(ctx, name)
+			if err != nil {
+				return err
+			}
+			r, err := getRecord(tx, id)
+			if err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+			all = append(all, snapshot{ID: id, Info: info, record: r})
+			name = info.Parent
 		}
-		ids = append(ids, id)
-		name = info.Parent
-	}
-	return ids, nil
+		return nil
+	})
+	return all, err
 }
 
+// chain lists the ids of a lineage.
 func (d *database) chain(ctx context.Context, name string) (ids []string, err error) {
-	err = d.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
-		ids, err = chain(ctx, name)
-		return err
-	})
+	all, err := d.lineage(ctx, name)
+	for _, sn := range all {
+		ids = append(ids, sn.ID)
+	}
 	return ids, err
 }
 

@@ -169,26 +169,15 @@ func (s *Snapshotter) parentCaptures(ctx context.Context, name string) (tree.Cha
 
 // intact makes sure that no layer of a chain is damaged, and has repaired those that are.
 func (s *Snapshotter) intact(ctx context.Context, name string) error {
-	type layer struct{ id, name string }
-	var damaged []layer
-	err := s.db.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
-		for n := name; n != ""; {
-			id, info, _, err := storage.GetInfo(ctx, n)
-			if err != nil {
-				return err
-			}
-			if r, err := getRecord(tx, id); err == nil && r.Damaged != "" {
-				damaged = append(damaged, layer{id, n})
-			}
-			n = info.Parent
-		}
-		return nil
-	})
+	layers, err := s.db.lineage(ctx, name)
 	if err != nil {
 		return err
 	}
-	for _, l := range damaged {
-		if err := s.jobs.do(ctx, "repair "+l.id, s.repair(l.id, l.name)); err != nil {
+	for _, l := range layers {
+		if l.Damaged == "" {
+			continue
+		}
+		if err := s.jobs.do(ctx, "repair "+l.ID, s.repair(l.ID, l.Info.Name)); err != nil {
 			return err
 		}
 	}
@@ -198,28 +187,17 @@ func (s *Snapshotter) intact(ctx context.Context, name string) error {
 // captures are the capture files of the chain that ends in the named layer,
 // bottom first; missing ones are made.
 func (s *Snapshotter) captures(ctx context.Context, name string) (tree.Chain, error) {
-	var names, ids []string
-	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) error {
-		for n := name; n != ""; {
-			id, info, _, err := storage.GetInfo(ctx, n)
-			if err != nil {
-				return err
-			}
-			names, ids, n = append(names, n), append(ids, id), info.Parent
-		}
-		return nil
-	})
+	layers, err := s.db.lineage(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	slices.Reverse(names)
-	slices.Reverse(ids)
-	c := make(tree.Chain, len(names))
-	for i := range names {
-		if err := s.captured(ctx, names[i]); err != nil {
+	slices.Reverse(layers)
+	c := make(tree.Chain, len(layers))
+	for i, l := range layers {
+		if err := s.captured(ctx, l.Info.Name); err != nil {
 			return nil, err
 		}
-		c[i] = s.capturePath(ids[i])
+		c[i] = s.capturePath(l.ID)
 	}
 	return c, nil
 }
