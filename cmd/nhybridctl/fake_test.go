@@ -30,7 +30,10 @@ const (
 var moment = timestamppb.New(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
 
 // backend is a daemon with one image of three layers, of which the topmost is not unpacked.
-type backend struct{ events []*control.Event }
+type backend struct {
+	control.HotBackend
+	events []*control.Event
+}
 
 func layers() []*control.Layer {
 	return []*control.Layer{

@@ -28,6 +28,8 @@ type Backend interface {
 	Usage(ctx context.Context, r *UsageRequest) (*UsageResponse, error)
 	// Watch calls send for the running pulls and then for what happens, until ctx ends, which is no error.
 	Watch(ctx context.Context, r *WatchRequest, send func(*Event) error) error
+
+	HotBackend
 }
 
 // NewDecision turns a decision of a policy into a message. Time, image and swings are the caller's to set.

@@ -2,7 +2,7 @@
 # Copyright The nhybrid Authors.
 # SPDX-License-Identifier: Apache-2.0
 #
-# Generates control.pb.go and control_grpc.pb.go. Needs protoc (Debian: protobuf-compiler); the plugins are built at
+# Generates *.pb.go of *.proto. Needs protoc (Debian: protobuf-compiler); the plugins are built at
 # the versions below into a directory of their own, so that no other ones on the PATH can get in.
 set -eu
 cd "$(dirname "$0")"
@@ -21,6 +21,6 @@ GOBIN=$bin GOFLAGS=-mod=mod go install "google.golang.org/grpc/cmd/protoc-gen-go
 # protoc's own version would stand in the output, and differ from one machine to the next for nothing.
 protoc --plugin="$bin/protoc-gen-go" --plugin="$bin/protoc-gen-go-grpc" \
 	--go_out=. --go_opt=paths=source_relative \
-	--go-grpc_out=. --go-grpc_opt=paths=source_relative control.proto
-sed -i -E '/^\/\/[[:space:]]+(- )?protoc[[:space:]]+v/d' control.pb.go control_grpc.pb.go
-gofmt -w control.pb.go control_grpc.pb.go
+	--go-grpc_out=. --go-grpc_opt=paths=source_relative control.proto hot.proto
+sed -i -E '/^\/\/[[:space:]]+(- )?protoc[[:space:]]+v/d' *.pb.go
+gofmt -w *.pb.go

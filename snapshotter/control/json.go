@@ -14,11 +14,13 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/nhybrid/nhybrid/hif/profile"
 )
 
 // JSON writes a message for scripts: every field under its name in control.proto, zero values included, sizes as
 // numbers, times as RFC 3339. (protojson writes 64-bit numbers as strings, which jq cannot add up.) Absent messages and
-// times are null.
+// times are null. Bytes are paths and stand as in profiles: {"base64": "…"} where they are not UTF-8.
 func JSON(m proto.Message) ([]byte, error) {
 	var b bytes.Buffer
 	if err := appendMessage(&b, m.ProtoReflect()); err != nil {
@@ -95,6 +97,8 @@ func appendAny(b *bytes.Buffer, v protoreflect.Value) error {
 	switch x := v.Interface().(type) {
 	case protoreflect.Message:
 		return appendMessage(b, x)
+	case []byte:
+		return appendValue(b, profile.Path(x))
 	case float64:
 		if math.IsNaN(x) || math.IsInf(x, 0) { // JSON has neither
 			return appendValue(b, nil)

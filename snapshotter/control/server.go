@@ -48,6 +48,7 @@ func NewServer(backend Backend, info Info) *Server {
 		service: &service{backend: backend, info: info, started: time.Now(), ctx: ctx, stop: stop},
 	}
 	RegisterControlServer(s.grpc, s.service)
+	RegisterHotServer(s.grpc, &hotService{backend: backend, ctx: ctx})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
 	s.SetServing(false)
@@ -62,6 +63,7 @@ func (s *Server) SetServing(ready bool) {
 	}
 	s.health.SetServingStatus("", state)
 	s.health.SetServingStatus(Control_ServiceDesc.ServiceName, state)
+	s.health.SetServingStatus(Hot_ServiceDesc.ServiceName, state)
 }
 
 // Serve answers on l until Stop.
@@ -118,13 +120,19 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-// Dial makes a client for the socket at path. It connects at the first call, whose errors are errdefs' through Error.
-func Dial(path string) (ControlClient, func() error, error) {
+// Client asks both services of a socket.
+type Client struct {
+	ControlClient
+	HotClient
+}
+
+// Dial makes a client for the socket at path. It connects at the first call, whose errors are errdefs' through errgrpc.
+func Dial(path string) (Client, func() error, error) {
 	c, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return nil, nil, fmt.Errorf("dial %q: %w", path, err)
+		return Client{}, nil, fmt.Errorf("dial %q: %w", path, err)
 	}
-	return NewControlClient(c), c.Close, nil
+	return Client{NewControlClient(c), NewHotClient(c)}, c.Close, nil
 }
 
 type service struct {

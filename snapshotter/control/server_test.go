@@ -28,6 +28,7 @@ import (
 
 // failing answers everything with err, and a watch with nothing until it is cancelled.
 type failing struct {
+	HotBackend
 	err     error
 	watched chan struct{}
 }
