@@ -30,6 +30,7 @@ const (
 // manifest is what is needed of an image's manifest and config. It never changes, as it is named by its digest.
 type manifest struct {
 	digest  digest.Digest
+	config  ocispec.Descriptor
 	layers  []LayerInfo
 	history []string
 }
@@ -132,7 +133,9 @@ func parse(ctx context.Context, cs content.Store, i content.Info) (b blob, lasti
 	if err != nil {
 		return blob{}, false, err
 	}
-	b.manifest = combine(i.Digest, m.Layers, text)
+	if b.manifest = combine(i.Digest, m.Layers, text); b.manifest != nil {
+		b.manifest.config = m.Config
+	}
 	return b, true, nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // LayerInfo is one layer as manifest and config name it.
@@ -39,6 +40,8 @@ type Image struct {
 	Layers    []LayerInfo // bottom first, at least one
 	History   []string    // what made each layer ("RUN …"); "" where the config does not tell
 	Started   time.Time   // when the manifest arrived
+
+	config ocispec.Descriptor
 
 	mu   sync.Mutex
 	seen []arrival // by layer
@@ -245,7 +248,7 @@ func (w *Watcher) names(ctx context.Context, cs content.Store, is images.Store) 
 }
 
 func newImage(ns string, m *manifest, i content.Info) *Image {
-	return &Image{Namespace: ns, Manifest: m.digest, Layers: m.layers, History: m.history, Started: i.CreatedAt, seen: make([]arrival, len(m.layers))}
+	return &Image{Namespace: ns, Manifest: m.digest, config: m.config, Layers: m.layers, History: m.history, Started: i.CreatedAt, seen: make([]arrival, len(m.layers))}
 }
 
 // bestName picks a name for people: of the image store, else from the snapshot's label, else where containerd fetched it from.

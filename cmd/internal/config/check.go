@@ -21,6 +21,8 @@ const (
 	maxRoot = 255
 	// unix(7): sun_path holds 108 bytes with the closing NUL.
 	maxSocket = 107
+	// A part of a file is 64 KiB.
+	leastPart = 128 << 10
 )
 
 // Check tells what is wrong with c without touching the machine: the first fault, in one line with its cure.
@@ -65,10 +67,16 @@ func (c Config) Check() error {
 	if err := checkPolicy(c.Placement.Policy); err != nil {
 		return err
 	}
+	if err := c.Hot.check(); err != nil {
+		return err
+	}
 	for _, d := range []struct {
 		key string
 		d   Duration
-	}{{"containerd.timeout", c.Containerd.Timeout}, {"placement.poll_interval", c.Placement.PollInterval}} {
+	}{
+		{"containerd.timeout", c.Containerd.Timeout}, {"placement.poll_interval", c.Placement.PollInterval},
+		{"hot.quiet", c.Hot.Quiet}, {"hot.window", c.Hot.Window},
+	} {
 		if time.Duration(d.d) < time.Millisecond { // a bare number in the file counts as nanoseconds
 			return invalid("%s: %v is too short; give a number with a unit of ms, s, m or h", d.key, d.d)
 		}
@@ -82,6 +90,29 @@ func (c Config) Check() error {
 		return invalid("snapshot.upper_tier: %q is neither nvm nor hdd", c.Snapshot.UpperTier)
 	case c.Background.Workers < 1:
 		return invalid("background.workers: %d is too few; at least 1 is needed", c.Background.Workers)
+	}
+	return nil
+}
+
+func (h Hot) check() error {
+	switch {
+	case h.Predict != "files" && h.Predict != "layers" && h.Predict != "off":
+		return invalid("hot.predict: %q is none of files, layers, off", h.Predict)
+	case h.Rate < 0:
+		return invalid("hot.rate: is negative; give a rate such as \"50MB/s\", or \"0\"")
+	case h.Operations < 0:
+		return invalid("hot.operations: %d is negative; give a number of files a second, or 0", h.Operations)
+	case h.HighWatermark < 1 || h.HighWatermark > 100:
+		return invalid("hot.high_watermark: %d is not a share from 1 to 100 per cent", h.HighWatermark)
+	case h.LowWatermark < 1 || h.LowWatermark > h.HighWatermark:
+		return invalid("hot.low_watermark: %d is not a share from 1 per cent to high_watermark, %d", h.LowWatermark, h.HighWatermark)
+	case h.Parts.Percent != 0 || (h.Parts.Bytes != 0 && h.Parts.Bytes < leastPart):
+		return invalid("hot.parts: %s is not a size from %s on; give one such as \"1MiB\", or \"0\"", h.Parts, FormatSize(leastPart))
+	}
+	for host := range strings.SplitSeq(h.PlainHTTP, ",") {
+		if h.PlainHTTP != "" && (strings.TrimSpace(host) == "" || strings.Contains(host, "/")) {
+			return invalid("hot.plain_http: %q is not a list of host:port, separated by commas", h.PlainHTTP)
+		}
 	}
 	return nil
 }

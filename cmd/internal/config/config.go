@@ -10,6 +10,7 @@ package config
 import (
 	"bytes"
 	"fmt"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 )
@@ -39,6 +40,7 @@ type Config struct {
 	Placement  Placement  `toml:"placement" comment:"Which layer goes to which tier."`
 	Snapshot   Snapshot   `toml:"snapshot" comment:"Writable snapshots of containers."`
 	Background Background `toml:"background" comment:"Work that is done after containerd has its answer."`
+	Hot        Hot        `toml:"hot" comment:"Hot image files: what starts of containers need stays on NVM, the rest goes to HDD."`
 }
 
 // Containerd says how to reach containerd.
@@ -68,6 +70,22 @@ type Background struct {
 	WriteBackRate Rate `toml:"write_back_rate" comment:"Most bytes a second that this copying may write. \"0\": no limit."`
 }
 
+// Hot says how hot files are found and moved.
+type Hot struct {
+	Trace         bool     `toml:"trace" comment:"true: the starts of containers are traced, and what they open is written to the profile of the image."`
+	Quiet         Duration `toml:"quiet" comment:"A start is over when for so long no file was opened for the first time,"`
+	Window        Duration `toml:"window" comment:"or so long after its first open, or by nhybridctl profile ready."`
+	Predict       string   `toml:"predict" comment:"What an image without a profile is guessed to need: files (analysis of its command, libraries and language runtime),\nlayers (whole layers that hold an execution engine or application), off."`
+	FetchProfiles bool     `toml:"fetch_profiles" comment:"true: the registry of a new image is asked for a profile, with the credentials of docker's configuration of this user."`
+	PlainHTTP     string   `toml:"plain_http" comment:"Registries that are asked over HTTP without TLS, as host:port, separated by commas. Those on localhost always are."`
+	Migrate       bool     `toml:"migrate" comment:"true: after the first start of an image its cold files leave NVM and hot files come up."`
+	Rate          Rate     `toml:"rate" comment:"Most bytes a second that are read from the HDD for files that come up. \"0\": no limit."`
+	Operations    int      `toml:"operations" comment:"Most files a second that are moved. 0: no limit."`
+	HighWatermark int      `toml:"high_watermark" comment:"Per cent of NVM without the reserve above which files leave that are hot, too, those of least use first;"`
+	LowWatermark  int      `toml:"low_watermark" comment:"until so much is in use. Nothing comes up above it."`
+	Parts         Space    `toml:"parts" comment:"Of hot files from this size on only the parts that starts touch stay on NVM. \"0\": files stay whole.\nNeeds Linux 6.12, and an NVM filesystem without DAX."`
+}
+
 // Default is the configuration of a daemon that was told nothing.
 func Default() Config {
 	return Config{
@@ -90,6 +108,12 @@ func Default() Config {
 		},
 		Snapshot:   Snapshot{UpperTier: "nvm"},
 		Background: Background{Workers: 2, WriteBack: true, WriteBackRate: 50_000_000},
+		Hot: Hot{
+			Trace: true, Quiet: Duration(5 * time.Second), Window: Duration(time.Minute),
+			Predict: "files", FetchProfiles: true,
+			Migrate: true, Rate: 50_000_000, Operations: 2000, HighWatermark: 90, LowWatermark: 80,
+			Parts: Space{Bytes: 1 << 20},
+		},
 	}
 }
 
