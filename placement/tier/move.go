@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -22,27 +23,29 @@ type Standing struct{ NVM, HDD int64 }
 
 // Stands looks a file up by its redirect, "/<layer id>/<path>".
 func (s *Store) Stands(redirect string) (Standing, error) {
-	if err := checkRedirect(redirect); err != nil {
-		return Standing{}, err
-	}
 	at := Standing{-1, -1}
-	for _, t := range Tiers {
-		st, err := os.Lstat(filepath.Join(s.DataRoot(t), redirect))
-		switch {
-		case errors.Is(err, os.ErrNotExist):
-			continue
-		case err != nil:
-			return at, fmt.Errorf("look up %q on %s: %w", redirect, t, err)
-		case !st.Mode().IsRegular():
-			return at, fmt.Errorf("%q on %s is no regular file: %w", redirect, t, errdefs.ErrFailedPrecondition)
-		}
-		if t == placement.NVM {
-			at.NVM = st.Size()
-		} else {
-			at.HDD = st.Size()
-		}
+	var err error
+	if at.NVM, err = s.StandsOn(placement.NVM, redirect); err == nil {
+		at.HDD, err = s.StandsOn(placement.HDD, redirect)
 	}
-	return at, nil
+	return at, err
+}
+
+// StandsOn is the size of a file on one tier; -1: not there. It does not touch the other.
+func (s *Store) StandsOn(t placement.Tier, redirect string) (int64, error) {
+	if err := checkRedirect(redirect); err != nil {
+		return -1, err
+	}
+	st, err := os.Lstat(filepath.Join(s.DataRoot(t), redirect))
+	switch {
+	case errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR):
+		return -1, nil
+	case err != nil:
+		return -1, fmt.Errorf("look up %q on %s: %w", redirect, t, err)
+	case !st.Mode().IsRegular():
+		return -1, fmt.Errorf("%q on %s is no regular file: %w", redirect, t, errdefs.ErrFailedPrecondition)
+	}
+	return st.Size(), nil
 }
 
 // Promote copies one file from HDD to NVM, where the kernel looks first. It may
@@ -94,15 +97,16 @@ func (s *Store) makeParents(redirect string) error {
 	for name := range strings.SplitSeq(strings.TrimPrefix(path.Dir(redirect), "/"), "/") {
 		dir = path.Join(dir, name)
 		dst := filepath.Join(s.DataRoot(placement.NVM), dir)
-		if _, err := os.Lstat(dst); err == nil {
-			continue
-		}
 		info, err := os.Lstat(filepath.Join(s.DataRoot(placement.HDD), dir))
 		if err != nil {
 			return err
 		}
 		if !info.IsDir() {
 			return fmt.Errorf("%q on HDD is no directory: %w", dir, errdefs.ErrFailedPrecondition)
+		}
+		// One that is there may be half made: the daemon can die before it has its owner.
+		if have, err := os.Lstat(dst); err == nil && have.Mode() == info.Mode() && stat(have).Uid == stat(info).Uid && stat(have).Gid == stat(info).Gid {
+			continue
 		}
 		if err := copyDir(info, dst); err != nil {
 			return err
@@ -122,7 +126,7 @@ func (s *Store) Demote(redirect string) (bytes int64, err error) {
 		return 0, err
 	}
 	if at.HDD != at.NVM {
-		return 0, fmt.Errorf("demote %q: it is not on HDD as it is on NVM (%d and %d bytes): %w", redirect, at.HDD, at.NVM, errdefs.ErrFailedPrecondition)
+		return 0, notAtHome(redirect, at)
 	}
 	if err := os.Remove(filepath.Join(s.DataRoot(placement.NVM), redirect)); err != nil {
 		return 0, fmt.Errorf("demote %q: %w", redirect, err)
