@@ -4,6 +4,8 @@
 package image
 
 import (
+	"bytes"
+	_ "embed"
 	"encoding/csv"
 	"errors"
 	"fmt"
@@ -27,6 +29,12 @@ const (
 	minBase   = "(minbase"
 	alone     = "(alone, no deps)"
 )
+
+//go:embed testdata/rebuild-layers.csv
+var rebuildLayers []byte
+
+// Table are 32 images of Docker Hub in all its categories, with their layers as Debian packages rebuild them.
+func Table() ([]TableImage, error) { return FromTable(bytes.NewReader(rebuildLayers)) }
 
 // FromTable reads a table of real images' layers with the Debian packages that rebuild them, as testdata/
 // rebuild-layers.csv: columns category, image, layer_index (0 = bottom), real_compressed_bytes,

@@ -13,6 +13,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
+
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 )
 
 const (
@@ -96,7 +98,7 @@ func (o *options) check() error {
 			return fmt.Errorf("--capture-files %d: must be at least 1", n)
 		}
 	}
-	_, err := choose("part for --skip", o.skip, parts)
+	_, err := lab.Choose("part for --skip", o.skip, parts)
 	return err
 }
 

@@ -15,13 +15,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
-	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 	"github.com/nhybrid/nhybrid/integration/hddsim"
 	"github.com/nhybrid/nhybrid/integration/rig"
@@ -32,26 +30,26 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	if o.size == small {
 		b.sizes = sizes{HDD: 1 << 30, NVM: 512 << 20}
 	}
-	if b.dir, err = scratch(); err != nil {
+	if b.dir, err = lab.Scratch(); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, rig.Remove(b.dir)) }()
 	if b.rates, err = rates(o.bandwidths); err != nil {
 		return err
 	}
-	found, err := findPrograms(o.bin)
+	found, err := lab.FindPrograms(o.bin)
 	if err != nil {
 		return err
 	}
 	b.bin = filepath.Join(b.dir, "bin")
-	if err := copyPrograms(found, b.bin); err != nil {
+	if err := lab.CopyPrograms(found, b.bin); err != nil {
 		return err
 	}
 	chosen, err := chosenVariants(o.variants)
 	if err != nil {
 		return err
 	}
-	names, err := choose("image", o.images, imageNames)
+	names, err := lab.Choose("image", o.images, imageNames)
 	if err != nil {
 		return err
 	}
@@ -66,7 +64,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		return err
 	}
 	r := &result.Result{
-		Name: "deploy", Command: shellCommand(), Machine: result.ThisMachine(), Targets: targets,
+		Name: "deploy", Command: lab.ShellCommand(), Machine: result.ThisMachine(), Targets: targets,
 		Settings: map[string]any{
 			"hdd": hddsim.HDD(), "devices": b.sizes, "drop_caches": o.dropCaches, "idle": o.idle.String(), "rounds": o.rounds,
 			"images": b.layers, "setting": b.setting, "default_policy": policy,
@@ -175,38 +173,6 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 	return done, nil
 }
 
-// shellCommand is the command line of this program, as it can be typed again.
-func shellCommand() string {
-	words := []string{"go", "run", "./integration/bench"}
-	for _, a := range os.Args[1:] {
-		if strings.ContainsAny(a, " '\"\\$`*?[]{}()<>|&;#~\t\n") || a == "" {
-			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
-		}
-		words = append(words, a)
-	}
-	return strings.Join(words, " ")
-}
-
-// scratch makes a directory with a short path, since sockets will stand in it, and takes down those of processes that
-// were killed.
-func scratch() (string, error) {
-	prefix := filepath.Join(os.TempDir(), "nhbench-")
-	old, err := filepath.Glob(prefix + "*")
-	if err != nil {
-		return "", err
-	}
-	for _, dir := range old {
-		pid, err := strconv.Atoi(strings.TrimPrefix(dir, prefix))
-		if err == nil && errors.Is(unix.Kill(pid, 0), unix.ESRCH) {
-			if err := rig.Remove(dir); err != nil {
-				return "", fmt.Errorf("take down what an earlier run left: %w", err)
-			}
-		}
-	}
-	dir := prefix + strconv.Itoa(os.Getpid())
-	return dir, os.MkdirAll(dir, 0o711)
-}
-
 // fingerprint is equal for runs that may be compared: the same programs, images and devices.
 func (b *bench) fingerprint() (string, error) {
 	h := sha256.New()
@@ -224,34 +190,4 @@ func (b *bench) fingerprint() (string, error) {
 		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16], nil
-}
-
-// binaries are the programs that a rig starts.
-var binaries = []string{"containerd", "containerd-shim-runc-v2", "ctr", "runc", "containerd-nhybrid-grpc", "nhybridctl"}
-
-// findPrograms is the directory that the rig would take the programs from.
-func findPrograms(bin string) (string, error) {
-	for _, dir := range []string{bin, os.Getenv("NHYBRID_BIN")} {
-		if dir != "" {
-			return filepath.Abs(dir)
-		}
-	}
-	return filepath.Abs("bin")
-}
-
-// copyPrograms takes the programs away from a build that may come along while they are measured.
-func copyPrograms(from, to string) error {
-	if err := os.MkdirAll(to, 0o755); err != nil {
-		return err
-	}
-	for _, name := range binaries {
-		b, err := os.ReadFile(filepath.Join(from, name))
-		if err != nil {
-			return fmt.Errorf("%w: run `make tools build` first, or say --bin", err)
-		}
-		if err := os.WriteFile(filepath.Join(to, name), b, 0o755); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 )
 
@@ -74,8 +75,8 @@ func TestFiguresWithoutANameAreOfTheDefaultPolicy(t *testing.T) {
 
 func TestMemoryIsTheWorstSeen(t *testing.T) {
 	a, b := pulled(1, top, lass, 1, 1, 1), pulled(1, middle, lass, 1, 1, 1)
-	a.DaemonAfter, a.DaemonIdle = &memory{30e6, 40e6}, &memory{RSS: 20e6}
-	b.DaemonAfter, b.DaemonIdle = &memory{35e6, 50e6}, &memory{RSS: 25e6}
+	a.DaemonAfter, a.DaemonIdle = &lab.Memory{RSS: 30e6, Peak: 40e6}, &lab.Memory{RSS: 20e6}
+	b.DaemonAfter, b.DaemonIdle = &lab.Memory{RSS: 35e6, Peak: 50e6}, &lab.Memory{RSS: 25e6}
 	b.WriteBack = &writeBack{Bytes: 100e6, Seconds: 4}
 	f := figuresOf(runs{a, b})
 	require.Equal(t, 25.0, f["daemon_idle_rss_mb"])
@@ -105,10 +106,10 @@ func TestEveryBaselineIsAVariant(t *testing.T) {
 }
 
 func TestChoose(t *testing.T) {
-	got, err := choose("image", []string{top, bottom}, imageNames)
+	got, err := lab.Choose("image", []string{top, bottom}, imageNames)
 	require.NoError(t, err)
 	require.Equal(t, []string{bottom, top}, got)
-	_, err = choose("image", []string{"toop"}, imageNames)
+	_, err = lab.Choose("image", []string{"toop"}, imageNames)
 	require.ErrorContains(t, err, `unknown image "toop": choose from bottom, middle, top`)
 	require.Equal(t, []string{bottom, middle, top}, imageNames, "the list itself stays")
 }

@@ -6,8 +6,8 @@ package deploy
 import (
 	"fmt"
 	"slices"
-	"strings"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/placement"
 )
 
@@ -64,7 +64,7 @@ func variantNames() (names []string) {
 // chosenVariants are those that were asked for, or all but the extra ones.
 func chosenVariants(wanted []string) ([]string, error) {
 	if len(wanted) > 0 {
-		return choose("variant", wanted, variantNames())
+		return lab.Choose("variant", wanted, variantNames())
 	}
 	return slices.DeleteFunc(variantNames(), func(name string) bool { v, _ := variantByName(name); return v.Extra }), nil
 }
@@ -108,19 +108,6 @@ func plan(rounds int, images, bandwidths, variants []string) (keys []key) {
 		}
 	}
 	return keys
-}
-
-// choose takes the wanted names out of the known ones, in the order of the latter. None wanted means all.
-func choose(what string, wanted, known []string) ([]string, error) {
-	if len(wanted) == 0 {
-		return known, nil
-	}
-	for _, w := range wanted {
-		if !slices.Contains(known, w) {
-			return nil, fmt.Errorf("unknown %s %q: choose from %s", what, w, strings.Join(known, ", "))
-		}
-	}
-	return slices.DeleteFunc(slices.Clone(known), func(k string) bool { return !slices.Contains(wanted, k) }), nil
 }
 
 // rates reads bandwidths; "0" is no limit.

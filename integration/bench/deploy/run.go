@@ -15,6 +15,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/rig"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
@@ -47,15 +48,15 @@ type run struct {
 	LDL int `json:"ldl"`
 
 	// What the HDD was given to do until the pull returned, and until all was durable.
-	HDDToReturn  counters `json:"hdd_to_return"`
-	HDDToDurable counters `json:"hdd_to_durable"`
+	HDDToReturn  lab.Counters `json:"hdd_to_return"`
+	HDDToDurable lab.Counters `json:"hdd_to_durable"`
 	// CPU seconds of the programs until all was durable.
 	ContainerdCPUS float64 `json:"containerd_cpu_s"`
 	DaemonCPUS     float64 `json:"daemon_cpu_s,omitempty"`
 
 	// DaemonAfter is the daemon's memory when all was settled, DaemonIdle after a quiet time.
-	DaemonAfter *memory `json:"daemon_after,omitempty"`
-	DaemonIdle  *memory `json:"daemon_idle,omitempty"`
+	DaemonAfter *lab.Memory `json:"daemon_after,omitempty"`
+	DaemonIdle  *lab.Memory `json:"daemon_idle,omitempty"`
 	// WriteBack is how the layers on NVM were copied to HDD later, nil where that was not measured.
 	WriteBack *writeBack `json:"write_back,omitempty"`
 }
@@ -149,7 +150,7 @@ func overlayConfig(root string) string {
 
 // measure pulls the image.
 func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err error) {
-	nvmBefore, err := usedBytes(s.nvm.Mountpoint())
+	nvmBefore, err := lab.UsedBytes(s.nvm.Mountpoint())
 	if err != nil {
 		return err
 	}
@@ -157,7 +158,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 		return err
 	}
 	if b.options.dropCaches {
-		if err := dropCaches(); err != nil {
+		if err := lab.DropCaches(); err != nil {
 			return fmt.Errorf("drop caches: %w", err)
 		}
 	}
@@ -190,7 +191,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	if err != nil {
 		return err
 	}
-	nvm, err := usedBytes(s.nvm.Mountpoint())
+	nvm, err := lab.UsedBytes(s.nvm.Mountpoint())
 	if err != nil {
 		return err
 	}
@@ -200,8 +201,8 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	group.Go(func() (err error) {
 		// Both at once, as two devices can.
 		done := make(chan error, 1)
-		go func() { done <- syncFS(s.nvm.Mountpoint()) }()
-		err = errors.Join(syncFS(s.hdd.Mountpoint()), <-done)
+		go func() { done <- lab.SyncFS(s.nvm.Mountpoint()) }()
+		err = errors.Join(lab.SyncFS(s.hdd.Mountpoint()), <-done)
 		r.SyncedS = since()
 		return err
 	})
@@ -227,7 +228,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 		}
 		r.SettledS = since()
 	}
-	r.HDDToReturn, r.HDDToDurable = atReturn.hdd.minus(before.hdd), durable.hdd.minus(before.hdd)
+	r.HDDToReturn, r.HDDToDurable = atReturn.hdd.Minus(before.hdd), durable.hdd.Minus(before.hdd)
 	r.ContainerdCPUS = (durable.containerd - before.containerd).Seconds()
 	r.DaemonCPUS = (durable.daemon - before.daemon).Seconds()
 	r.arrivals(b.layers[r.Image], g, seen, start)
@@ -236,18 +237,18 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 
 // observed is a look at the counters.
 type observed struct {
-	hdd                counters
+	hdd                lab.Counters
 	containerd, daemon time.Duration
 }
 
 func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
-	if o.hdd, err = countersOf(s.hdd.Mountpoint()); err != nil {
+	if o.hdd, err = lab.CountersOf(s.hdd.Mountpoint()); err != nil {
 		return o, err
 	}
-	if o.containerd, err = cpuOf(g.Containerd.Pid()); err != nil || g.Daemon == nil {
+	if o.containerd, err = lab.CPUOf(g.Containerd.Pid()); err != nil || g.Daemon == nil {
 		return o, err
 	}
-	o.daemon, err = cpuOf(g.Daemon.Pid())
+	o.daemon, err = lab.CPUOf(g.Daemon.Pid())
 	return o, err
 }
 
@@ -275,7 +276,7 @@ func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant) (er
 		if v.NVM {
 			on = s.nvm.Mountpoint()
 		}
-		if r.DataBytes, err = fileBytes(filepath.Join(on, "overlayfs", "snapshots")); err != nil {
+		if r.DataBytes, err = lab.FileBytes(filepath.Join(on, "overlayfs", "snapshots")); err != nil {
 			return err
 		}
 		if v.NVM {
@@ -308,7 +309,7 @@ func (r *run) describe(ctx context.Context, g *rig.Rig, s *stand, v variant) (er
 
 // afterwards measures what the daemon does and keeps when nobody wants anything of it.
 func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) (err error) {
-	after, err := memoryOf(g.Daemon.Pid())
+	after, err := lab.MemoryOf(g.Daemon.Pid())
 	if err != nil {
 		return err
 	}
@@ -318,7 +319,7 @@ func (b *bench) afterwards(ctx context.Context, g *rig.Rig, r *run) (err error) 
 		return ctx.Err()
 	case <-time.After(b.options.idle):
 	}
-	idle, err := memoryOf(g.Daemon.Pid())
+	idle, err := lab.MemoryOf(g.Daemon.Pid())
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"path/filepath"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/hddsim"
 	"github.com/nhybrid/nhybrid/integration/hddsim/block"
 	"github.com/nhybrid/nhybrid/integration/rig"
@@ -49,7 +50,7 @@ func newStand(ctx context.Context, dir string, z sizes) (_ *stand, err error) {
 
 // arm brings what preparations have written to the devices and makes the HDD as slow as one.
 func (s *stand) arm() error {
-	if err := errors.Join(syncFS(s.hdd.Mountpoint()), syncFS(s.nvm.Mountpoint())); err != nil {
+	if err := errors.Join(lab.SyncFS(s.hdd.Mountpoint()), lab.SyncFS(s.nvm.Mountpoint())); err != nil {
 		return err
 	}
 	return s.hdd.SetModel(hddsim.HDD())

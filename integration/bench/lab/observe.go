@@ -1,7 +1,7 @@
 // Copyright The nhybrid Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-package deploy
+package lab
 
 import (
 	"bytes"
@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// counters are what the kernel counts for a block device (Documentation/block/stat.rst).
-type counters struct {
+// Counters are what the kernel counts for a block device (Documentation/block/stat.rst).
+type Counters struct {
 	Reads        int64 `json:"reads"`
 	ReadBytes    int64 `json:"read_bytes"`
 	Writes       int64 `json:"writes"`
@@ -28,39 +28,39 @@ type counters struct {
 	BusyMS int64 `json:"busy_ms"`
 }
 
-func (c counters) minus(o counters) counters {
-	return counters{
+func (c Counters) Minus(o Counters) Counters {
+	return Counters{
 		c.Reads - o.Reads, c.ReadBytes - o.ReadBytes, c.Writes - o.Writes, c.WrittenBytes - o.WrittenBytes,
 		c.Flushes - o.Flushes, c.BusyMS - o.BusyMS,
 	}
 }
 
-// countersOf reads those of the device that the filesystem of a directory stands on.
-func countersOf(dir string) (counters, error) {
+// CountersOf reads those of the device that the filesystem of a directory stands on.
+func CountersOf(dir string) (Counters, error) {
 	var st unix.Stat_t
 	if err := unix.Stat(dir, &st); err != nil {
-		return counters{}, fmt.Errorf("find device of %q: %w", dir, err)
+		return Counters{}, fmt.Errorf("find device of %q: %w", dir, err)
 	}
 	path := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev))
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return counters{}, fmt.Errorf("read counters of device: %w", err)
+		return Counters{}, fmt.Errorf("read counters of device: %w", err)
 	}
 	var n [17]int64
 	words := strings.Fields(string(b))
 	if len(words) < len(n) {
-		return counters{}, fmt.Errorf("%s: %d fields, want %d", path, len(words), len(n))
+		return Counters{}, fmt.Errorf("%s: %d fields, want %d", path, len(words), len(n))
 	}
 	for i := range n {
 		if n[i], err = strconv.ParseInt(words[i], 10, 64); err != nil {
-			return counters{}, fmt.Errorf("%s: %w", path, err)
+			return Counters{}, fmt.Errorf("%s: %w", path, err)
 		}
 	}
-	return counters{n[0], n[2] * 512, n[4], n[6] * 512, n[15], n[9]}, nil
+	return Counters{n[0], n[2] * 512, n[4], n[6] * 512, n[15], n[9]}, nil
 }
 
-// usedBytes is what is taken of the filesystem of a directory.
-func usedBytes(dir string) (int64, error) {
+// UsedBytes is what is taken of the filesystem of a directory.
+func UsedBytes(dir string) (int64, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return 0, fmt.Errorf("ask for the space of %q: %w", dir, err)
@@ -68,8 +68,8 @@ func usedBytes(dir string) (int64, error) {
 	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
 }
 
-// fileBytes adds up the sizes of the regular files below a directory, of files with several names once.
-func fileBytes(dir string) (sum int64, err error) {
+// FileBytes adds up the sizes of the regular files below a directory, of files with several names once.
+func FileBytes(dir string) (sum int64, err error) {
 	seen := map[uint64]bool{}
 	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -91,8 +91,8 @@ func fileBytes(dir string) (sum int64, err error) {
 	return sum, err
 }
 
-// syncFS brings what is dirty on the filesystem of a directory to its device.
-func syncFS(dir string) error {
+// SyncFS brings what is dirty on the filesystem of a directory to its device.
+func SyncFS(dir string) error {
 	f, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -104,19 +104,19 @@ func syncFS(dir string) error {
 	return nil
 }
 
-// dropCaches empties the page cache and the caches of inodes and names.
-func dropCaches() error {
+// DropCaches empties the page cache and the caches of inodes and names.
+func DropCaches() error {
 	unix.Sync()
 	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o644)
 }
 
-// memory is what a process occupies.
-type memory struct {
+// Memory is what a process occupies.
+type Memory struct {
 	RSS  int64 `json:"rss_bytes"`
 	Peak int64 `json:"peak_rss_bytes"`
 }
 
-func memoryOf(pid int) (m memory, err error) {
+func MemoryOf(pid int) (m Memory, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return m, fmt.Errorf("read memory of process: %w", err)
@@ -139,8 +139,8 @@ func memoryOf(pid int) (m memory, err error) {
 // clockTick is USER_HZ, 100 a second on all architectures that Go runs on.
 const clockTick = 10 * time.Millisecond
 
-// cpuOf is the processor time that a process has used, all its threads together.
-func cpuOf(pid int) (time.Duration, error) {
+// CPUOf is the processor time that a process has used, all its threads together.
+func CPUOf(pid int) (time.Duration, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, fmt.Errorf("read CPU time of process: %w", err)
