@@ -1,0 +1,74 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package scmlib
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+)
+
+// Adopt makes the copy of a region at path one of its own: what was in flight is rolled back, and it gets a new uuid that names the old one as its
+// parent. The unsafe-shutdown count of the machine that the original lived on is forgotten. Errors are those of [Open].
+func Adopt(path string) error {
+	r, err := Open(path, Options{AcceptUnsafe: true})
+	if err != nil {
+		return err
+	}
+	// The records in the lanes carry a salt from the uuid. They are void since recovery, so the new uuid cannot revive or lose any.
+	r.hdr.parent = r.hdr.uuid
+	_, err = rand.Read(r.hdr.uuid[:])
+	r.hdr.hostUSC, r.hdr.seen, r.hdr.hostDev = 0, 0, [16]byte{}
+	return errors.Join(err, r.Close())
+}
+
+// Grow makes a region that nobody has open larger. extend brings the file to the new size: blocks allocated, zeros behind the old end. Cut short, the
+// file is of the new size and the header of the old one or the new one: cut the file to the old size in the first case, and grow it again. How far a
+// region can grow depends on the room in its chunk table; what does not fit is ErrSize, before extend is called.
+func Grow(path string, size int64, extend func(*os.File) error) (err error) {
+	o := Options{AcceptUnsafe: true}
+	f, _, err := openFile(path, &o)
+	if err != nil {
+		return err
+	}
+	r, err := mapFile(f, path, &o)
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	defer func() { err = errors.Join(err, r.Close()) }() // it writes the header
+	g, err := r.grown(uint64(size))
+	if err != nil {
+		return fmt.Errorf("grow region %q: %w", path, err)
+	}
+	// Words of the table that were not in use may hold anything. By write and fsync, which the mapping sees, as it is no business of transactions.
+	words := make([]byte, 8*(g.chunkCount-r.chunkCount))
+	if _, err := f.WriteAt(words, int64(r.word(r.chunkCount))); err != nil {
+		return fmt.Errorf("grow region %q: clear its chunk table: %w", path, err)
+	}
+	if err := extend(f); err != nil {
+		return fmt.Errorf("grow region %q: %w", path, err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("grow region %q: sync: %w", path, err)
+	}
+	r.hdr.geometry = g
+	return nil
+}
+
+// grown is the geometry of the region with more chunks behind those it has.
+func (r *Region) grown(size uint64) (geometry, error) {
+	g := r.geometry
+	if size <= g.size || size > maxSize || size%4096 != 0 {
+		return g, fmt.Errorf("%w: it has %d bytes and can become larger, by multiples of 4096, not %d", ErrSize, g.size, size)
+	}
+	g.size = size
+	room, chunks := (g.heapOff-g.tableOff)/8, (size-g.heapOff)/uint64(g.chunkSize)
+	if chunks > room {
+		return g, fmt.Errorf("%w: its chunk table has room for %d bytes, not %d; copy its data to a new region", ErrSize,
+			g.heapOff+room*uint64(g.chunkSize), size)
+	}
+	g.chunkCount = max(uint32(chunks), g.chunkCount)
+	return g, g.check()
+}
