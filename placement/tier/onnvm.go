@@ -88,40 +88,42 @@ func (s *Store) Occupied(id string) (bytes int64, err error) {
 
 // DemoteAll takes all names that one file has on NVM off it, since the space is
 // free only without the last; see [Store.Demote] for what it wants. It looks at
-// all of them before it removes the first. bytes are those that the file
-// occupied; they are free now unless pins is not nil and tells otherwise.
-func (s *Store) DemoteAll(names []string, pins *Pins) (bytes int64, err error) {
+// all of them before it removes the first. Of the bytes that the file occupied it
+// tells which are free now and which are still held by somebody, as far as pins,
+// which may be nil, can tell.
+func (s *Store) DemoteAll(names []string, pins *Pins) (freed, held int64, err error) {
 	left := names[:0:0]
-	var first unix.Stat_t
+	var st unix.Stat_t
 	for _, name := range names {
 		at, err := s.Stands(name)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
 		if at.NVM < 0 {
 			continue
 		}
 		if at.HDD != at.NVM {
-			return 0, notAtHome(name, at)
-		}
-		if len(left) == 0 {
-			if err := unix.Lstat(filepath.Join(s.DataRoot(placement.NVM), name), &first); err != nil {
-				return 0, fmt.Errorf("demote %q: %w", name, err)
-			}
+			return 0, 0, notAtHome(name, at)
 		}
 		left = append(left, name)
 	}
 	if len(left) == 0 {
-		return 0, nil
+		return 0, 0, nil
 	}
-	held := pins.prepare(filepath.Join(s.DataRoot(placement.NVM), left[0]), 512*first.Blocks)
+	path := func(name string) string { return filepath.Join(s.DataRoot(placement.NVM), name) }
+	if err := unix.Lstat(path(left[0]), &st); err != nil {
+		return 0, 0, fmt.Errorf("demote %q: %w", left[0], err)
+	}
+	pin := pins.prepare(path(left[0]), 512*st.Blocks)
 	for _, name := range left {
-		if err := os.Remove(filepath.Join(s.DataRoot(placement.NVM), name)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return 0, fmt.Errorf("demote %q: %w", name, err)
+		if err := os.Remove(path(name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return 0, 0, fmt.Errorf("demote %q: %w", name, err)
 		}
 	}
-	pins.watch(held)
-	return 512 * first.Blocks, nil
+	if pins.watch(pin) {
+		return 0, pin.bytes, nil
+	}
+	return 512 * st.Blocks, 0, nil
 }
 
 func notAtHome(name string, at Standing) error {

@@ -27,9 +27,8 @@ const maxPins = 100_000
 type Pins struct {
 	root *os.File
 
-	mu    sync.Mutex
-	held  []pin
-	total int64
+	mu   sync.Mutex
+	held []pin
 }
 
 type pin struct {
@@ -50,20 +49,19 @@ func (s *Store) Pins() (*Pins, error) {
 func (p *Pins) Close() error { return p.root.Close() }
 
 // Bytes are those that are still held.
-func (p *Pins) Bytes() int64 {
+func (p *Pins) Bytes() (total int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	kept := p.held[:0]
-	p.total = 0
 	for _, pin := range p.held {
 		if p.holds(pin) {
 			kept = append(kept, pin)
-			p.total += pin.bytes
+			total += pin.bytes
 		}
 	}
 	clear(p.held[len(kept):])
 	p.held = kept
-	return p.total
+	return total
 }
 
 // prepare takes the handle of a file that is going to be unlinked.
@@ -78,17 +76,17 @@ func (p *Pins) prepare(path string, bytes int64) pin {
 	return pin{handle, bytes}
 }
 
-// watch counts a file that was unlinked if it is still held.
-func (p *Pins) watch(pin pin) {
+// watch tells whether a file that was unlinked is still held, and counts it if so.
+func (p *Pins) watch(pin pin) bool {
 	if pin.bytes == 0 || !p.holds(pin) {
-		return
+		return false
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.held) < maxPins {
 		p.held = append(p.held, pin)
-		p.total += pin.bytes
 	}
+	return true
 }
 
 func (p *Pins) holds(pin pin) bool {

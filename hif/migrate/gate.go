@@ -1,0 +1,93 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// errReplaced ends a run whose goal is no longer the goal.
+var errReplaced = errors.New("another plan was applied")
+
+// look is how long the engine waits before it looks again whether it may go on.
+const look = 200 * time.Millisecond
+
+// gate lets a piece of work through: n bytes or operations, when neither a pause
+// nor others nor the limits are in the way. still tells whether a piece of an
+// old goal belongs to the next one too.
+func (e *Engine) gate(ctx context.Context, g *goal, operations, bytes int, still func(next *goal) bool) error {
+	took := false
+	for {
+		e.mu.Lock()
+		goal, changed, paused, now := e.goal, e.changed, e.paused, e.now
+		e.mu.Unlock()
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if goal != g && (still == nil || !still(goal)) {
+			return errReplaced
+		}
+		var pause time.Duration
+		state, reason, kind := Running, "", ""
+		switch {
+		case paused:
+			state, kind = Paused, "pause"
+		case now:
+		default:
+			if why, busy := e.host.Busy(); busy {
+				state, reason, kind, pause = Waiting, why, "busy", look
+				e.disk.begun = sample{} // what the disk does meanwhile is of what we wait for
+				break
+			}
+			if pause = e.disk.listen(); pause > 0 {
+				if kind = "disk"; e.disk.busy {
+					state, reason = Waiting, fmt.Sprintf("others keep the HDD busy (%.0f %% of the time)", 100*e.disk.share)
+				}
+				break
+			}
+			if !took {
+				took = true
+				pause = max(e.ops.ReserveN(time.Now(), operations).Delay(), e.bytes.ReserveN(time.Now(), bytes).Delay())
+				kind = "limit"
+			}
+		}
+		e.mu.Lock()
+		e.enter(state, reason)
+		e.mu.Unlock()
+		if pause == 0 && state == Running {
+			return nil
+		}
+		begun := time.Now()
+		e.sleep(ctx, pause, changed)
+		e.mu.Lock()
+		e.stats.Waited[kind] += time.Since(begun)
+		e.mu.Unlock()
+	}
+}
+
+// sleep waits for a time, 0 for ever, or until something changes.
+func (e *Engine) sleep(ctx context.Context, pause time.Duration, changed <-chan struct{}) {
+	var over <-chan time.Time
+	if pause > 0 {
+		t := time.NewTimer(pause)
+		defer t.Stop()
+		over = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-changed:
+	case <-over:
+	}
+}
+
+// enter changes the state; mu is held.
+func (e *Engine) enter(state State, reason string) {
+	if e.progress.State != state || (reason == "") != (e.progress.Reason == "") {
+		e.progress.Since = time.Now()
+	}
+	e.progress.State, e.progress.Reason = state, reason
+}
