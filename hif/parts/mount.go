@@ -1,0 +1,251 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package parts
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"unsafe"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
+)
+
+// ReadAhead of a mount in KiB. It must not be more than that of the disks on which starts are traced (128, the kernel's
+// default): what a start reads ahead is then within what the trace saw.
+const ReadAhead = 64
+
+// Mount mounts the image at path on point, a directory that is made where it is missing; hdd is the data root on HDD, which
+// holds the cold chunks. Image and files are verified first: a file that is not there or has another size is refused. What
+// is mounted on point already is replaced without a moment in between, and lives on for the overlays that have it.
+//
+// Errors: those of [Read]; errdefs.ErrNotFound and ErrFailedPrecondition for a file on HDD; errdefs.ErrNotImplemented where
+// the kernel cannot, or not on this filesystem.
+func Mount(path, point, hdd string) error {
+	mnt, err := open(path, hdd)
+	if err != nil {
+		return fmt.Errorf("mount parts image %q: %w", path, err)
+	}
+	defer unix.Close(mnt)
+	if err := os.MkdirAll(point, 0o700); err != nil {
+		return fmt.Errorf("mount parts image: %w", err)
+	}
+	if err := attach(mnt, point); err != nil {
+		return fmt.Errorf("mount parts image %q on %q: %w", path, point, err)
+	}
+	return nil
+}
+
+// attach puts a mount on point, or in place of what is mounted there.
+func attach(mnt int, point string) error {
+	if !Mounted(point) {
+		return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	// Beneath (Linux 6.5), so that no overlay is made on the bare directory meanwhile. Where that is refused the bare
+	// directory does no harm: an overlay without parts reads from the other layers.
+	beneath := unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH|moveMountBeneath)
+	if err := unix.Unmount(point, unix.MNT_DETACH); err != nil || beneath == nil {
+		return err
+	}
+	return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+// Unmount takes the mount on point away, if there is one, and the directory. Overlays that have it keep it.
+func Unmount(point string) error {
+	for Mounted(point) {
+		if err := unix.Unmount(point, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount parts at %q: %w", point, err)
+		}
+	}
+	if err := os.Remove(point); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove mount point: %w", err)
+	}
+	return nil
+}
+
+// moveMountBeneath is MOVE_MOUNT_BENEATH of linux/mount.h.
+const moveMountBeneath = 0x200
+
+// erofsMagic is EROFS_SUPER_MAGIC_V1.
+const erofsMagic = 0xe0f5e1e2
+
+// Mounted tells whether an EROFS image is mounted on point; the directory below is never on one.
+func Mounted(point string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(point, &st) == nil && uint32(st.Type) == erofsMagic
+}
+
+// Current tells whether what is mounted on point are the parts in the image at path. It is false where the kernel does not
+// tell (before Linux 6.9).
+func Current(path, point string) bool {
+	f, err := os.Open(path)
+	if err != nil || !Mounted(point) {
+		return false
+	}
+	defer f.Close()
+	uuid, err := erofs.UUID(f)
+	if err != nil {
+		return false
+	}
+	dir, err := unix.Open(point, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(dir)
+	var got struct {
+		len  byte
+		uuid [16]byte
+	}
+	const getUUID = 0x80111500 // FS_IOC_GETFSUUID, _IOR(0x15, 0, struct fsuuid2)
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(dir), getUUID, uintptr(unsafe.Pointer(&got)))
+	return errno == 0 && int(got.len) == len(uuid) && got.uuid == uuid
+}
+
+// open verifies the image and its devices, and returns a mount that is attached nowhere.
+func open(path, hdd string) (mnt int, err error) {
+	image, err := os.Open(path)
+	if err != nil {
+		return -1, err
+	}
+	defer image.Close()
+	files, err := readFrom(image)
+	if err != nil {
+		return -1, err
+	}
+	root, err := openDir(hdd)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(root)
+	devices := make([]*os.File, len(files))
+	defer func() {
+		for _, d := range devices {
+			d.Close() // nil where it was not opened
+		}
+	}()
+	direct := canDirect(image)
+	for i := range files {
+		if devices[i], err = openData(root, &files[i]); err != nil {
+			return -1, fmt.Errorf("%q on HDD: %w", files[i].Redirect, err)
+		}
+		direct = direct && canDirect(devices[i])
+	}
+	return mount(image, devices, direct)
+}
+
+// mount uses the mount API with one option after the other: mount(2) takes a page of options at the most.
+func mount(image *os.File, devices []*os.File, direct bool) (int, error) {
+	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOSYS) {
+		return -1, fmt.Errorf("this kernel has no EROFS or no fsopen(2): %w", errdefs.ErrNotImplemented)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("fsopen: %w", err)
+	}
+	defer unix.Close(fs)
+	failed := func(what string, err error) error {
+		return fmt.Errorf("%s: %w%s", what, err, messages(fs))
+	}
+	// By descriptor: the kernel takes 255 bytes of a string, and opens what was verified.
+	byFD := func(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
+	source := image.Name()
+	if len(source) > 255 {
+		source = byFD(image)
+	}
+	if err := unix.FsconfigSetString(fs, "source", source); err != nil {
+		return -1, failed("source", err)
+	}
+	for _, d := range devices {
+		if err := unix.FsconfigSetString(fs, "device", byFD(d)); err != nil {
+			return -1, failed("device", err)
+		}
+	}
+	if direct {
+		// Linux 6.15 (commit 6422cde1b0d5). Without, each page is cached twice, and the file below has a read-ahead
+		// of its own.
+		if err := unix.FsconfigSetFlag(fs, "directio"); err != nil && !errors.Is(err, unix.EINVAL) {
+			return -1, failed("directio", err)
+		}
+	}
+	done := limitReadAhead()
+	err = unix.FsconfigCreate(fs)
+	done(err == nil)
+	if errors.Is(err, unix.ENOTBLK) {
+		return -1, fmt.Errorf("this kernel mounts no EROFS from a file, or not from one on this filesystem (DAX): %w", errdefs.ErrNotImplemented)
+	}
+	if err != nil {
+		return -1, failed("mount", err)
+	}
+	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOSUID)
+	if err != nil {
+		return -1, failed("fsmount", err)
+	}
+	return mnt, nil
+}
+
+// messages are what the filesystem has to say about a failure.
+func messages(fs int) string {
+	var all []string
+	buf := make([]byte, 1024)
+	for len(all) < 8 {
+		n, err := unix.Read(fs, buf)
+		if err != nil || n <= 0 {
+			break
+		}
+		all = append(all, strings.TrimSpace(string(buf[:n])))
+	}
+	if len(all) == 0 {
+		return ""
+	}
+	return " (" + strings.Join(all, "; ") + ")"
+}
+
+// canDirect tells whether a file can be read in blocks past its page cache.
+func canDirect(f *os.File) bool {
+	var st unix.Statx_t
+	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
+	ok := func(align uint32) bool { return align > 0 && align <= erofs.BlockSize }
+	return err == nil && st.Mask&unix.STATX_DIOALIGN != 0 && ok(st.Dio_offset_align) && ok(st.Dio_mem_align)
+}
+
+const bdis = "/sys/class/bdi"
+
+var readAhead sync.Mutex
+
+// limitReadAhead is called before a mount is made; the function it returns sets the read-ahead of what came since. Nothing
+// ties a backing device of EROFS to its mount but the moment: should another one be mounted in it by somebody else, that one
+// reads less ahead, too.
+func limitReadAhead() func(made bool) {
+	readAhead.Lock()
+	before, _ := filepath.Glob(bdis + "/erofs-*") // fails for a bad pattern only
+	old := map[string]bool{}
+	for _, b := range before {
+		old[b] = true
+	}
+	return func(made bool) {
+		defer readAhead.Unlock()
+		set := false
+		after, _ := filepath.Glob(bdis + "/erofs-*")
+		for _, b := range after {
+			if !made || old[b] {
+				continue
+			}
+			if err := os.WriteFile(filepath.Join(b, "read_ahead_kb"), []byte(strconv.Itoa(ReadAhead)), 0); err != nil {
+				log.L.WithError(err).Warn("read-ahead of parts cannot be set: starts may read from the HDD")
+			}
+			set = true
+		}
+		if made && !set {
+			log.L.Warnf("read-ahead of parts cannot be set, %s does not show the mount: starts may read from the HDD", bdis)
+		}
+	}
+}

@@ -1,0 +1,206 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+// Package parts keeps the touched parts of large files on NVM.
+//
+// The parts of an image are one more data-only layer of its containers' overlays, between the two data roots: a small
+// EROFS image on NVM in which each such file stands at its redirect path. The file is chunk-based; its hot chunks lie in
+// the image itself, all others in an extra device, which is the data file on HDD. The kernel reads both, nothing of ours is
+// on the way. docs/hif.md says what was measured.
+package parts
+
+import (
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
+)
+
+// Chunk is the unit in which a file is divided, in bytes: the grain of traces.
+const Chunk = 64 << 10
+
+// MaxSize is the largest file that can be divided: 2^32 blocks.
+const MaxSize = erofs.BlockSize << 32
+
+// Range is a part of a file, in bytes.
+type Range struct{ Offset, Length int64 }
+
+func (r Range) end() int64 { return r.Offset + r.Length }
+
+// Want is a file of which a start is known to touch some ranges. They may come from a profile of a registry and need
+// not make sense. No ranges at all: nothing of the file is touched.
+type Want struct {
+	Redirect string // "/<layer id>/<path>"
+	Size     int64
+	Ranges   []Range
+}
+
+// File is a file that is divided. Hot are its parts on NVM: aligned to [Chunk] but for the end of the file, ascending, with
+// gaps between them.
+type File struct {
+	Redirect string
+	Size     int64
+	Hot      []Range
+}
+
+// Bytes is how much of NVM the file needs, without its metadata.
+func (f *File) Bytes() (n int64) {
+	for _, r := range f.Hot {
+		n += r.Length
+	}
+	return n
+}
+
+// Saved is how much less of NVM the file needs than if it stood there whole.
+func (f *File) Saved() int64 { return f.Size - f.Bytes() - overhead(f) }
+
+// overhead is the metadata of a file: device, inode, name and entries of the list, index.
+func overhead(f *File) int64 {
+	return erofs.DeviceSlotSize + erofs.InodeSize + 3*int64(len(f.Redirect)) + chunks(f.Size)*8 + int64(len(f.Hot))*8
+}
+
+func chunks(size int64) int64 { return (size + Chunk - 1) / Chunk }
+
+// Rules say which files are worth dividing. The zero value of a field means its default.
+type Rules struct {
+	MinSize  int64   // of the file: 1 MiB
+	MinSaved int64   // bytes saved at least: 512 KiB
+	MinShare float64 // of its bytes saved at least: 0.2
+	Margin   int64   // bytes kept before and after each touched range: 0
+	MaxFiles int     // of one image, each a device: 256
+}
+
+func (r Rules) withDefaults() Rules {
+	if r.MinSize <= 0 {
+		r.MinSize = 1 << 20
+	}
+	if r.MinSaved <= 0 {
+		r.MinSaved = 512 << 10
+	}
+	if r.MinShare <= 0 {
+		r.MinShare = 0.2
+	}
+	if r.MaxFiles <= 0 {
+		r.MaxFiles = 256
+	}
+	r.Margin = max(r.Margin, 0)
+	return r
+}
+
+// Choose returns the files that are worth dividing, ordered by redirect; those that save most if they are too many. What
+// cannot be divided (no redirect, an impossible size, the same file twice) is not chosen. It is pure.
+func Choose(wants []Want, r Rules) []File {
+	r = r.withDefaults()
+	seen := map[string]bool{}
+	var files []File
+	for _, w := range wants {
+		if w.Size < r.MinSize || w.Size > MaxSize || CheckRedirect(w.Redirect) != nil || seen[w.Redirect] {
+			continue
+		}
+		f := File{w.Redirect, w.Size, Hot(w.Size, w.Ranges, r.Margin)}
+		if saved := f.Saved(); saved < r.MinSaved || float64(saved) < r.MinShare*float64(f.Size) {
+			continue
+		}
+		seen[w.Redirect] = true
+		files = append(files, f)
+	}
+	slices.SortStableFunc(files, func(a, b File) int { return int(min(max(b.Saved()-a.Saved(), -1), 1)) })
+	files = files[:min(len(files), r.MaxFiles)]
+	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Redirect, b.Redirect) })
+	return files
+}
+
+// Hot rounds touched ranges to chunks, with a margin on both sides, and joins them. What is outside the file is cut off.
+//
+// The last chunk is always hot if the file ends within a block: the kernel reads whole blocks, and Linux 6.18 answers EIO
+// where a device ends before its block does.
+func Hot(size int64, touched []Range, margin int64) []Range {
+	var in []Range
+	if size > 0 && size%erofs.BlockSize != 0 {
+		in = append(in, Range{(size - 1) / Chunk * Chunk, (size-1)%Chunk + 1})
+	}
+	for _, r := range touched {
+		if r.Offset < 0 || r.Length <= 0 || r.Offset >= size {
+			continue
+		}
+		end := size
+		if r.Length < size-r.Offset { // the sum may not fit
+			end = r.end()
+		}
+		begin := max(r.Offset-min(margin, r.Offset), 0) / Chunk * Chunk
+		if end = size - max(size-end-margin, 0); end < size {
+			end = min((end+Chunk-1)/Chunk*Chunk, size)
+		}
+		in = append(in, Range{begin, end - begin})
+	}
+	slices.SortFunc(in, func(a, b Range) int { return int(min(max(a.Offset-b.Offset, -1), 1)) })
+	var out []Range
+	for _, r := range in {
+		if len(out) > 0 && r.Offset <= out[len(out)-1].end() {
+			last := &out[len(out)-1]
+			last.Length = max(last.end(), r.end()) - last.Offset
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// CheckRedirect tells whether a redirect is of the form "/<layer id>/<path>", with names that a directory can hold. The
+// error is errdefs.ErrInvalidArgument.
+func CheckRedirect(redirect string) error {
+	id, rest, _ := strings.Cut(strings.TrimPrefix(redirect, "/"), "/")
+	if !strings.HasPrefix(redirect, "/") || id == "" || rest == "" || path.Clean(redirect) != redirect || strings.ContainsRune(redirect, 0) {
+		return fmt.Errorf("%q is not of the form /<layer id>/<path>: %w", redirect, errdefs.ErrInvalidArgument)
+	}
+	if len(redirect) > maxPath {
+		return fmt.Errorf("redirect of %d bytes, at most %d can be opened: %w", len(redirect), maxPath, errdefs.ErrInvalidArgument)
+	}
+	for name := range strings.SplitSeq(redirect[1:], "/") {
+		if len(name) > maxName {
+			return fmt.Errorf("name of %d bytes in %.80q, the limit is %d: %w", len(name), redirect, maxName, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+const (
+	maxName = 255
+	maxPath = 4095
+)
+
+// check refuses a list of files from which no image can be made.
+func check(files []File) error {
+	if len(files) == 0 || len(files) > maxDevices {
+		return fmt.Errorf("%d files, want 1 to %d: %w", len(files), maxDevices, errdefs.ErrInvalidArgument)
+	}
+	for i, f := range files {
+		if err := CheckRedirect(f.Redirect); err != nil {
+			return err
+		}
+		if i > 0 && files[i-1].Redirect >= f.Redirect {
+			return fmt.Errorf("%q is not in order: %w", f.Redirect, errdefs.ErrInvalidArgument)
+		}
+		if f.Size <= 0 || f.Size > MaxSize {
+			return fmt.Errorf("%q has an impossible size, %d: %w", f.Redirect, f.Size, errdefs.ErrInvalidArgument)
+		}
+		end := int64(-1)
+		for _, r := range f.Hot {
+			if r.Offset <= end || r.Offset%Chunk != 0 || r.Length <= 0 || r.Length > f.Size-r.Offset || r.Length%Chunk != 0 && r.end() != f.Size {
+				return fmt.Errorf("%q has an impossible range, %d bytes at %d: %w", f.Redirect, r.Length, r.Offset, errdefs.ErrInvalidArgument)
+			}
+			end = r.end()
+		}
+		if f.Size%erofs.BlockSize != 0 && end != f.Size {
+			return fmt.Errorf("the end of %q is not hot: %w", f.Redirect, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// maxDevices is a bound of our own; the format could hold 65 535.
+const maxDevices = 4096
