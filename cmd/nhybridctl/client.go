@@ -24,7 +24,7 @@ import (
 )
 
 // with calls f with a client of the daemon and makes of its error one that a person understands.
-func (a *app) with(f func(control.ControlClient) error) error {
+func (a *app) with(f func(control.Client) error) error {
 	if !filepath.IsAbs(a.address) {
 		return usage(fmt.Sprintf("--address %q is not the absolute path of a socket", a.address))
 	}
@@ -49,7 +49,8 @@ func (a *app) explain(err error) error {
 		}
 		_ = c.Close() // it has told what it was for
 	}
-	if errdefs.IsNotImplemented(native) {
+	// gRPC's own words; the daemon says so too, of what it cannot do here.
+	if m := s.Message(); errdefs.IsNotImplemented(native) && (strings.HasPrefix(m, "unknown service ") || strings.HasPrefix(m, "unknown method ")) {
 		return fmt.Errorf("the daemon at %s does not know this request: is it older than nhybridctl? (%s)", a.address, s.Message())
 	}
 	return errors.New(s.Message())
@@ -87,7 +88,7 @@ func (a *app) images(c *cobra.Command, args []string, _ string) ([]string, cobra
 	ctx, cancel := context.WithTimeout(c.Context(), time.Second)
 	defer cancel()
 	var names []string
-	_ = a.with(func(client control.ControlClient) error { // without an answer there is nothing to complete
+	_ = a.with(func(client control.Client) error { // without an answer there is nothing to complete
 		stream, err := client.List(ctx, &control.ListRequest{Namespace: a.namespace})
 		if err != nil {
 			return err

@@ -34,7 +34,7 @@ func (a *app) config() *cobra.Command {
 		&cobra.Command{
 			Use: "dump", Short: "Print the configuration that the daemon runs with", Args: cobra.NoArgs,
 			RunE: func(c *cobra.Command, _ []string) error {
-				return a.with(func(client control.ControlClient) error {
+				return a.with(func(client control.Client) error {
 					r, err := client.Config(c.Context(), &control.ConfigRequest{})
 					if err != nil {
 						return err

@@ -71,7 +71,7 @@ func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []
 	defer cancel()
 	var status *control.StatusResponse
 	var running *control.ConfigResponse
-	err := a.with(func(client control.ControlClient) (err error) {
+	err := a.with(func(client control.Client) (err error) {
 		if status, err = client.Status(ctx, &control.StatusRequest{}); err != nil {
 			return err
 		}
@@ -105,6 +105,9 @@ func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []
 	}
 	for _, w := range status.GetWarnings() {
 		add("daemon", doctor.Warn, w, "")
+	}
+	if len(status.GetWarnings()) == 0 {
+		add("daemon", doctor.OK, "it warns of nothing", "")
 	}
 	c, err := config.Parse("the daemon's configuration", []byte(running.GetToml()))
 	if err != nil {

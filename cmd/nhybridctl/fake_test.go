@@ -31,7 +31,7 @@ var moment = timestamppb.New(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
 
 // backend is a daemon with one image of three layers, of which the topmost is not unpacked.
 type backend struct {
-	control.HotBackend
+	*hot
 	events []*control.Event
 }
 

@@ -1,7 +1,8 @@
 // Copyright The nhybrid Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// nhybridctl shows what stands on which tier, and why, and finds what is wrong with an installation.
+// nhybridctl shows what stands on which tier, and why, steers what of images is kept on NVM, and finds what is wrong
+// with an installation.
 package main
 
 import (
@@ -83,7 +84,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 func (a *app) root() *cobra.Command {
 	c := &cobra.Command{
 		Use:               "nhybridctl",
-		Short:             "Show what nhybrid keeps on which tier, and why",
+		Short:             "Show and steer what nhybrid keeps on which tier, and why",
 		SilenceErrors:     true,
 		SilenceUsage:      true,
 		PersistentPreRun:  func(*cobra.Command, []string) { a.started = true },
@@ -100,7 +101,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.namespace, "namespace", "n", os.Getenv("CONTAINERD_NAMESPACE"), "containerd namespace")
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	f.BoolVar(&a.bytes, "bytes", false, "print sizes as bytes")
-	c.AddCommand(a.status(), a.ls(), a.inspect(), a.why(), a.du(), a.watch(), a.doctor(), a.simulate(), a.config(), a.version())
+	c.AddCommand(a.status(), a.ls(), a.inspect(), a.why(), a.du(), a.watch(), a.top(), a.profile(), a.migrate(), a.doctor(), a.simulate(), a.config(), a.version())
 	return c
 }
 
@@ -140,7 +141,7 @@ func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 // plain is an error's text in one line, without a class at its end that is of use to programs only.
 func plain(err error) string {
 	s := oneLine(err.Error())
-	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition} {
+	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented} {
 		s = strings.TrimSuffix(s, ": "+class.Error())
 	}
 	return s

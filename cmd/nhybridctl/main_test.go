@@ -239,7 +239,7 @@ func (w writer) Write(b []byte) (int, error) { w(b); return len(b), nil }
 func TestScreen(t *testing.T) {
 	var out bytes.Buffer
 	a := &app{}
-	s := &screen{out: &out, width: 120, view: newView(a.size)}
+	s := &screen{canvas: canvas{out: &out, width: 120}, view: newView(a.size)}
 	for _, e := range events() {
 		require.NoError(t, s.event(e))
 	}

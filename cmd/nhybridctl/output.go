@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"unicode"
+	"unicode/utf8"
 
 	"golang.org/x/term"
 	"google.golang.org/protobuf/proto"
@@ -60,6 +62,33 @@ func (a *app) printMessage(m proto.Message) error {
 		return err
 	}
 	return a.printJSON(json.RawMessage(b))
+}
+
+// printList writes messages as one array.
+func printList[M proto.Message](a *app, all []M) error {
+	list := make([]json.RawMessage, 0, len(all))
+	for _, m := range all {
+		b, err := control.JSON(m)
+		if err != nil {
+			return err
+		}
+		list = append(list, b)
+	}
+	return a.printJSON(list)
+}
+
+// printable writes a path of an image, which may hold anything: bytes that would steer the terminal are quoted.
+func printable(path string) string {
+	if !utf8.ValidString(path) || strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(path)
+	}
+	return path
+}
+
+// colour tells if w takes colours, and the user wants them (https://no-color.org).
+func colour(w io.Writer) bool {
+	_, _, ok := terminal(w)
+	return ok && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
 func yes(b bool) string {

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
@@ -19,7 +18,7 @@ func (a *app) status() *cobra.Command {
 	return &cobra.Command{
 		Use: "status", Short: "Show how the daemon and its tiers are", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			return a.with(func(client control.ControlClient) error {
+			return a.with(func(client control.Client) error {
 				r, err := client.Status(c.Context(), &control.StatusRequest{})
 				if err != nil {
 					return err
@@ -97,7 +96,7 @@ func (a *app) ls() *cobra.Command {
 		Use: "ls", Aliases: []string{"list"}, Short: "List the snapshots and where they stand", Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			var all []*control.Snapshot
-			err := a.with(func(client control.ControlClient) error {
+			err := a.with(func(client control.Client) error {
 				stream, err := client.List(c.Context(), &control.ListRequest{Namespace: a.namespace})
 				if err != nil {
 					return err
@@ -108,15 +107,7 @@ func (a *app) ls() *cobra.Command {
 				return err
 			}
 			if a.json {
-				list := make([]json.RawMessage, 0, len(all))
-				for _, s := range all {
-					b, err := control.JSON(s)
-					if err != nil {
-						return err
-					}
-					list = append(list, b)
-				}
-				return a.printJSON(list)
+				return printList(a, all)
 			}
 			return a.table(a.snapshotRows(all, labels))
 		},
@@ -169,12 +160,24 @@ func state(s *control.Snapshot) string {
 }
 
 func (a *app) inspect() *cobra.Command {
-	return &cobra.Command{
-		Use: "inspect IMAGE|SNAPSHOT", Short: "Show the layers of an image or of a snapshot",
-		Long: "Show the layers of an image, or those under a snapshot, bottom first.\nA snapshot is named by its key, its id, its chain ID or the start of that.",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: a.images,
+	var files bool
+	var o heatOptions
+	c := &cobra.Command{
+		Use: "inspect IMAGE|SNAPSHOT", Short: "Show the layers of an image or of a snapshot, or the heat of an image's files",
+		Long: "Show the layers of an image, or those under a snapshot, bottom first.\nA snapshot is named by its key, its id, its chain ID or the start of that.\n\n" +
+			"With --files show by directory, everything below it summed up, what belongs on NVM (hot) and what stands there.",
+		Example: "  nhybridctl inspect docker.io/library/python:3\n  nhybridctl inspect --files docker.io/library/python:3 --path /usr/lib --depth 1 --sort hot",
+		Args:    cobra.ExactArgs(1), ValidArgsFunction: a.images,
 		RunE: func(c *cobra.Command, args []string) error {
-			return a.with(func(client control.ControlClient) error {
+			if files {
+				return a.printHeat(c.Context(), args[0], o)
+			}
+			for _, name := range []string{"depth", "all", "path", "sort"} {
+				if c.Flags().Changed(name) {
+					return usage("inspect: --" + name + " is for --files")
+				}
+			}
+			return a.with(func(client control.Client) error {
 				r, err := client.Inspect(c.Context(), &control.InspectRequest{Ref: args[0], Namespace: a.namespace})
 				if err != nil {
 					return err
@@ -186,6 +189,14 @@ func (a *app) inspect() *cobra.Command {
 			})
 		},
 	}
+	f := c.Flags()
+	f.BoolVar(&files, "files", false, "show the heat of the image's files")
+	f.IntVar(&o.depth, "depth", 2, "with --files: levels of directories")
+	f.BoolVar(&o.all, "all", false, "with --files: all directories and files")
+	f.StringVar(&o.path, "path", "", "with --files: only this directory of the image, with the files in it")
+	f.StringVar(&o.sort, "sort", "path", "with --files: "+strings.Join(heatSorts, ", "))
+	_ = c.RegisterFlagCompletionFunc("sort", cobra.FixedCompletions(heatSorts, cobra.ShellCompDirectiveNoFileComp)) // fails for unknown flags only
+	return c
 }
 
 func (a *app) printInspect(r *control.InspectResponse) error {
@@ -243,7 +254,7 @@ func (a *app) why() *cobra.Command {
 					request.Layer = args[1]
 				}
 			}
-			return a.with(func(client control.ControlClient) error {
+			return a.with(func(client control.Client) error {
 				r, err := client.Why(c.Context(), request)
 				if err != nil {
 					return err
@@ -272,7 +283,7 @@ func (a *app) du() *cobra.Command {
 		Use: "du", Short: "Show who occupies which tier", Args: cobra.NoArgs,
 		Long: "Show what each image occupies on each tier. Own bytes would go with the image, shared ones stay with another.",
 		RunE: func(c *cobra.Command, _ []string) error {
-			return a.with(func(client control.ControlClient) error {
+			return a.with(func(client control.Client) error {
 				r, err := client.Usage(c.Context(), &control.UsageRequest{Namespace: a.namespace})
 				if err != nil {
 					return err

@@ -6,7 +6,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
@@ -33,9 +32,9 @@ func (a *app) watch() *cobra.Command {
 			if a.json {
 				show = a.eventJSON
 			} else if live {
-				show = (&screen{out: a.out, width: width, height: height, view: newView(a.size)}).event
+				show = (&screen{canvas: canvas{out: a.out, width: width, height: height}, view: newView(a.size)}).event
 			}
-			return a.with(func(client control.ControlClient) error {
+			return a.with(func(client control.Client) error {
 				stream, err := client.Watch(c.Context(), request)
 				if err != nil {
 					return err
@@ -180,11 +179,7 @@ const barWidth = 24
 func (v *view) lines(width int) []string {
 	var out []string
 	add := func(format string, args ...any) {
-		line := []rune(strings.TrimRight(fmt.Sprintf(format, args...), " "))
-		if width > 0 && len(line) > width {
-			line = append(line[:max(width-1, 0)], '…') // a line that wraps would break the count of lines
-		}
-		out = append(out, string(line))
+		out = append(out, clip(fmt.Sprintf(format, args...), width))
 	}
 	for _, id := range v.order {
 		p := v.pulls[id]
@@ -214,36 +209,16 @@ func bar(l *control.LayerProgress) string {
 
 // screen redraws a view in place.
 type screen struct {
-	out           io.Writer
-	width, height int
-	drawn         int // lines above the cursor that are to be drawn over
-	view          *view
+	canvas
+	view *view
 }
 
 func (s *screen) event(e *control.Event) error {
 	s.view.apply(e)
-	var b strings.Builder
-	if s.drawn > 0 {
-		fmt.Fprintf(&b, "\x1b[%dA", s.drawn) // up to the first line
-	}
-	s.drawn = 0
+	var ended []string
 	if e.GetType() == "done" || e.GetType() == "failed" {
 		// What is over is drawn for the last time, above what still runs.
-		write(&b, s.view.takeEnded().lines(s.width))
+		ended = s.view.takeEnded().lines(s.width)
 	}
-	lines := s.view.lines(s.width)
-	if over := len(lines) - (s.height - 1); s.height > 1 && over > 0 { // nothing above the screen's edge can be drawn over
-		lines = append(lines[:max(len(lines)-over-1, 0)], fmt.Sprintf("… and %d lines more", over+1))
-	}
-	write(&b, lines)
-	s.drawn = len(lines)
-	b.WriteString("\x1b[J")
-	_, err := io.WriteString(s.out, b.String())
-	return err
-}
-
-func write(b *strings.Builder, lines []string) {
-	for _, l := range lines {
-		b.WriteString("\x1b[2K" + l + "\n") // clear the line that stood there
-	}
+	return s.draw(ended, s.view.lines(s.width))
 }

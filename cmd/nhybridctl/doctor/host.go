@@ -31,6 +31,7 @@ func Host(c config.Config) []Finding {
 	hdd, hddFound := tier("hdd", c.Root, c)
 	all := append(nvmFound, hddFound...)
 	if nvm != nil && hdd != nil {
+		all = append(all, Trace(*nvm, *hdd)...)
 		t := &findings{area: "tiers"}
 		if nvm.SameFilesystem(*hdd) {
 			t.add(Warn, fmt.Sprintf("mount a fast device at %q", c.NVMRoot), "both tiers stand on the same filesystem, %s at %s: nothing gets faster and the reserve counts twice", nvm.Source, nvm.MountPoint)
