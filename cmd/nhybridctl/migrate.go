@@ -164,10 +164,15 @@ func (a *app) printMigration(m *control.MigrationState) error {
 	if len(limits) > 0 {
 		rate += "; limits " + strings.Join(limits, ", ")
 	}
+	rows = append(rows, []string{"rate", rate})
+	if m.GetNvmTotal() > 0 {
+		nvm := fmt.Sprintf("%s of %s used%s", a.size(m.GetNvmUsed()), a.size(m.GetNvmTotal()), percent(m.GetNvmUsed(), m.GetNvmTotal()))
+		if m.GetHigh() > 0 {
+			nvm += fmt.Sprintf("; files leave from %s until %s, reserve %s", a.size(m.GetHigh()), a.size(m.GetLow()), a.size(m.GetReserve()))
+		}
+		rows = append(rows, []string{"nvm", nvm})
+	}
 	rows = append(rows,
-		[]string{"rate", rate},
-		[]string{"nvm", fmt.Sprintf("%s of %s used%s; files leave from %s until %s, reserve %s", a.size(m.GetNvmUsed()), a.size(m.GetNvmTotal()),
-			percent(m.GetNvmUsed(), m.GetNvmTotal()), a.size(m.GetHigh()), a.size(m.GetLow()), a.size(m.GetReserve()))},
 		[]string{"pinned", fmt.Sprintf("%d files, %s: unlinked, still open", m.GetPinnedFiles(), a.size(m.GetPinnedBytes()))},
 		[]string{"settled", fmt.Sprintf("%d of %d layers", m.GetSettled(), m.GetLayers())})
 	if m.GetFailed() > 0 {

@@ -146,7 +146,7 @@ func (a *app) topLines(s *control.TopSample, r *rates) error {
 	if r != nil {
 		opens += ", just now " + ratio(r.Hits)
 	}
-	trace := fmt.Sprintf("%d overflows, %d events lost", s.GetOverflows(), s.GetLost())
+	trace := fmt.Sprintf("overflows %d, events lost %d", s.GetOverflows(), s.GetLost())
 	if s.GetTraceError() != "" {
 		trace = "off: " + oneLine(s.GetTraceError())
 	}

@@ -10,6 +10,7 @@ import (
 	"math"
 	"sort"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -98,6 +99,9 @@ func appendAny(b *bytes.Buffer, v protoreflect.Value) error {
 	case protoreflect.Message:
 		return appendMessage(b, x)
 	case []byte:
+		if utf8.Valid(x) {
+			return appendValue(b, string(x))
+		}
 		return appendValue(b, profile.Path(x))
 	case float64:
 		if math.IsNaN(x) || math.IsInf(x, 0) { // JSON has neither

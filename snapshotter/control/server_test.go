@@ -28,7 +28,7 @@ import (
 
 // failing answers everything with err, and a watch with nothing until it is cancelled.
 type failing struct {
-	HotBackend
+	hotFake
 	err     error
 	watched chan struct{}
 }
@@ -140,7 +140,7 @@ func TestHealthAndReflection(t *testing.T) {
 	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	require.NoError(t, err)
 	defer conn.Close()
-	for _, service := range []string{"", "nhybrid.control.v1.Control"} {
+	for _, service := range []string{"", "nhybrid.control.v1.Control", "nhybrid.control.v1.Hot"} {
 		for ready, want := range map[bool]healthpb.HealthCheckResponse_ServingStatus{
 			false: healthpb.HealthCheckResponse_NOT_SERVING, true: healthpb.HealthCheckResponse_SERVING,
 		} {
@@ -160,6 +160,7 @@ func TestHealthAndReflection(t *testing.T) {
 		names = append(names, s.GetName())
 	}
 	require.Contains(t, names, "nhybrid.control.v1.Control")
+	require.Contains(t, names, "nhybrid.control.v1.Hot")
 	require.NoError(t, stream.CloseSend())
 }
 
