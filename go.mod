@@ -2,6 +2,9 @@ module github.com/nhybrid/nhybrid
 
 go 1.26.8
 
+// Images that tests and benchmarks build hold Go files of others.
+ignore ./out
+
 require (
 	github.com/bmatcuk/doublestar/v4 v4.10.4
 	github.com/containerd/containerd/api v1.11.1

@@ -134,7 +134,10 @@ func (s backend) tierStatus(t placement.Tier) (*control.Tier, error) {
 // bytes is what the data of a committed layer take on each tier. Copies that
 // were written back stand on both.
 func (sn snapshot) bytes() (nvm, hdd int64) {
-	if sn.Tier == placement.NVM {
+	switch {
+	case sn.Mixed:
+		nvm = sn.NVMBytes
+	case sn.Tier == placement.NVM:
 		nvm = sn.Data
 	}
 	if sn.Tier == placement.HDD || sn.Home {

@@ -6,59 +6,271 @@ package snapshotter
 import (
 	"context"
 	"fmt"
+	"path"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
-var errNoHot = fmt.Errorf("hot files: %w", errdefs.ErrNotImplemented)
+// defaultNamespace is containerd's own default, and ctr's.
+const defaultNamespace = "default"
 
-func (s backend) Profiles(context.Context, *control.ProfilesRequest, func(*control.ProfileInfo) error) error {
-	return errNoHot
+func (s backend) manager() (*hif.Manager, error) {
+	if s.hot == nil {
+		return nil, fmt.Errorf("this daemon keeps no hot files: %w", errdefs.ErrFailedPrecondition)
+	}
+	return s.hot, nil
 }
 
-func (s backend) GetProfile(context.Context, *control.ImageRequest) (*control.ProfileInfo, profile.Profile, error) {
-	return nil, profile.Profile{}, errNoHot
+// digestOf is the digest of the manifest that ref names, by itself or through
+// containerd's image store.
+func (s backend) digestOf(ctx context.Context, namespace, ref string) (digest.Digest, error) {
+	if d, err := digest.Parse(ref); err == nil {
+		return d, nil
+	}
+	images, err := s.images()
+	if err != nil {
+		return "", err
+	}
+	if namespace == "" {
+		namespace = defaultNamespace
+	}
+	img, err := images.Lookup(ctx, namespace, ref)
+	if err != nil {
+		return "", err
+	}
+	return img.Manifest, nil
 }
 
-func (s backend) PutProfile(context.Context, *control.ImageRequest, profile.Profile) (*control.PutResponse, error) {
-	return nil, errNoHot
+// hotImage is the image of the store that ref names.
+func (s backend) hotImage(ctx context.Context, namespace, ref string) (*hif.Manager, hif.Image, error) {
+	m, err := s.manager()
+	if err != nil {
+		return nil, hif.Image{}, err
+	}
+	d, err := s.digestOf(ctx, namespace, ref)
+	if err != nil {
+		return nil, hif.Image{}, err
+	}
+	if namespace == "" && ref != d.String() {
+		namespace = defaultNamespace
+	}
+	i, err := m.Find(ctx, namespace, d)
+	return m, i, err
 }
 
-func (s backend) RemoveProfile(context.Context, *control.ImageRequest) error { return errNoHot }
-
-func (s backend) SetRule(context.Context, *control.SetRuleRequest) (*control.SetRuleResponse, error) {
-	return nil, errNoHot
+func (s backend) info(ctx context.Context, k hif.Known) *control.ProfileInfo {
+	p := k.Profile
+	m := &control.ProfileInfo{
+		Digest: k.Digest.String(), Repository: p.Repository, Known: string(k.How), Starts: int64(p.Starts), Incomplete: int64(p.Incomplete),
+		Files: int64(len(p.Files)), Rules: int64(len(p.Rules)), Updated: timestamppb.New(p.Updated), Inherited: p.Inherited.String(),
+	}
+	for _, h := range k.Hot {
+		m.HotBytes += h.Size
+	}
+	if k.Image != nil {
+		m.Images = s.names(ctx, *k.Image)
+	}
+	return m
 }
 
-func (s backend) PushProfile(context.Context, *control.RegistryRequest) (*control.PushResponse, error) {
-	return nil, errNoHot
+// names are the references of an image.
+func (s backend) names(_ context.Context, i hif.Image) []string {
+	if i.Name == "" {
+		return []string{i.Digest.String()}
+	}
+	return []string{i.Name}
 }
 
-func (s backend) PullProfile(context.Context, *control.RegistryRequest) (*control.PutResponse, error) {
-	return nil, errNoHot
+// Profiles implements [control.HotBackend].
+func (s backend) Profiles(ctx context.Context, r *control.ProfilesRequest, send func(*control.ProfileInfo) error) error {
+	m, err := s.manager()
+	if err != nil {
+		return err
+	}
+	return m.All(ctx, func(k hif.Known) error {
+		if r.Namespace != "" && (k.Image == nil || k.Image.Namespace != r.Namespace) {
+			return nil
+		}
+		return send(s.info(ctx, k))
+	})
 }
 
-func (s backend) Ready(context.Context, *control.ReadyRequest) (*control.ReadyResponse, error) {
-	return nil, errNoHot
+// GetProfile implements [control.HotBackend].
+func (s backend) GetProfile(ctx context.Context, r *control.ImageRequest) (*control.ProfileInfo, profile.Profile, error) {
+	m, err := s.manager()
+	if err != nil {
+		return nil, profile.Profile{}, err
+	}
+	d, err := s.digestOf(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return nil, profile.Profile{}, err
+	}
+	k, err := m.Get(ctx, d)
+	if err != nil {
+		return nil, profile.Profile{}, err
+	}
+	return s.info(ctx, k), k.Profile, nil
 }
 
-func (s backend) Migration(context.Context) (*control.MigrationState, error) { return nil, errNoHot }
-
-func (s backend) PauseMigration(context.Context) (*control.MigrationState, error) {
-	return nil, errNoHot
+// PutProfile implements [control.HotBackend].
+func (s backend) PutProfile(ctx context.Context, r *control.ImageRequest, p profile.Profile) (*control.PutResponse, error) {
+	ref := r.GetImage()
+	if ref == "" {
+		ref = p.Image.String()
+	}
+	m, image, err := s.hotImage(ctx, r.GetNamespace(), ref)
+	if err != nil {
+		return nil, err
+	}
+	accepted, err := m.Accept(ctx, image, p)
+	if err != nil {
+		return nil, err
+	}
+	return s.accepted(ctx, m, image, accepted)
 }
 
-func (s backend) ResumeMigration(context.Context) (*control.MigrationState, error) {
-	return nil, errNoHot
+func (s backend) accepted(ctx context.Context, m *hif.Manager, image hif.Image, a hif.Accepted) (*control.PutResponse, error) {
+	k, err := m.Get(ctx, image.Digest)
+	if err != nil {
+		return nil, err
+	}
+	return &control.PutResponse{Profile: s.info(ctx, k), LeftOut: control.NewLeftOut(a.LeftOut)}, nil
 }
 
-func (s backend) MigrateNow(context.Context) (*control.MigrationState, error) { return nil, errNoHot }
-
-func (s backend) Files(context.Context, *control.FilesRequest, func(*control.ImageFile) error) error {
-	return errNoHot
+// RemoveProfile implements [control.HotBackend].
+func (s backend) RemoveProfile(ctx context.Context, r *control.ImageRequest) error {
+	m, err := s.manager()
+	if err != nil {
+		return err
+	}
+	d, err := s.digestOf(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return err
+	}
+	return m.Remove(d)
 }
 
-func (s backend) Sample(context.Context) (*control.TopSample, error) { return nil, errNoHot }
+// SetRule implements [control.HotBackend].
+func (s backend) SetRule(ctx context.Context, r *control.SetRuleRequest) (*control.SetRuleResponse, error) {
+	rule, err := profile.NewRule(r.Glob, profile.Action(r.Action))
+	if err != nil {
+		return nil, err
+	}
+	m, image, err := s.hotImage(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return nil, err
+	}
+	rules, matched, err := m.SetRule(ctx, image, rule)
+	if err != nil {
+		return nil, err
+	}
+	out := &control.SetRuleResponse{Files: int64(len(matched))}
+	for _, e := range matched {
+		out.Bytes += e.Size
+	}
+	for _, r := range rules {
+		out.Rules = append(out.Rules, &control.Rule{Glob: r.Glob, Action: string(r.Action)})
+	}
+	return out, nil
+}
+
+// PushProfile implements [control.HotBackend].
+func (s backend) PushProfile(ctx context.Context, r *control.RegistryRequest) (*control.PushResponse, error) {
+	m, image, err := s.hotImage(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return nil, err
+	}
+	d, err := m.Push(ctx, image, r.PlainHttp)
+	if err != nil {
+		return nil, err
+	}
+	k, err := m.Get(ctx, image.Digest)
+	if err != nil {
+		return nil, err
+	}
+	return &control.PushResponse{Digest: d.String(), Profile: s.info(ctx, k)}, nil
+}
+
+// PullProfile implements [control.HotBackend].
+func (s backend) PullProfile(ctx context.Context, r *control.RegistryRequest) (*control.PutResponse, error) {
+	m, image, err := s.hotImage(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return nil, err
+	}
+	accepted, err := m.Fetch(ctx, image, r.PlainHttp)
+	if err != nil {
+		return nil, err
+	}
+	return s.accepted(ctx, m, image, accepted)
+}
+
+// Ready implements [control.HotBackend].
+func (s backend) Ready(ctx context.Context, r *control.ReadyRequest) (*control.ReadyResponse, error) {
+	m, err := s.manager()
+	if err != nil {
+		return nil, err
+	}
+	namespace := r.Namespace
+	if namespace == "" {
+		namespace = defaultNamespace
+	}
+	snapshot := r.Container
+	if source, err := (hotStore{s.Snapshotter}).source(); err == nil {
+		if c, err := source.Container(ctx, namespace, r.Container); err == nil {
+			snapshot = c.Snapshot
+		}
+	}
+	start, err := m.Ready(ctx, namespace, snapshot)
+	if err != nil {
+		return nil, err
+	}
+	return &control.ReadyResponse{Start: s.openStart(start)}, nil
+}
+
+func (s backend) openStart(o hif.OpenStart) *control.OpenStart {
+	return &control.OpenStart{
+		Container: o.Snapshot, Namespace: o.Namespace, Image: o.Image, Files: int64(o.Files), Since: timestamppb.New(o.Began),
+	}
+}
+
+// Files implements [control.HotBackend].
+func (s backend) Files(ctx context.Context, r *control.FilesRequest, send func(*control.ImageFile) error) error {
+	m, image, err := s.hotImage(ctx, r.Namespace, r.Image)
+	if err != nil {
+		return err
+	}
+	inParts := s.divided.bytes(image.Top())
+	below := path.Join("/", string(r.Path))
+	return m.Files(ctx, image, func(f hif.File, hot *profile.Hot) error {
+		if below != "/" && f.Path != below && !strings.HasPrefix(f.Path, below+"/") {
+			return nil
+		}
+		out := &control.ImageFile{Path: []byte(strings.TrimPrefix(f.Path, "/")), Size: f.Size, Tier: "hdd"}
+		id, _, _ := strings.Cut(strings.TrimPrefix(f.Redirect, "/"), "/")
+		out.Layer = int32(slices.Index(image.Chain, id))
+		if hot != nil {
+			out.Hot, out.Pinned, out.Weight, out.Starts = true, hot.Pinned, hot.Weight, int64(hot.Starts)
+		}
+		at, err := s.tiers.Stands(f.Redirect)
+		part, divided := inParts[f.Redirect]
+		switch {
+		case err != nil:
+			return err
+		case at.NVM < 0 && divided:
+			out.Tier, out.NvmBytes = "parts", part
+		case at.NVM >= 0 && at.HDD >= 0:
+			out.Tier, out.NvmBytes = "both", at.NVM
+		case at.NVM >= 0:
+			out.Tier, out.NvmBytes = "nvm", at.NVM
+		}
+		return send(out)
+	})
+}

@@ -35,7 +35,12 @@ var (
 	bucketOwn     = []byte("nhybrid")
 	bucketLayers  = []byte("layers")  // snapshot id -> record
 	bucketRemoved = []byte("removed") // snapshot id of which files may still stand
-	keySchema     = []byte("schema")
+	// By digest of an image: JSON of package profile, the same from static
+	// analysis, and where a profile came from if not from starts here.
+	bucketProfiles    = []byte("profiles")
+	bucketPredictions = []byte("predictions")
+	bucketOrigins     = []byte("profile-origins")
+	keySchema         = []byte("schema")
 
 	// containerd's metastore (core/snapshots/storage), whose sequence gives the ids.
 	bucketMetastore = []byte("v1")
@@ -62,6 +67,11 @@ type record struct {
 	Usage    snapshots.Usage `json:"usage,omitzero"`
 	Data     int64           `json:"data_bytes,omitempty"`
 	Files    int64           `json:"files,omitempty"`
+
+	// Mixed: single files of the layer have changed tier. NVMBytes is what
+	// stands on NVM since then. The home of such a layer is HDD.
+	Mixed    bool  `json:"mixed,omitempty"`
+	NVMBytes int64 `json:"nvm_bytes,omitempty"`
 
 	// IDMap is set for the active snapshot of a container in a user namespace.
 	UIDMap string `json:"uidmap,omitempty"`
@@ -139,7 +149,7 @@ func (d *database) checkSchema(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		for _, b := range [][]byte{bucketLayers, bucketRemoved} {
+		for _, b := range [][]byte{bucketLayers, bucketRemoved, bucketProfiles, bucketPredictions, bucketOrigins} {
 			if _, err := own.CreateBucketIfNotExists(b); err != nil {
 				return err
 			}

@@ -28,6 +28,8 @@ type homing struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
+	copying sync.Mutex // one layer at a time
+
 	mu      sync.Mutex
 	left    int
 	current string
@@ -125,7 +127,41 @@ func (h *homing) copyAll(ctx context.Context) error {
 	return failed
 }
 
+// bring makes HDD the home of a layer: all its data are there, durably, and
+// what stands on NVM is a copy from then on. It returns an error that is
+// ErrUnavailable for a layer that is not durable yet.
+func (h *homing) bring(ctx context.Context, id string) error {
+	r, err := h.s.db.record(ctx, id)
+	switch {
+	case err != nil:
+		return err
+	case r.Tier == placement.HDD:
+		return nil
+	case !r.Durable || r.Damaged != "":
+		return fmt.Errorf("layer id %s is not on its device yet: %w", id, errdefs.ErrUnavailable)
+	}
+	if err := h.copyLayer(ctx, snapshot{ID: id, record: r}); err != nil {
+		return err
+	}
+	return h.s.db.updateRecord(ctx, id, func(r *record) {
+		if r.Home {
+			r.Tier, r.Mixed, r.NVMBytes = placement.HDD, true, r.Data
+		}
+	})
+}
+
+// copyLayer copies a layer to HDD, unless that is done.
 func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
+	h.copying.Lock()
+	defer h.copying.Unlock()
+	if r, err := h.s.db.record(ctx, sn.ID); err != nil || r.Home || r.Damaged != "" {
+		if errdefs.IsNotFound(err) {
+			return nil // removed meanwhile
+		}
+		return err
+	} else {
+		sn.record = r
+	}
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if r := h.s.config.WriteBackRate; r > 0 {
 		limit = rate.NewLimiter(rate.Limit(r), 1<<20)

@@ -120,6 +120,7 @@ func (s *Snapshotter) capture(id, name string) func(context.Context) error {
 		s.syncer.add(id, name, r.Tier, stats.DataBytes)
 		if s.isTop(ctx, name, r) {
 			s.jobs.add("tree "+id, s.buildTree(id, name))
+			s.kickHot()
 		}
 		if stats.Entries > largeLayer {
 			debug.FreeOSMemory()
@@ -333,7 +334,7 @@ func (s *Snapshotter) removal(id string) func(context.Context) error {
 			}
 			return err
 		}
-		err := errors.Join(unmount(s.state("i", id)), unmount(s.state("t", id)))
+		err := errors.Join(unmount(s.state("i", id)), unmount(s.state("t", id)), s.divided.drop(id))
 		if err == nil {
 			for _, f := range append(s.treeImages(id), s.capturePath(id)) {
 				if e := os.Remove(f); e != nil && !errors.Is(e, os.ErrNotExist) {

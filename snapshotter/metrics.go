@@ -34,6 +34,9 @@ func (m metrics) Describe(c chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descFree, descTotal, descBytes, descSnapshots, descUnsynced, descDamaged, descJobs, descPulls} {
 		c <- d
 	}
+	for _, d := range hotDescs {
+		c <- d
+	}
 	m.s.placer.decisions.Describe(c)
 	m.s.placer.swings.Describe(c)
 }
@@ -68,9 +71,13 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 		case !sn.Durable:
 			unsynced++
 		}
-		if sn.Tier == placement.NVM && sn.Home {
+		switch {
+		case sn.Mixed:
+			copies += sn.NVMBytes
+			only[placement.HDD] += max(0, sn.Data-sn.NVMBytes)
+		case sn.Tier == placement.NVM && sn.Home:
 			copies += sn.Data
-		} else {
+		default:
 			only[sn.Tier] += sn.Data
 		}
 	}
@@ -87,6 +94,7 @@ func (m metrics) Collect(c chan<- prometheus.Metric) {
 	pulls := len(m.s.placer.pulls)
 	m.s.placer.mu.Unlock()
 	gauge(descPulls, float64(pulls))
+	m.collectHot(c)
 	m.s.placer.decisions.Collect(c)
 	m.s.placer.swings.Collect(c)
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/hif/trace"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 )
@@ -48,7 +49,9 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 	if sn.Kind == snapshots.KindActive {
 		options = append(options, "workdir="+filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "work"), "upperdir="+upper)
 	}
-	options = append(options, s.lowerOptions(tree)...)
+	parts := s.divided.mounted(ctx, sn.ParentIDs[0])
+	options = append(options, s.lowerOptions(tree, parts)...)
+	s.watchStart(sn, info, r, trace.Start{Upper: upper, Tree: tree, Parts: parts})
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}, notByPath}, nil
 }
 
@@ -63,15 +66,19 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 var notByPath = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // lowerOptions are the overlay options for a tree with the two data roots
-// behind it.
+// behind it, and between them the parts of large files if there are some.
 //
 // They must be one "lowerdir=". To see what a container has changed, containerd
 // mounts its snapshot read-only: it takes the upper directory away and puts it
 // in front of what follows "lowerdir=" (mount.WithReadonlyTempMount). With the
 // newer lowerdir+ and datadir+ it finds nothing there, and the commit of a
 // container would be empty without a word.
-func (s *Snapshotter) lowerOptions(tree string) []string {
-	lower := []string{tree, s.tiers.DataRoot(placement.NVM), s.tiers.DataRoot(placement.HDD)}
+func (s *Snapshotter) lowerOptions(tree, parts string) []string {
+	lower := []string{tree, s.tiers.DataRoot(placement.NVM)}
+	if parts != "" {
+		lower = append(lower, parts)
+	}
+	lower = append(lower, s.tiers.DataRoot(placement.HDD))
 	return append([]string{"lowerdir=" + strings.Join(lower, "::")}, s.features.Options()...)
 }
 

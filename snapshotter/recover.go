@@ -138,6 +138,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 		s.detachTrees(ctx)
 	}
 	s.dropFormerState(ctx)
+	s.divided.recover(ctx)
 	for _, id := range removed {
 		known[id] = true
 		s.jobs.add("remove "+id, s.removal(id))
@@ -248,7 +249,7 @@ func (s *Snapshotter) inventory() (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), filepath.Join(s.tiers.Root(placement.NVM), "p"), s.state("t"), s.state("i"), s.state("p")} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			return nil, fmt.Errorf("list %q: %w", dir, err)
@@ -311,7 +312,7 @@ func (s *Snapshotter) dropFormerState(ctx context.Context) {
 	}
 	dir := filepath.Join(filepath.Dir(s.tiers.State()), s.tiers.Former())
 	var err error
-	for _, sub := range []string{"i", "t"} {
+	for _, sub := range []string{"i", "t", "p"} {
 		mounts, _ := filepath.Glob(filepath.Join(dir, sub, "*"))
 		for _, m := range mounts {
 			err = errors.Join(err, unmount(m))
@@ -388,6 +389,7 @@ func (s *Snapshotter) repair(id, name string) func(context.Context) error {
 		}
 		err = s.db.updateRecord(ctx, id, func(r *record) {
 			r.Damaged, r.Tier, r.Boot, r.Home, r.Durable, r.Captured = "", placement.HDD, s.config.BootID, false, false, false
+			r.Mixed, r.NVMBytes = false, 0 // all of it was removed
 			r.Repairs++
 		})
 		if err != nil {
@@ -450,7 +452,7 @@ func (s *Snapshotter) rebuild(ctx context.Context, id, name string, r record) er
 		return fmt.Errorf("blob %s unpacks to %s, not %s", layer.Digest, got, layer.DiffID)
 	}
 	// Only now the old one goes: until here it may have been better than nothing.
-	if err := errors.Join(unmount(s.state("t", id)), s.tiers.Remove(id)); err != nil {
+	if err := errors.Join(unmount(s.state("t", id)), s.divided.forget(id), s.tiers.Remove(id)); err != nil {
 		return err
 	}
 	for _, image := range s.treeImages(id) {

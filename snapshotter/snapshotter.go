@@ -30,6 +30,7 @@ import (
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
@@ -64,6 +65,8 @@ type Config struct {
 	SyncRemove    bool // Remove waits until the files are gone
 	// Downloads tells what containerd downloads; nil: nothing ever.
 	Downloads Downloads
+	// Hot says how hot files are found and moved; nil: not at all.
+	Hot *hif.Config
 	// BootID tells boots of the machine apart; default: the kernel's.
 	BootID string
 }
@@ -82,6 +85,8 @@ type Snapshotter struct {
 	quota    *quotas
 	mirror   *mirror
 	rates    *rates
+	hot      *hif.Manager // nil: none
+	divided  *divided
 	closing  sync.Once
 }
 
@@ -125,7 +130,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.tiers.SameFilesystem() {
 		log.G(ctx).Warnf("root %q and nvm_root %q stand on one filesystem: placement has no effect; give NVM a filesystem of its own", c.Root, c.NVMRoot)
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i"), s.state("p"), filepath.Join(s.tiers.Root(placement.NVM), "p")} {
 		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create %q: %w", dir, err)
 		}
@@ -148,6 +153,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 		}
 	}
 	s.jobs = newJobs(c.Workers)
+	s.divided = newDivided(s)
 	if s.rates, err = loadRates(ctx, s.db); err != nil {
 		return nil, errors.Join(err, s.db.ms.Close())
 	}
@@ -156,11 +162,17 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	s.syncer = newSyncer(s)
 	s.homing = newHoming(s)
 	s.placer = newPlacer(s)
+	if err := s.newHot(ctx); err != nil {
+		return nil, errors.Join(err, s.mirror.close(), s.db.ms.Close())
+	}
 	s.syncer.start()
 	s.homing.start()
 	s.placer.start()
 	if err := s.recover(ctx); err != nil {
 		return nil, errors.Join(err, s.Close())
+	}
+	if s.hot != nil {
+		s.hot.Start()
 	}
 	return s, nil
 }
@@ -179,6 +191,9 @@ func (s *Snapshotter) state(elem ...string) string {
 // and nothing deleted: containers go on. It may be called twice.
 func (s *Snapshotter) Close() (err error) {
 	s.closing.Do(func() {
+		if s.hot != nil {
+			err = s.hot.Close()
+		}
 		s.placer.close()
 		s.homing.close()
 		// Before what may take long: who is killed for that should have his copy.
@@ -188,7 +203,7 @@ func (s *Snapshotter) Close() (err error) {
 		s.syncer.final(context.Background())
 		s.jobs.close()
 		s.syncer.close()
-		err = errors.Join(s.mirror.close(), s.db.ms.Close(), s.tiers.Close())
+		err = errors.Join(err, s.mirror.close(), s.db.ms.Close(), s.tiers.Close())
 	})
 	return err
 }

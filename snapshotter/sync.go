@@ -217,6 +217,7 @@ func (y *syncer) sync(ctx context.Context) {
 	y.s.rates.save(ctx)
 	y.s.mirror.changed()
 	y.s.homing.kick()
+	y.s.kickHot()
 }
 
 // flush syncs a tier. An error means that something was lost that was written

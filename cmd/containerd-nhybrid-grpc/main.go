@@ -111,6 +111,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		WriteBackRate: int64(c.Background.WriteBackRate),
 		SyncRemove:    c.Snapshot.SyncRemove,
 		Downloads:     watcher,
+		Hot:           hot(c.Hot),
 	})
 	if err != nil {
 		return errors.Join(err, watcher.Close())

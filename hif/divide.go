@@ -1,0 +1,202 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package hif
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"github.com/nhybrid/nhybrid/hif/parts"
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// division is the files of one chain of layers of which only parts belong on
+// NVM. Images with the same chain share it.
+type division struct {
+	top     string
+	files   []parts.File
+	path    string          // of the image
+	have    map[string]bool // redirects that the image on NVM serves already
+	current bool            // it serves all of files
+	used    time.Time
+	home    bool // all layers of the files have their home on HDD
+}
+
+// divisions decides for which chains parts are kept, by the images that are settled.
+func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*division {
+	all := map[string]*division{}
+	if m.config.PartsFrom <= 0 {
+		return all
+	}
+	wants := map[string][]parts.Want{}
+	for _, w := range images {
+		path := m.store.PartsPath(w.Top())
+		if path == "" || !w.settled() {
+			continue
+		}
+		d := all[w.Top()]
+		if d == nil {
+			d = &division{top: w.Top(), path: path, home: true}
+			all[w.Top()] = d
+		}
+		if w.used().After(d.used) {
+			d.used = w.used()
+		}
+		for _, h := range w.Hot {
+			// A pinned file stays whole: that is what the operator asked for.
+			if h.Touched < 0 || h.Pinned || h.Size < m.config.PartsFrom || len(h.Ranges) == 0 {
+				continue
+			}
+			wants[d.top] = append(wants[d.top], want(w.redirect(h.Layer, h.Path), h.Size, h.Ranges))
+		}
+	}
+	for top, d := range all {
+		d.files = parts.Choose(merge(wants[top]), parts.Rules{MinSize: m.config.PartsFrom})
+		d.have, d.current = m.served(d)
+		if len(d.files) == 0 && len(d.have) == 0 {
+			delete(all, top)
+		}
+		for _, f := range d.files {
+			d.home = d.home && home[layerOf(f.Redirect)]
+		}
+	}
+	return all
+}
+
+// merge joins what several images of one chain want of a file.
+func merge(wants []parts.Want) (out []parts.Want) {
+	at := map[string]int{}
+	for _, w := range wants {
+		if i, ok := at[w.Redirect]; ok {
+			out[i].Ranges = append(out[i].Ranges, w.Ranges...)
+			continue
+		}
+		at[w.Redirect] = len(out)
+		out = append(out, w)
+	}
+	return out
+}
+
+// served tells which of the files the image on NVM serves with all the parts
+// that are wanted, and whether it need not be made anew: it serves all, and
+// nothing else.
+func (m *Manager) served(d *division) (have map[string]bool, current bool) {
+	have = map[string]bool{}
+	stands, err := parts.Read(d.path)
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) {
+			log.L.WithError(err).Warn("the parts of an image are unusable and are made again")
+		}
+		return have, len(d.files) == 0
+	}
+	byName := map[string]parts.File{}
+	for _, f := range stands {
+		byName[f.Redirect] = f
+	}
+	current = len(stands) == len(d.files)
+	for _, f := range d.files {
+		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && covers(s.Hot, f.Hot) {
+			have[f.Redirect] = true
+		}
+	}
+	return have, current && len(have) == len(d.files)
+}
+
+// covers tells whether every range of wanted lies within one of stands; both
+// are in order and do not touch.
+func covers(stands, wanted []parts.Range) bool {
+	for _, w := range wanted {
+		ok := slices.ContainsFunc(stands, func(s parts.Range) bool {
+			return s.Offset <= w.Offset && w.Offset+w.Length <= s.Offset+s.Length
+		})
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
+// divide makes the images of parts that are wanted and not there, one after
+// the other. It runs beside the loop, at most once at a time.
+func (m *Manager) divide(todo []*division, floor int64) {
+	limit := rate.NewLimiter(rate.Inf, 0)
+	if r := m.config.Engine.Rate; r > 0 {
+		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
+	}
+	for _, d := range todo {
+		if m.ctx.Err() != nil {
+			return
+		}
+		if err := m.divideOne(d, floor, limit); err != nil && m.ctx.Err() == nil {
+			log.L.WithError(err).WithField("id", d.top).Warn("parts of large files could not be kept; the files stay whole")
+			m.mu.Lock()
+			m.notDivided[d.top] = time.Now()
+			m.mu.Unlock()
+		}
+	}
+}
+
+// partsRetry is when the parts of an image are tried again after an error.
+const partsRetry = 10 * time.Minute
+
+func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error {
+	if len(d.files) == 0 {
+		if err := os.Remove(d.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return m.store.PartsChanged(m.ctx, d.top)
+	}
+	need := int64(0)
+	for _, f := range d.files {
+		need += f.Bytes()
+	}
+	free, _, err := m.tiers.Space(placement.NVM)
+	if err != nil {
+		return err
+	}
+	if free-need < floor {
+		return fmt.Errorf("parts of %d bytes find no room on NVM: %w", need, errdefs.ErrResourceExhausted)
+	}
+	roots := parts.Roots{NVM: m.tiers.DataRoot(placement.NVM), HDD: m.tiers.DataRoot(placement.HDD)}
+	stats, err := parts.Write(m.ctx, d.path, roots, d.files, func(n int) error { return m.pace(n, limit) })
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	if err != nil {
+		return err
+	}
+	log.L.WithFields(log.Fields{"id": d.top, "files": len(d.files), "bytes": stats.Bytes, "whole": stats.Whole}).Info("parts of large files are on NVM")
+	return m.store.PartsChanged(m.ctx, d.top)
+}
+
+// pace waits before a piece of n bytes is moved.
+func (m *Manager) pace(n int, limit *rate.Limiter) error {
+	for {
+		m.mu.Lock()
+		hurry := m.hurry
+		m.mu.Unlock()
+		if hurry {
+			return m.ctx.Err()
+		}
+		if _, busy := m.host.Busy(); !busy {
+			return limit.WaitN(m.ctx, n)
+		}
+		select {
+		case <-m.ctx.Done():
+			return m.ctx.Err()
+		case <-time.After(yield):
+		}
+	}
+}
+
+// yield is how long work waits before it looks again whether a start or pull is over.
+const yield = 500 * time.Millisecond

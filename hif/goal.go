@@ -1,0 +1,210 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package hif
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/nhybrid/nhybrid/hif/parts"
+	"github.com/nhybrid/nhybrid/hif/plan"
+	"github.com/nhybrid/nhybrid/hif/profile"
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// Overview is what the last plan was made of.
+type Overview struct {
+	Layers        int             // that stand on this node
+	SettledLayers map[string]bool // ids of those of which only hot files stay
+	HotOnNVM      int64           // bytes of hot files of settled layers that are on NVM, without parts
+	Space         plan.Space
+	Plan          plan.Plan
+}
+
+// Overview returns what the last plan was made of.
+func (m *Manager) Overview() Overview {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.last
+}
+
+// wanted is what an image needs, and how that is known.
+type wanted struct {
+	Image
+	profile.Profile
+	Knowledge
+	Hot []profile.Hot
+}
+
+// want reads what is known of an image.
+func (m *Manager) want(ctx context.Context, image Image) (wanted, error) {
+	p, k, err := m.known(image.Digest)
+	if err != nil {
+		return wanted{}, err
+	}
+	listing := m.listing(ctx, image)
+	hot := p.Hot(listing)
+	return wanted{image, p, k, hot}, listing.err
+}
+
+// settled tells whether what is not hot is cold.
+func (k Knowledge) settled() bool { return k == Traced || k == Inherited || k == Pulled }
+
+func (k Knowledge) forPlan(hot int) plan.Knowledge {
+	switch {
+	case k.settled():
+		return plan.Traced
+	case k == Nothing && hot == 0:
+		return plan.Unknown
+	}
+	return plan.Predicted
+}
+
+// used is when the image was last started, or became known.
+func (w *wanted) used() time.Time { return w.Updated }
+
+// apply makes a plan and hands it to the engine.
+func (m *Manager) apply(ctx context.Context, images []Image) error {
+	in := plan.Input{Now: time.Now(), Limits: m.config.Limits, Disk: m.config.Disk}
+	var err error
+	if in.Layers, err = m.store.Layers(ctx); err != nil {
+		return err
+	}
+	home := map[string]bool{}
+	for _, l := range in.Layers {
+		home[l.ID] = l.Tier == placement.HDD && l.Fixed == ""
+	}
+	var wants []wanted
+	for _, image := range images {
+		w, err := m.want(ctx, image)
+		if err != nil {
+			return err
+		}
+		wants = append(wants, w)
+	}
+	divisions := m.divisions(wants, home)
+	o := Overview{Layers: len(in.Layers), SettledLayers: map[string]bool{}}
+	here := map[string]int64{} // hot files that stand on NVM whole
+	for _, w := range wants {
+		in.Images = append(in.Images, m.forPlan(w, divisions[w.Top()], here))
+		if w.settled() {
+			for _, id := range w.Chain {
+				o.SettledLayers[id] = true
+			}
+		}
+	}
+	if in.Space, err = m.store.Space(); err != nil {
+		return err
+	}
+	if m.engine != nil {
+		in.Space.Pinned = m.engine.Progress().Pinned
+	}
+	o.Space, o.Plan = in.Space, plan.Decide(in)
+	for redirect, size := range here {
+		if o.SettledLayers[layerOf(redirect)] {
+			o.HotOnNVM += size
+		}
+	}
+	m.mu.Lock()
+	m.last = o
+	hurry := m.hurry
+	m.mu.Unlock()
+	if m.engine == nil {
+		return nil
+	}
+	m.engine.Apply(o.Plan)
+	if hurry {
+		m.engine.Now()
+	}
+	m.startDividing(divisions, o.Plan)
+	return nil
+}
+
+// forPlan is an image as the plan sees it. A file of which parts are kept is
+// not hot as a whole; until its parts are there it stays where it is.
+func (m *Manager) forPlan(w wanted, d *division, here map[string]int64) plan.Image {
+	divided := map[string]bool{}
+	if d != nil {
+		for _, f := range d.files {
+			divided[f.Redirect] = true
+		}
+	}
+	p := plan.Image{ID: w.name(), Knowledge: w.forKnowledge(), Used: w.used(), Layers: w.Chain}
+	for _, h := range w.Hot {
+		f := plan.File{Redirect: w.redirect(h.Layer, h.Path), Size: h.Size, Weight: h.Weight, Pinned: h.Pinned}
+		if at, err := m.tiers.StandsOn(placement.NVM, f.Redirect); err == nil {
+			f.OnNVM = at >= 0
+		}
+		if divided[f.Redirect] && (d.have[f.Redirect] || !f.OnNVM) {
+			continue
+		}
+		if f.OnNVM {
+			here[f.Redirect] = f.Size
+		}
+		p.Hot = append(p.Hot, f)
+	}
+	return p
+}
+
+func (w *wanted) forKnowledge() plan.Knowledge { return w.Knowledge.forPlan(len(w.Hot)) }
+
+// startDividing has parts made that are wanted, unless that is under way. In a
+// store that is full old ones go instead, of the chain used longest ago.
+func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dividing || m.closed {
+		return
+	}
+	var todo []*division
+	for _, d := range divisions {
+		switch {
+		case p.Pressure && len(d.have) > 0:
+			todo = append(todo, d)
+		case !p.Pressure && !d.current && d.home && time.Since(m.notDivided[d.top]) > partsRetry:
+			todo = append(todo, d)
+		}
+	}
+	slices.SortFunc(todo, func(a, b *division) int { return b.used.Compare(a.used) })
+	if p.Pressure && len(todo) > 0 {
+		last := todo[len(todo)-1]
+		last.files = nil
+		m.notDivided[last.top] = time.Now()
+		todo = []*division{last}
+	}
+	if len(todo) == 0 {
+		return
+	}
+	m.dividing = true
+	m.wg.Go(func() {
+		m.divide(todo, p.Floor)
+		m.mu.Lock()
+		m.dividing = false
+		m.mu.Unlock()
+		m.Kick()
+	})
+}
+
+func layerOf(redirect string) string {
+	id, _, _ := strings.Cut(strings.TrimPrefix(redirect, "/"), "/")
+	return id
+}
+
+func want(redirect string, size int64, ranges []profile.Range) parts.Want {
+	w := parts.Want{Redirect: redirect, Size: size}
+	for _, r := range ranges {
+		w.Ranges = append(w.Ranges, parts.Range(r))
+	}
+	return w
+}
+
+// name is the image for people.
+func (i Image) name() string {
+	if i.Name != "" {
+		return i.Name
+	}
+	return i.Digest.String()
+}

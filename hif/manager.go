@@ -1,0 +1,242 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package hif
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/nhybrid/nhybrid/hif/migrate"
+	"github.com/nhybrid/nhybrid/hif/plan"
+	"github.com/nhybrid/nhybrid/hif/profile"
+	"github.com/nhybrid/nhybrid/hif/trace"
+	"github.com/nhybrid/nhybrid/placement/tier"
+)
+
+// Config says what the manager does. The zero value traces, learns and moves nothing.
+type Config struct {
+	// Trace: starts are traced, and their ends found by Quiet and Window
+	// (trace.Config: Quiet and Max).
+	Trace         bool
+	Quiet, Window time.Duration
+	Predict       Prediction
+	Fetch         bool     // ask registries for profiles
+	PlainHTTP     []string // registries to ask without TLS, as host:port
+	// Migrate: files are moved, within these limits.
+	Migrate bool
+	Limits  plan.Limits
+	Disk    plan.Disk
+	Engine  migrate.Config
+	// PartsFrom is the size from which of a file only parts are kept, in bytes; 0: never.
+	PartsFrom int64
+}
+
+// Books are where the manager keeps what it knows, each by the digest of the image.
+type Books struct {
+	Profiles, Predictions, Origins profile.Store
+}
+
+// Manager is the hot image files of a store. Its methods may be called concurrently.
+type Manager struct {
+	config      Config
+	store       Store
+	host        migrate.Host
+	tiers       *tier.Store
+	book        profile.Book
+	predictions profile.Book
+	origins     profile.Store
+	tracer      *trace.Tracer // nil: no traces
+	traceErr    error         // why
+	engine      *migrate.Engine
+	counters    counters
+
+	ctx  context.Context
+	stop context.CancelFunc
+	wg   sync.WaitGroup
+	wake chan struct{}
+
+	// Of the loop alone: images that were looked at, and those that had no name.
+	asked, nameless map[digest.Digest]bool
+
+	mu      sync.Mutex
+	closed  bool
+	starts  map[string]*openStart // by snapshot id
+	kicks   uint64                // that were asked for
+	seen    uint64                // the kicks that the latest finished round knew of
+	planned chan struct{}         // closed and replaced after each round
+	last    Overview
+	hurry   bool // MigrateNow was called and is not done
+	// dividing: parts are being made; notDivided: when that failed, by id of the top.
+	dividing   bool
+	notDivided map[string]time.Time
+}
+
+type counters struct{ recorded, incomplete atomic.Int64 }
+
+// replan is how often the manager looks at the space without being called.
+const replan = time.Minute
+
+// New makes a manager, which does nothing but trace before Start. Where the
+// kernel refuses fanotify it works without traces and says so once.
+func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *tier.Store, books Books) (*Manager, error) {
+	m := &Manager{
+		config: c, store: store, host: host, tiers: tiers, notDivided: map[string]time.Time{},
+		book:        profile.Book{Store: books.Profiles, Ageing: profile.DefaultAgeing},
+		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
+		origins:     books.Origins,
+		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
+		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]bool{}, starts: map[string]*openStart{},
+	}
+	if c.Trace {
+		var roots [2]string
+		for _, t := range tier.Tiers {
+			roots[t] = tiers.DataRoot(t)
+		}
+		m.tracer, m.traceErr = trace.New(trace.Config{Roots: roots, Quiet: c.Quiet, Max: c.Window})
+		if m.traceErr != nil {
+			log.G(ctx).WithError(m.traceErr).Warn("starts are not traced; what images need is only guessed")
+		}
+	} else {
+		m.traceErr = errors.New("switched off by the configuration (hot.trace)")
+	}
+	m.ctx, m.stop = context.WithCancel(context.Background())
+	if c.Migrate {
+		var err error
+		if m.engine, err = migrate.New(c.Engine, tiers, host); err != nil {
+			if m.tracer != nil {
+				err = errors.Join(err, m.tracer.Close())
+			}
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// Start begins to look at the store.
+func (m *Manager) Start() { m.wg.Go(m.run) }
+
+// Close ends all watches and all migration. Files stay where they are.
+func (m *Manager) Close() error {
+	m.mu.Lock()
+	m.closed = true
+	m.mu.Unlock()
+	m.stop()
+	var err error
+	if m.tracer != nil {
+		err = m.tracer.Close()
+	}
+	m.wg.Wait()
+	if m.engine != nil {
+		err = errors.Join(err, m.engine.Close())
+	}
+	return err
+}
+
+// Kick has the manager look at the store again: something has changed.
+func (m *Manager) Kick() {
+	m.mu.Lock()
+	m.kicks++
+	m.mu.Unlock()
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (m *Manager) kickAfter(d time.Duration) { time.AfterFunc(d, m.Kick) }
+
+// Busy tells whether a start is under way.
+func (m *Manager) Busy() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.starts) > 0
+}
+
+func (m *Manager) run() {
+	tick := time.NewTicker(replan)
+	defer tick.Stop()
+	for {
+		m.round()
+		select {
+		case <-m.ctx.Done():
+			return
+		case <-m.wake:
+		case <-tick.C:
+		}
+	}
+}
+
+// round looks at the store once: learns of new images, and tells the engine
+// what the tiers shall look like.
+func (m *Manager) round() {
+	m.mu.Lock()
+	kicks := m.kicks
+	m.mu.Unlock()
+	defer func() {
+		m.mu.Lock()
+		m.seen = kicks
+		close(m.planned)
+		m.planned = make(chan struct{})
+		m.mu.Unlock()
+		m.calm()
+	}()
+	images, err := m.store.Images(m.ctx)
+	if err != nil {
+		if m.ctx.Err() == nil {
+			log.L.WithError(err).Debug("images cannot be listed; hot files stay as they are")
+		}
+		return
+	}
+	m.learn(m.ctx, images)
+	if err := m.apply(m.ctx, images); err != nil && m.ctx.Err() == nil {
+		log.L.WithError(err).Warn("no plan could be made; hot files stay as they are")
+	}
+}
+
+// Settling tells whether there is more to do than the engine knows of: a change
+// that no plan has seen yet, or parts being made.
+func (m *Manager) Settling() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.kicks != m.seen || m.dividing
+}
+
+// calm ends a hurry when all is done.
+func (m *Manager) calm() {
+	if m.engine == nil || m.Settling() || !m.engine.Reached() {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hurry = false
+}
+
+// settle waits until a round has been made that began after the call.
+func (m *Manager) settle(ctx context.Context) error {
+	m.Kick()
+	m.mu.Lock()
+	want := m.kicks
+	m.mu.Unlock()
+	for {
+		m.mu.Lock()
+		done, seen := m.planned, m.seen
+		m.mu.Unlock()
+		if seen >= want {
+			return nil
+		}
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-m.ctx.Done():
+			return m.ctx.Err()
+		}
+	}
+}
