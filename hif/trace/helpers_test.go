@@ -152,7 +152,7 @@ func (s *store) container(id string) *container {
 	for l := range s.all {
 		layers = append(layers, l)
 	}
-	return &container{Start{id, filepath.Join(dir, "fs"), s.tree, layers}, s, filepath.Join(dir, "m")}
+	return &container{Start{Snapshot: id, Upper: filepath.Join(dir, "fs"), Tree: s.tree, Layers: layers}, s, filepath.Join(dir, "m")}
 }
 
 func (c *container) mount() string {

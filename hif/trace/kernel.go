@@ -86,8 +86,13 @@ func statx(fd int, st *unix.Statx_t) error {
 	return nil
 }
 
-// isRoot tells whether a mount is one that the data roots stand on.
+// isRoot tells whether a mount is one that the data roots stand on, or parts.
 func (t *Tracer) isRoot(mount uint64) bool {
+	for _, p := range t.parts {
+		if p.mount == mount {
+			return true
+		}
+	}
 	return mount == t.roots[0].mount || mount == t.roots[1].mount
 }
 

@@ -21,8 +21,11 @@ type overlay struct {
 	point  string // in our mount namespace; empty if it was found through a process
 	upper  string
 	tree   string    // first lower directory
-	clones [2]uint64 // of the data roots, by tier; 0: not known yet
+	clones [3]uint64 // of the data roots, by tier, and of the parts; 0: not known yet
 }
+
+// partsSlot is the place of the parts in overlay.clones.
+const partsSlot = 2
 
 // wants tells whether w is the watch of this overlay. An overlay without an
 // upper directory is a view, or what containerd mounts for a moment to look

@@ -43,6 +43,7 @@ type clone struct {
 type entry struct {
 	layer, path string
 	tier        placement.Tier
+	parts       bool
 	born        unix.StatxTimestamp // an inode number may come again, with another birth
 	first       time.Duration
 	opens       int
@@ -50,6 +51,16 @@ type entry struct {
 	size        int64
 	warm        int64 // bytes in the page cache when first seen; -1 unknown
 	evicted     int64 // bytes that had left it by then
+}
+
+const nvm = placement.NVM
+
+// slot is the place of a file's data-only layer in overlay.clones.
+func (e *entry) slot() int {
+	if e.parts {
+		return partsSlot
+	}
+	return int(e.tier)
 }
 
 // read is the reader: the only goroutine that takes events from the group.
@@ -153,6 +164,9 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	e.opens++
 	e.exec = e.exec || ev.Mask&unix.FAN_OPEN_EXEC != 0
 	t.stats.Opens[e.tier]++
+	if e.parts {
+		t.stats.Parts++
+	}
 	if e.opens == 1 {
 		t.first(c, e, fd, ev.Pid)
 	}
@@ -212,6 +226,10 @@ func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t, gone bool) bool 
 	layer, path, _ := strings.Cut(name, "/")
 	if path == "" {
 		return may
+	}
+	if p := t.parts[devOf(st)]; p != nil {
+		t.identifyParts(p, e, layer, path, st)
+		return false
 	}
 	for i := range t.roots {
 		var at unix.Statx_t
@@ -309,7 +327,7 @@ func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
 	if known := t.overs[st.Mnt_id]; known != nil {
 		o = known
 	}
-	if o.clones[e.tier] == 0 {
+	if o.clones[e.slot()] == 0 {
 		id, err := t.probe(dir, data, e.path)
 		if err != nil {
 			log.L.WithError(err).Debug("probe of an overlay failed")
@@ -321,11 +339,11 @@ func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
 			clear(t.overs)
 			clear(t.byClone)
 		}
-		o.clones[e.tier] = id
+		o.clones[e.slot()] = id
 		t.overs[st.Mnt_id] = o
 		t.byClone[id] = o
 	}
-	if o.clones[e.tier] != c.id {
+	if o.clones[e.slot()] != c.id {
 		return false
 	}
 	t.give(c, o)

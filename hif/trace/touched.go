@@ -29,7 +29,7 @@ var soName = regexp.MustCompile(`\.so(\.[0-9][^/]*)?$`)
 // measure completes the records of a start that is over: kinds of use, and what
 // the page cache holds of the files. It opens them by the data roots, which the
 // group ignores, and reads nothing that is not cached.
-func (t *Tracer) measure(files []File) {
+func (t *Tracer) measure(files []File, parts *parts) {
 	for i := range files {
 		f := &files[i]
 		warm := f.Touched
@@ -38,13 +38,18 @@ func (t *Tracer) measure(files []File) {
 			f.Kind = Library
 		}
 		tier := f.Tier
-		fd, err := openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path)
-		if err != nil {
+		dir := t.roots[tier].fd
+		if f.Parts && parts != nil {
+			dir = parts.fd
+		}
+		fd, err := openRegular(dir, f.Layer+"/"+f.Path)
+		if err != nil && !f.Parts {
 			// It moved in the meantime; the pages it was read into are gone.
 			tier, warm = 1-tier, -1
-			if fd, err = openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path); err != nil {
-				continue
-			}
+			fd, err = openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path)
+		}
+		if err != nil {
+			continue
 		}
 		if warm >= 0 && warm <= coldBytes {
 			f.Touched, f.Ranges = touched(fd, f.Size, f.evicted)

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -68,6 +69,9 @@ type Start struct {
 	Upper string
 	// Tree is the mount point given as the first of lowerdir.
 	Tree string
+	// Parts is the mount point of the image's parts, if it has one among its
+	// data-only layers (package parts); empty: none.
+	Parts string
 	// Layers are the ids of the layers in the chain. Opens through a mount
 	// that was gone before anyone could look (containerd mounts a rootfs for
 	// a moment to read /etc/passwd) are given to the starts that have the layer.
@@ -103,6 +107,9 @@ type File struct {
 	Opens int
 	Size  int64          // bytes
 	Tier  placement.Tier // where it stood when it was first opened
+	// Parts: it was opened as a file of which only parts are on NVM. Tier is
+	// NVM then, whatever was read.
+	Parts bool
 	// Touched is how many bytes came into the page cache during the start,
 	// read-ahead included; -1 where that cannot be known: the file was cached
 	// before, part of it was evicted, it is on DAX, it is gone.
@@ -142,12 +149,20 @@ type Trace struct {
 	Ended           Reason
 }
 
+// Executed tells whether the kernel has executed anything of the image. A mount
+// in which nothing was, such as the one by which containerd looks up a user, is
+// no start.
+func (t *Trace) Executed() bool {
+	return slices.ContainsFunc(t.Files, func(f File) bool { return f.Kind == Exec })
+}
+
 // Stats are counters since New. They only grow.
 type Stats struct {
 	Events     uint64    // read from the kernel
 	Overflows  uint64    // of the kernel's queue
 	Lost       uint64    // events without a descriptor, files over the bound
-	Opens      [2]uint64 // of files of layers by containers, by tier
+	Opens      [2]uint64 // of files of layers by containers, by tier; parts among NVM
+	Parts      uint64    // of these, of files of which only parts are on NVM
 	Unresolved uint64    // mounts that could not be tied to a container
 	Watches    uint64    // opened
 	Open       int       // watches open now
@@ -171,6 +186,7 @@ type Tracer struct {
 	mounts  map[uint64]*clone   // every clone that showed up while a watch is open
 	byClone map[uint64]*overlay // clones whose overlay is known
 	overs   map[uint64]*overlay // overlays whose clones are known, by unique mount id
+	parts   map[devnum]*parts   // of the open watches
 	files   int                 // entries in mounts
 	linkbuf [unix.PathMax]byte  // of the reader
 	wg      sync.WaitGroup      // reader and measuring goroutines
@@ -214,6 +230,7 @@ func New(cfg Config) (*Tracer, error) {
 		mounts:  map[uint64]*clone{},
 		byClone: map[uint64]*overlay{},
 		overs:   map[uint64]*overlay{},
+		parts:   map[devnum]*parts{},
 	}
 	for i := range t.roots {
 		t.roots[i].fd = -1
@@ -233,20 +250,9 @@ func (t *Tracer) open() error {
 		return fmt.Errorf("poll fanotify group: %w", err)
 	}
 	for i, dir := range t.cfg.Roots {
-		r := &t.roots[i]
-		r.path = filepath.Clean(dir)
-		if r.fd, err = unix.Open(r.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-			r.fd = -1
-			return fmt.Errorf("open data root %q: %w", dir, err)
+		if t.roots[i], err = openRoot(dir); err != nil {
+			return err
 		}
-		var st unix.Statx_t
-		if err := statx(r.fd, &st); err != nil {
-			return fmt.Errorf("stat data root %q: %w", dir, err)
-		}
-		if st.Mask&unix.STATX_MNT_ID_UNIQUE == 0 {
-			return refused("tell mounts apart", fmt.Errorf("statx has no unique mount ids; Linux 6.8 is needed: %w", unix.ENOSYS))
-		}
-		r.dev, r.mount = devOf(&st), st.Mnt_id
 	}
 	// A trial, so that a refusal shows when the daemon starts and not with the
 	// first container.
@@ -254,6 +260,26 @@ func (t *Tracer) open() error {
 		return refused("mark the tier filesystems", err)
 	}
 	return t.mark(false)
+}
+
+func openRoot(dir string) (root, error) {
+	r := root{path: filepath.Clean(dir)}
+	fd, err := unix.Open(r.path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return root{fd: -1}, fmt.Errorf("open data root %q: %w", dir, err)
+	}
+	var st unix.Statx_t
+	if err = statx(fd, &st); err != nil {
+		err = fmt.Errorf("stat data root %q: %w", dir, err)
+	} else if st.Mask&unix.STATX_MNT_ID_UNIQUE == 0 {
+		err = refused("tell mounts apart", fmt.Errorf("statx has no unique mount ids; Linux 6.8 is needed: %w", unix.ENOSYS))
+	}
+	if err != nil {
+		unix.Close(fd)
+		return root{fd: -1}, err
+	}
+	r.fd, r.dev, r.mount = fd, devOf(&st), st.Mnt_id
+	return r, nil
 }
 
 // refused classes an error of the kernel that means "not here".

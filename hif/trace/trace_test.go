@@ -275,8 +275,9 @@ func TestOverflow(t *testing.T) {
 	require.Equal(t, []string{"f"}, paths(got), "what did arrive is there")
 	require.EqualValues(t, 1, tr.Stats().Overflows)
 
+	c = s.container("8")
 	w = watch(t, tr, c)
-	run(t, "cat", m+"/f")
+	run(t, "cat", c.mount()+"/f")
 	require.True(t, ready(w).Complete, "a later start is not blamed")
 }
 
@@ -314,8 +315,8 @@ func TestEnds(t *testing.T) {
 			tc.cfg.Roots = s.config().Roots
 			tr := s.tracer(tc.cfg)
 			c := s.container("7")
-			m := c.mount()
 			w := watch(t, tr, c)
+			m := c.mount()
 			if tc.open {
 				run(t, "cat", m+"/f")
 			}

@@ -17,6 +17,7 @@ import (
 type Watch struct {
 	t     *Tracer
 	start Start
+	parts *parts // nil: it has none
 	began time.Time
 
 	// Guarded by t.mu.
@@ -35,7 +36,13 @@ type Watch struct {
 // Watch begins to observe the start of a container. It must be called before
 // the container's root filesystem is mounted: the marks then stand before the
 // mount can exist. A second call for a snapshot that is being watched returns
-// the same watch.
+// the same watch. The parts at Start.Parts must not be replaced between this call
+// and the mount of the container: opens in others are not seen.
+//
+// A snapshot whose overlay is mounted already is no start: containerd asks for
+// mounts again to see what a running container has changed. The error is
+// [errdefs.ErrFailedPrecondition] then, and the caller goes on without a watch.
+// A container that was mounted before, and is no more, starts.
 func (t *Tracer) Watch(start Start) (*Watch, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -45,15 +52,26 @@ func (t *Tracer) Watch(start Start) (*Watch, error) {
 	if w := t.watches[start.Snapshot]; w != nil {
 		return w, nil
 	}
-	if len(t.watches) == 0 {
-		if err := t.mark(true); err != nil {
-			return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
+	if mounted, err := t.mounted(start.Upper); err != nil || mounted {
+		if err == nil {
+			err = fmt.Errorf("it is mounted already: %w", errdefs.ErrFailedPrecondition)
 		}
+		return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
+	}
+	p, err := t.watchParts(start.Parts)
+	if err == nil && len(t.watches) == 0 {
+		if err = t.mark(true); err != nil {
+			t.unwatchParts(p)
+			t.dropParts(p)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
 	}
 	// What was nobody's may be this one's.
 	t.forgetForeign()
 	w := &Watch{
-		t: t, start: start, began: time.Now(), opened: t.now(),
+		t: t, start: start, parts: p, began: time.Now(), opened: t.now(),
 		overflows: t.stats.Overflows, lost: t.stats.Lost,
 		done: make(chan struct{}),
 	}
@@ -61,6 +79,16 @@ func (t *Tracer) Watch(start Start) (*Watch, error) {
 	t.stats.Watches++
 	t.wake()
 	return w, nil
+}
+
+// mounted tells whether an overlay with the upper directory stands in our mount
+// table. The caller holds t.mu.
+func (t *Tracer) mounted(upper string) (bool, error) {
+	if upper == "" {
+		return false, nil // views share nothing but the tree
+	}
+	visible, err := t.own.overlays()
+	return slices.ContainsFunc(visible, func(o *overlay) bool { return o.upper == upper }), err
 }
 
 // Find returns the open watch of a snapshot, or nil.
@@ -212,10 +240,14 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		w.result.Files[i] = *f
 	}
 	w.result.Complete = w.result.Overflows == 0 && w.result.Lost == 0 && why != EndClosed
+	t.unwatchParts(w.parts)
 	t.wg.Add(1)
 	go func() {
 		defer t.wg.Done()
-		t.measure(w.result.Files)
+		t.measure(w.result.Files, w.parts)
+		t.mu.Lock()
+		t.dropParts(w.parts)
+		t.mu.Unlock()
 		close(w.done)
 	}()
 }
@@ -224,7 +256,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 // [Tracer.measure]. Touched carries what was cached at first sight until then.
 func (e *entry) file(opened time.Duration) *File {
 	f := &File{Layer: e.layer, Path: e.path, Kind: Read, First: max(e.first-opened, 0),
-		Opens: e.opens, Size: e.size, Tier: e.tier, Touched: e.warm, evicted: e.evicted}
+		Opens: e.opens, Size: e.size, Tier: e.tier, Parts: e.parts, Touched: e.warm, evicted: e.evicted}
 	if e.exec {
 		f.Kind = Exec
 	}
@@ -235,15 +267,16 @@ func (e *entry) file(opened time.Duration) *File {
 // to the other tier during the start, or two mounts serve the start.
 func (f *File) merge(e *entry, opened time.Duration) {
 	g := e.file(opened)
+	moved := f.Tier != g.Tier || f.Parts != g.Parts
 	f.Opens += g.Opens
 	f.Assumed = false
 	if g.Kind == Exec {
 		f.Kind = Exec
 	}
 	if g.First < f.First {
-		f.First, f.Tier = g.First, g.Tier
+		f.First, f.Tier, f.Parts = g.First, g.Tier, g.Parts
 	}
-	if f.Touched < 0 || g.Touched < 0 || f.Tier != g.Tier {
+	if f.Touched < 0 || g.Touched < 0 || moved {
 		f.Touched = -1 // what the cache of one copy holds is not all
 	} else {
 		f.Touched, f.evicted = min(f.Touched, g.Touched), min(f.evicted, g.evicted)
