@@ -1,0 +1,155 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package region
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/scmlib/region/api"
+	"github.com/nhybrid/nhybrid/scmlib/region/stream"
+)
+
+// Attach gives a container that is being created its region, as a detached mount of its file. The region is made if the container has none yet: from
+// image, the stream that its root filesystem carries, if that is not nil, or else zeros.
+func (s *Store) Attach(ctx context.Context, a api.Attach, image *os.File) (_ *os.File, r Record, err error) {
+	ref := Ref{Container, a.Namespace, a.Container}
+	if err := ref.check(); err != nil {
+		return nil, r, err
+	}
+	process, err := processOf(a.Pid)
+	if err != nil {
+		return nil, r, err
+	}
+	user := User{a.Namespace, a.Container, process}
+	instance := ""
+	if s.o.Identify != nil {
+		if instance, err = s.o.Identify(ctx, a.Namespace, a.Container); err != nil {
+			return nil, r, fmt.Errorf("region for container %s of namespace %q: %w", a.Container, a.Namespace, err)
+		}
+	}
+	if a.Volume != "" {
+		ref.Kind, ref.Name = Volume, a.Volume
+	}
+	release, err := s.hold(ctx, ref)
+	if err != nil {
+		return nil, r, err
+	}
+	defer release()
+	if a.Volume != "" {
+		r, err = s.attachVolume(ref, user)
+	} else {
+		r, err = s.attachOwn(ctx, Record{Ref: ref, Instance: instance, Users: []User{user}}, a, image)
+	}
+	if err != nil {
+		return nil, r, err
+	}
+	if err := s.guard.watch(s.data(ref)); err != nil {
+		return nil, r, err
+	}
+	mount, err := detachedMount(s.data(ref))
+	return mount, r, err
+}
+
+func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
+	r, err := s.get(ref)
+	if errdefs.IsNotFound(err) {
+		return r, fmt.Errorf("%w; make it by nhybridctl scm create", err)
+	}
+	if err != nil {
+		return r, err
+	}
+	r.Users = slices.DeleteFunc(r.Users, func(u User) bool { return !u.Alive() || u == user })
+	if err := inUse(r, "attach"); err != nil && !r.Shared {
+		return r, fmt.Errorf("%w, or make the volume shared", err)
+	}
+	r.Users = append(r.Users, user)
+	return r, s.update(r, false)
+}
+
+// attachOwn finds or makes the region of the container that fresh describes.
+func (s *Store) attachOwn(ctx context.Context, fresh Record, a api.Attach, image *os.File) (Record, error) {
+	r, err := s.get(fresh.Ref)
+	if err == nil && r.Instance != fresh.Instance {
+		log.G(ctx).WithField("container", a.Container).Info("region of an earlier container of this id is removed")
+		if r.Keep || s.o.Keep {
+			err = s.becomeVolume(r)
+		} else {
+			err = s.drop(r)
+		}
+		if err != nil {
+			return r, err
+		}
+		err = errdefs.ErrNotFound
+	}
+	switch {
+	case errdefs.IsNotFound(err):
+		return s.makeOwn(ctx, fresh, a, image)
+	case err != nil:
+		return r, err
+	case a.Size != 0 && a.Size != r.Size:
+		return r, fmt.Errorf("container %s has a region of %s, not %s: remove it by nhybridctl scm rm container/%s, or ask for its size: %w",
+			a.Container, FormatSize(r.Size), FormatSize(a.Size), a.Container, errdefs.ErrFailedPrecondition)
+	}
+	r.Users = fresh.Users
+	return r, s.update(r, false)
+}
+
+func (s *Store) makeOwn(ctx context.Context, r Record, a api.Attach, image *os.File) (Record, error) {
+	if image == nil {
+		if a.FromImage {
+			return r, fmt.Errorf("the image of container %s has no region at /%s: ask for a size: %w", a.Container, api.Image, errdefs.ErrNotFound)
+		}
+		r.Size = a.Size
+		return s.make(ctx, r, plan{limit: s.fast})
+	}
+	st, err := image.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("it is not a regular file: %w", errdefs.ErrInvalidArgument)
+	}
+	var d *stream.Decoder
+	if err == nil {
+		d, err = decoder(image)
+	}
+	if err == nil && a.Size != 0 && a.Size < d.Header().Size {
+		err = fmt.Errorf("it has %s, the container asks for %s: ask for as much, or for %s=image: %w", FormatSize(d.Header().Size), FormatSize(a.Size),
+			api.Kind, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return r, fmt.Errorf("region /%s in the image of container %s: %w", api.Image, a.Container, err)
+	}
+	r.Size, r.Origin = max(a.Size, d.Header().Size), origin("image", d.Header())
+	r, err = s.make(ctx, r, plan{from: d, fromSize: d.Header().Size, limit: s.fast})
+	if err != nil {
+		return r, fmt.Errorf("start from /%s in the image of container %s: %w", api.Image, a.Container, err)
+	}
+	return r, nil
+}
+
+func decoder(r io.Reader) (*stream.Decoder, error) {
+	return stream.NewDecoder(bufio.NewReaderSize(r, burst))
+}
+
+// detachedMount is a mount of a file that is not below any directory yet.
+func detachedMount(path string) (*os.File, error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return nil, fmt.Errorf("make mount of region: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC, Propagation: unix.MS_PRIVATE}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("make mount of region: %w", err)
+	}
+	return f, nil
+}

@@ -1,0 +1,147 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package region
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// The pool holds regions of zeros, written and synced, in directories SIZE-RANDOM. A directory that was taken has metadata in it from then on, and
+// is no longer of the pool, whatever its place: who took it may have died on the way.
+
+func (s *Store) findPool() error {
+	base := filepath.Join(s.root, "pool")
+	entries, err := os.ReadDir(base)
+	if err != nil {
+		return fmt.Errorf("read pool of regions: %w", err)
+	}
+	for _, e := range entries {
+		dir := filepath.Join(base, e.Name())
+		size, ok := poolSize(e.Name())
+		files, err := os.ReadDir(dir)
+		st, serr := os.Lstat(filepath.Join(dir, "data"))
+		if ok && err == nil && serr == nil && len(files) == 1 && st.Mode().IsRegular() && st.Size() == size && len(s.pool[size]) < s.o.Pool[size] {
+			s.pool[size] = append(s.pool[size], dir)
+		} else if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("clear pool of regions: %w", err)
+		}
+	}
+	return nil
+}
+
+func poolSize(name string) (int64, bool) {
+	number, _, _ := strings.Cut(name, "-")
+	n, err := strconv.ParseInt(number, 10, 64)
+	return n, err == nil
+}
+
+// takePooled gives a directory from the pool, or "".
+func (s *Store) takePooled(size int64) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	have := s.pool[size]
+	if len(have) == 0 {
+		return ""
+	}
+	s.pool[size] = have[:len(have)-1]
+	return have[len(have)-1]
+}
+
+// emptyPool makes room. s.mu is held.
+func (s *Store) emptyPool() {
+	for size, dirs := range s.pool {
+		for _, dir := range dirs {
+			if err := s.discard(dir); err != nil {
+				log.L.WithError(err).Warn("cannot give up a region of the pool")
+			}
+		}
+		delete(s.pool, size)
+	}
+}
+
+// discard removes a directory. It is gone at once from where it was; its blocks are free when this returns.
+func (s *Store) discard(dir string) error {
+	away := filepath.Join(s.root, "tmp", randomID())
+	if err := os.Rename(dir, away); err != nil {
+		return fmt.Errorf("remove region: %w", err)
+	}
+	s.step("moved away")
+	if err := os.RemoveAll(away); err != nil {
+		return fmt.Errorf("remove region: %w", err)
+	}
+	return nil
+}
+
+// refill wakes the keeper of the pool.
+func (s *Store) refill() {
+	select {
+	case s.fill <- struct{}{}:
+	default:
+	}
+}
+
+// keepPool fills the pool whenever it is woken.
+func (s *Store) keepPool(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.fill:
+		}
+		for size, want := range s.o.Pool {
+			for s.pooled(size) < want && ctx.Err() == nil {
+				err := s.addPooled(ctx, size)
+				if err == nil {
+					continue
+				}
+				if !errdefs.IsResourceExhausted(err) && !errors.Is(err, context.Canceled) {
+					log.G(ctx).WithError(err).Warn("cannot fill the pool of regions")
+				}
+				break // until the next region comes or goes
+			}
+		}
+	}
+}
+
+func (s *Store) pooled(size int64) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.pool[size])
+}
+
+// Pooled tells how many regions of a size wait.
+func (s *Store) Pooled(size int64) int { return s.pooled(size) }
+
+func (s *Store) addPooled(ctx context.Context, size int64) error {
+	release, err := s.reserve(want{size: size, pool: true})
+	if err != nil {
+		return err
+	}
+	defer release()
+	dir, err := s.scratch()
+	if err != nil {
+		return err
+	}
+	if err := makeData(ctx, s.slow, dir, size, nil); err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	to := filepath.Join(s.root, "pool", fmt.Sprintf("%d-%s", size, randomID()))
+	s.step("pool: made")
+	if err := os.Rename(dir, to); err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	s.mu.Lock()
+	s.pool[size] = append(s.pool[size], to)
+	s.mu.Unlock()
+	return nil
+}
