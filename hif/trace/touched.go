@@ -17,10 +17,11 @@ const (
 	// maxRanges bounds the ranges of one file; beyond it neighbours are joined.
 	maxRanges = 256
 	// coldBytes: a file of which no more was in the page cache when its first
-	// open was seen counts as cold. It is not zero because the reader looks a
-	// moment after the open, and the first read-ahead window (128 KiB unless
-	// configured otherwise) may have arrived; what was there is counted as
-	// touched, so that the figure errs towards too much.
+	// open was seen counts as cold. Of others it cannot be told what was there
+	// before: the reader looks a moment after the open, and a start on fast
+	// storage brings in megabytes in that moment. What was there is counted as
+	// touched therefore, so that the figure errs towards too much, unless it is
+	// plain that others put it there.
 	coldBytes = 256 << 10
 )
 
@@ -51,8 +52,8 @@ func (t *Tracer) measure(files []File, parts *parts) {
 		if err != nil {
 			continue
 		}
-		if warm >= 0 && warm <= coldBytes {
-			f.Touched, f.Ranges = touched(fd, f.Size, f.evicted)
+		if warm >= 0 {
+			f.Touched, f.Ranges = touched(fd, f.Size, warm, f.evicted)
 		}
 		if f.Kind == Read && isSharedObject(fd) {
 			f.Kind = Library
@@ -61,8 +62,9 @@ func (t *Tracer) measure(files []File, parts *parts) {
 	}
 }
 
-// touched asks the page cache what it holds of a file.
-func touched(fd int, size, before int64) (int64, []Range) {
+// touched asks the page cache what it holds of a file. warm and before are what
+// it held, and what it had evicted, when the first open was seen.
+func touched(fd int, size, warm, before int64) (int64, []Range) {
 	var st unix.Statx_t
 	if err := statx(fd, &st); err != nil || int64(st.Size) != size || st.Attributes&unix.STATX_ATTR_DAX != 0 {
 		return -1, nil // on DAX nothing is cached whatever is read
@@ -72,6 +74,11 @@ func touched(fd int, size, before int64) (int64, []Range) {
 		return -1, nil
 	}
 	n = min(n, size)
+	// All of a file is cached when it was unpacked or copied lately, and when a
+	// start reads it all; and some of it when it was and memory was short.
+	if warm > coldBytes && (before > 0 || n > size/10*9) {
+		return -1, nil
+	}
 	if n == 0 || size <= RangeChunk {
 		return n, nil
 	}

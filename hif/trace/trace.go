@@ -110,9 +110,10 @@ type File struct {
 	// Parts: it was opened as a file of which only parts are on NVM. Tier is
 	// NVM then, whatever was read.
 	Parts bool
-	// Touched is how many bytes came into the page cache during the start,
-	// read-ahead included; -1 where that cannot be known: the file was cached
-	// before, part of it was evicted, it is on DAX, it is gone.
+	// Touched is how many bytes of it the start can have read: what is in the
+	// page cache at its end, read-ahead included. -1 where that says nothing:
+	// all of it was cached before, part of it was evicted, it is on DAX, it is
+	// gone.
 	Touched int64
 	// Ranges says which, for files of more than one chunk of [RangeChunk].
 	Ranges []Range
