@@ -117,11 +117,15 @@ demo-clean: ## Take down what make demo KEEP=1 has left.
 	go run ./integration/demo -clean
 
 .PHONY: bench
-bench: bench-deploy ## Run every benchmark; figures go to out/NAME.json.
+bench: bench-deploy bench-hif ## Run every benchmark; figures go to out/NAME.json.
 
 .PHONY: bench-deploy
 bench-deploy: deps tools build ## Measure deployment against the overlayfs snapshotter.
 	go run ./integration/bench deploy
+
+.PHONY: bench-hif
+bench-hif: deps tools build ## Measure hot image files: NVM saved, second cold starts, traces, profiles.
+	go run ./integration/bench hif --svg docs/nvm-occupancy.svg
 
 .PHONY: clean
 clean: ## Remove bin/ and out/, the image cache in it included.

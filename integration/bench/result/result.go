@@ -39,11 +39,26 @@ type Result struct {
 	Runs  any      `json:"runs"`
 }
 
-// Target is the most that a figure should be.
+// Target is the most that a figure should be or, where Least is set, the least.
 type Target struct {
 	Figure string  `json:"figure"`
 	Most   float64 `json:"most"`
 	What   string  `json:"what"`
+	Least  float64 `json:"least,omitempty"`
+}
+
+func (t Target) met(v float64) bool {
+	if t.Least != 0 {
+		return v >= t.Least
+	}
+	return v <= t.Most
+}
+
+func (t Target) String() string {
+	if t.Least != 0 {
+		return "at least " + Number(t.Least)
+	}
+	return "at most " + Number(t.Most)
 }
 
 // Table has as many cells in each row as in its head.
@@ -106,16 +121,16 @@ func (r *Result) Markdown(w io.Writer) error {
 	slices.Sort(versions)
 	fmt.Fprintf(&b, "%s\n", strings.Join(versions, ", "))
 	if len(r.Targets) > 0 {
-		t := Table{Title: "Targets", Head: []string{"figure", "measured", "at most", "met"}}
+		t := Table{Title: "Targets", Head: []string{"figure", "measured", "target", "met"}}
 		for _, g := range r.Targets {
 			measured, met := "not measured", ""
 			if v, ok := r.Figures[g.Figure]; ok {
 				measured, met = Number(v), "no"
-				if v <= g.Most {
+				if g.met(v) {
 					met = "yes"
 				}
 			}
-			t.Rows = append(t.Rows, []string{g.What + " (`" + g.Figure + "`)", measured, Number(g.Most), met})
+			t.Rows = append(t.Rows, []string{g.What + " (`" + g.Figure + "`)", measured, g.String(), met})
 		}
 		t.markdown(&b)
 	}

@@ -36,8 +36,11 @@ func TestWhatWasNotMeasuredHasNoKey(t *testing.T) {
 func TestWriteReadRender(t *testing.T) {
 	r := &Result{
 		Name: "trial", Command: "go run ./integration/bench trial", Figures: map[string]float64{"fast_s": 0.5, "slow_s": 12.345},
-		Targets: []Target{{"fast_s", 1, "fast"}, {"slow_s", 12, "slow"}, {"missing_s", 1, "missing"}},
-		Tables:  []Table{{Title: "Times", Head: []string{"a", "b"}, Rows: [][]string{{"1", "2"}}}},
+		Targets: []Target{
+			{Figure: "fast_s", Most: 1, What: "fast"}, {Figure: "slow_s", Most: 12, What: "slow"}, {Figure: "missing_s", Most: 1, What: "missing"},
+			{Figure: "slow_s", Least: 12, What: "not fast"},
+		},
+		Tables: []Table{{Title: "Times", Head: []string{"a", "b"}, Rows: [][]string{{"1", "2"}}}},
 	}
 	path, err := r.Write(filepath.Join(t.TempDir(), "out"))
 	require.NoError(t, err)
@@ -47,7 +50,8 @@ func TestWriteReadRender(t *testing.T) {
 	var b strings.Builder
 	require.NoError(t, read.Markdown(&b))
 	for _, line := range []string{
-		"| fast (`fast_s`) | 0.500 | 1 | yes |", "| slow (`slow_s`) | 12.35 | 12 | no |", "| missing (`missing_s`) | not measured | 1 |  |",
+		"| fast (`fast_s`) | 0.500 | at most 1 | yes |", "| slow (`slow_s`) | 12.35 | at most 12 | no |",
+		"| missing (`missing_s`) | not measured | at most 1 |  |", "| not fast (`slow_s`) | 12.35 | at least 12 | yes |",
 		"| a | b |\n| --- | --- |\n| 1 | 2 |", "`go run ./integration/bench trial`",
 	} {
 		require.Contains(t, b.String(), line)
