@@ -176,8 +176,7 @@ func (r *run) survey(ctx context.Context) error {
 			continue // work will meet it too
 		}
 		for _, g := range groups {
-			down.Files++
-			down.Bytes += g.bytes
+			down.Add(g.bytes)
 		}
 		if err := ctx.Err(); err != nil {
 			return err
@@ -185,8 +184,7 @@ func (r *run) survey(ctx context.Context) error {
 	}
 	for _, u := range r.goal.Up {
 		if n, err := r.tiers.StandsOn(placement.NVM, u.Redirect); err == nil && n < 0 {
-			up.Files++
-			up.Bytes += u.Size
+			up.Add(u.Size)
 		}
 	}
 	r.change(func() { r.progress.Down, r.progress.Up = Direction{Left: down}, Direction{Left: up} })
@@ -312,6 +310,10 @@ func (r *run) promote(ctx context.Context) error {
 			r.result(u.Redirect, err)
 			continue
 		}
+		if full != nil {
+			waiting.Add(u.Size)
+			continue
+		}
 		r.current(u.Redirect)
 		if err := r.gate(ctx, r.goal, 1, 0, nil); err != nil {
 			return err
@@ -322,9 +324,8 @@ func (r *run) promote(ctx context.Context) error {
 			r.result(noRoom, err)
 			return nil
 		}
-		if full != nil || free-u.Size < r.goal.Floor {
-			waiting.Files++
-			waiting.Bytes += u.Size
+		if free-u.Size < r.goal.Floor {
+			waiting.Add(u.Size)
 			continue
 		}
 		r.config.step("promote")
@@ -338,8 +339,7 @@ func (r *run) promote(ctx context.Context) error {
 			return err
 		case errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT):
 			full = err
-			waiting.Files++
-			waiting.Bytes += u.Size
+			waiting.Add(u.Size)
 			continue
 		}
 		r.result(u.Redirect, err)

@@ -18,6 +18,9 @@ import (
 // block is the grain in which filesystems give out space.
 const block = 4096
 
+// largest is more than any file has, and little enough to be added up.
+const largest = 1 << 46
+
 // item is something that is on NVM or could be: a hot file, or what is not hot of a whole layer.
 type item struct {
 	file  Promotion // of a layer only Redirect is set, to its id
@@ -70,7 +73,7 @@ func Decide(in Input) Plan {
 	pressure := max(use-s.Space.Pinned-high, use-usable) > 0
 	movable := func(id string) bool {
 		l := s.layers[id]
-		return l.Fixed == "" && (s.reduced(l) || pressure || s.Now.Sub(s.used[id]) > HalfLife)
+		return l.Fixed == "" && (s.reduced(l) || pressure || s.stale(id))
 	}
 	for id, l := range s.layers {
 		if movable(id) && !s.reduced(l) && l.NVM > 0 {
@@ -78,7 +81,7 @@ func Decide(in Input) Plan {
 		}
 	}
 	for _, it := range s.hot {
-		if it.here && movable(it.layer) || !it.here && !pressure && s.layers[it.layer].Fixed == "" {
+		if it.here && movable(it.layer) || !it.here && s.layers[it.layer].Fixed == "" {
 			items = append(items, it)
 		}
 	}
@@ -88,13 +91,13 @@ func Decide(in Input) Plan {
 			base -= it.bytes
 		}
 	}
-	room := low - base
+	f := filling{gain: s.limits().Gain, room: low - base}
 	if pressure {
 		// What is pinned is on its way: that it lingers is no reason to drive out
-		// more, except out of the reserve.
-		room = min(low+s.Space.Pinned, usable) - base
+		// more, except out of the reserve. But nothing comes up in its place.
+		f.lent = max(0, min(s.Space.Pinned, usable-low))
 	}
-	s.fill(items, layers, room, pressure)
+	s.fill(f, items, layers, pressure)
 	return s.plan(items, layers, reduced, cold, use, low, pressure)
 }
 
@@ -120,7 +123,7 @@ func gather(in Input) *state {
 		}
 		for _, f := range im.Hot {
 			id := layerOf(f.Redirect)
-			if _, ok := s.layers[id]; !ok || f.Size <= 0 {
+			if _, ok := s.layers[id]; !ok || f.Size <= 0 || f.Size > largest {
 				continue
 			}
 			it := byName[f.Redirect]
@@ -164,6 +167,8 @@ func (s *state) benefit(f File, used time.Time) float64 {
 
 func (s *state) reduced(l Layer) bool { return s.settled[l.ID] || l.Tier == placement.HDD }
 
+func (s *state) stale(id string) bool { return s.Now.Sub(s.used[id]) > HalfLife }
+
 func (s *state) watermarks() (high, low, usable int64) {
 	usable = max(0, s.Space.Total-s.Space.Reserve)
 	limits := s.limits()
@@ -185,60 +190,106 @@ func (s *state) limits() Limits {
 	}
 }
 
+// filling is the room that there is, in bytes, and what gets some of it.
+type filling struct {
+	gain      float64
+	room      int64 // can be negative
+	lent      int64 // more room for what is on NVM already
+	displaced bool  // something had to leave
+	comes     bool  // something comes up
+}
+
 // fill marks what stays or comes up.
-func (s *state) fill(items, layers []*item, room int64, pressure bool) {
-	gain := s.limits().Gain
+func (s *state) fill(f filling, items, layers []*item, pressure bool) {
+	slices.SortFunc(layers, func(a, b *item) int { return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.layer, b.layer)) })
+	fresh := slices.IndexFunc(layers, func(it *item) bool { return s.stale(it.layer) })
+	if fresh < 0 {
+		fresh = len(layers)
+	}
+	if fresh > 0 {
+		// Layers that wait for their first start leave under pressure only, before
+		// hot files that are there, but not for others that would like to be.
+		try := f
+		try.hot(slices.DeleteFunc(slices.Clone(items), func(it *item) bool { return !it.here && !it.file.Pinned }))
+		try.layers(layers[:fresh])
+		kept := map[string]bool{}
+		for _, it := range layers[:fresh] {
+			if kept[it.layer] = it.stays; it.stays {
+				f.room -= it.bytes
+			} else {
+				f.displaced = true
+			}
+		}
+		left := f.displaced
+		f.displaced = false
+		items = slices.DeleteFunc(slices.Clone(items), func(it *item) bool {
+			if !kept[it.layer] {
+				return false
+			}
+			if it.stays = it.here; it.here { // part of its layer
+				f.room -= it.bytes
+			}
+			return true
+		})
+		f.hot(items)
+		f.displaced = f.displaced || left
+	} else {
+		f.hot(items)
+	}
+	f.layers(layers[fresh:])
+	if f.comes || pressure {
+		return
+	}
+	// Nothing is worth the room: what is above the low watermark may stay there.
+	for _, it := range slices.Concat(items, layers) {
+		it.stays = it.here
+	}
+}
+
+// hot gives room to files, by benefit per byte, pinned ones first.
+func (f *filling) hot(items []*item) {
 	worth := func(it *item) float64 {
 		w := it.value / float64(it.bytes)
 		if it.here {
-			w *= gain
+			w *= f.gain
 		}
 		return w
 	}
 	order := slices.Clone(items)
-	slices.SortStableFunc(order, func(a, b *item) int {
-		if a.file.Pinned != b.file.Pinned {
-			if a.file.Pinned {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(cmp.Compare(worth(b), worth(a)), cmp.Compare(rank(b), rank(a)), cmp.Compare(a.file.Redirect, b.file.Redirect))
+	slices.SortFunc(order, func(a, b *item) int {
+		return cmp.Or(first(a.file.Pinned, b.file.Pinned), cmp.Compare(worth(b), worth(a)), first(a.here, b.here), cmp.Compare(a.file.Redirect, b.file.Redirect))
 	})
-	displaced, comes := false, false
 	for _, it := range order {
-		// What is worth less than something that leaves does not come in its place,
-		// even if it would fit into the gap.
-		it.stays = it.bytes <= room && (it.here || !displaced)
+		it.stays = it.bytes <= f.room || it.here && it.bytes <= f.room+f.lent
 		switch {
 		case it.stays:
-			room -= it.bytes
-			comes = comes || !it.here
+			f.room -= it.bytes
+			// What would only fill the gap that something of more worth leaves is
+			// no reason for that to leave.
+			f.comes = f.comes || !it.here && !f.displaced
 		case it.here:
-			displaced = true
+			f.displaced = true
 		}
-	}
-	slices.SortFunc(layers, func(a, b *item) int { return cmp.Or(b.used.Compare(a.used), cmp.Compare(a.layer, b.layer)) })
-	for _, it := range layers {
-		// All layers before any hot file.
-		if it.stays = !displaced && it.bytes <= room; it.stays {
-			room -= it.bytes
-		} else {
-			// The one used longer ago does not stay in the gap of another.
-			room = 0
-		}
-	}
-	if comes || pressure {
-		return
-	}
-	// Nothing needs the room: what is above the low watermark may stay there.
-	for _, it := range slices.Concat(items, layers) {
-		it.stays = it.stays || it.here
 	}
 }
 
-func rank(it *item) int {
-	if it.here {
+// layers gives room to whole layers, in their order: all leave before any hot
+// file, and the one used longer ago does not stay in the gap of another.
+func (f *filling) layers(layers []*item) {
+	for _, it := range layers {
+		if it.stays = !f.displaced && it.bytes <= f.room+f.lent; it.stays {
+			f.room -= it.bytes
+		} else {
+			f.displaced = true
+		}
+	}
+}
+
+func first(a, b bool) int {
+	switch {
+	case a && !b:
+		return -1
+	case b && !a:
 		return 1
 	}
 	return 0
@@ -275,8 +326,7 @@ func (s *state) plan(items, layers []*item, reduced []string, cold map[string]in
 			r.Leave = append(r.Leave, Departure{it.file.Redirect, it.bytes, it.file.Benefit})
 			fallthrough
 		case !it.stays:
-			p.Denied.Files++
-			p.Denied.Bytes += it.bytes
+			p.Denied.Add(it.file.Size)
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(down)) {

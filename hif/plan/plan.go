@@ -129,6 +129,12 @@ type Sum struct {
 	Bytes int64
 }
 
+// Add counts one more file.
+func (s *Sum) Add(bytes int64) {
+	s.Files++
+	s.Bytes += bytes
+}
+
 // Reduction leaves of a layer on NVM nothing but some files.
 type Reduction struct {
 	Layer  string
