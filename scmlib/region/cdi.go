@@ -5,6 +5,7 @@ package region
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ type CDI struct {
 	Hook   string  // absolute path of nhybrid-scm-hook
 	Socket string  // of the daemon, as the hook sees it
 	Sizes  []int64 // that can be asked for
+	Kind   string  // of the devices; "": nhybrid.io/scm
 }
 
 // DefaultSizes are the powers of two from 1 MiB to 16 GiB.
@@ -59,7 +61,7 @@ func (c CDI) Write(volumes []string) error {
 	if !filepath.IsAbs(c.Hook) {
 		return fmt.Errorf("write CDI specification: the path of the hook, %q, is not absolute", c.Hook)
 	}
-	spec := cdiSpec{Version: "0.6.0", Kind: api.Kind}
+	spec := cdiSpec{Version: "0.6.0", Kind: cmp.Or(c.Kind, api.Kind)}
 	add := func(name string, args ...string) {
 		hook := cdiHook{Name: "createRuntime", Path: c.Hook, Args: append([]string{filepath.Base(c.Hook), "-socket", c.Socket}, args...), Timeout: 300}
 		spec.Devices = append(spec.Devices, cdiDevice{name, cdiEdits{[]string{"SCM_REGION=" + api.Device}, []cdiHook{hook}}})

@@ -269,3 +269,29 @@ func (s *Store) Export(ctx context.Context, ref Ref, w io.Writer) (stream.Stats,
 	}
 	return stats, nil
 }
+
+// Measure tells what Encode will write. It does not keep to the store's rate.
+func (i *Image) Measure() (stream.Stats, error) {
+	m := *i
+	m.slow = rate.NewLimiter(rate.Inf, burst)
+	return m.Encode(context.Background(), io.Discard)
+}
+
+// RegionOf names the region of a container: its own, or the volume that it was given last.
+func (s *Store) RegionOf(namespace, container string) (Ref, error) {
+	own := Ref{Container, namespace, container}
+	_, err := s.Inspect(own)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return own, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.regs {
+		for _, u := range r.Users {
+			if u.Namespace == namespace && u.Container == container {
+				return r.Ref, nil
+			}
+		}
+	}
+	return own, fmt.Errorf("container %s has no region: %w", container, errdefs.ErrNotFound)
+}

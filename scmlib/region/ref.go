@@ -76,7 +76,7 @@ func (r Ref) check() error {
 		return nil
 	}
 	// A volume is a CDI device beside those that are called by their size.
-	if _, err := ParseSize(r.Name); err == nil || r.Name == "image" || r.Name == "all" {
+	if _, err := parseBytes(r.Name); err == nil || r.Name == "image" || r.Name == "all" {
 		return fmt.Errorf("name of volume %q: it would be taken for a size or a keyword: %w", r.Name, errdefs.ErrInvalidArgument)
 	}
 	return nil
@@ -96,6 +96,14 @@ func refOfKey(key string) (Ref, error) {
 
 // ParseSize reads bytes, or a number with the suffix k, m, g or t (of 1024), as the size of a region.
 func ParseSize(s string) (int64, error) {
+	n, err := parseBytes(s)
+	if err != nil {
+		return 0, err
+	}
+	return n, stream.CheckSize(n)
+}
+
+func parseBytes(s string) (int64, error) {
 	number, shift := strings.ToLower(s), 0
 	for i, suffix := range []string{"k", "m", "g", "t"} {
 		if n, ok := strings.CutSuffix(number, suffix); ok {
@@ -107,7 +115,7 @@ func ParseSize(s string) (int64, error) {
 	if err != nil || n <= 0 || n > stream.MaxSize>>shift {
 		return 0, fmt.Errorf("size %.40q: use bytes, or a number with k, m, g or t: %w", s, errdefs.ErrInvalidArgument)
 	}
-	return n << shift, stream.CheckSize(n << shift)
+	return n << shift, nil
 }
 
 // FormatSize is the shortest form that ParseSize reads.

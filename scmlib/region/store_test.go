@@ -1,0 +1,495 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package region
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/scmlib"
+	"github.com/nhybrid/nhybrid/scmlib/region/api"
+)
+
+func vol(name string) Ref { return Ref{Volume, "default", name} }
+
+// All that a volume goes through, on each filesystem.
+func TestVolume(t *testing.T) {
+	everywhere(t, func(t *testing.T, dir string) {
+		ctx := t.Context()
+		s := open(t, dir, Options{})
+		r, err := s.Create(ctx, "default", "orders", CreateOptions{Size: 8 * mib})
+		require.NoError(t, err)
+		require.GreaterOrEqual(t, blocks(t, s.data(r.Ref)), int64(8*mib))
+		put(t, s.data(r.Ref), 41)
+		_, first := get(t, s.data(r.Ref))
+
+		_, err = s.Create(ctx, "default", "orders", CreateOptions{Size: 8 * mib})
+		require.True(t, errdefs.IsAlreadyExists(err), "%v", err)
+
+		snap, err := s.Snapshot(ctx, r.Ref, "monday")
+		require.NoError(t, err)
+		require.Less(t, snap.Used, int64(mib))
+		require.Less(t, blocks(t, s.data(snap.Ref)), int64(mib))
+		// A copy of its own: the region has no blocks to share, so that no store into it needs new ones.
+		put(t, s.data(r.Ref), 42)
+		n, _ := get(t, s.data(snap.Ref))
+		require.EqualValues(t, 41, n)
+
+		c, err := s.Clone(ctx, snap.Ref, "copy", CreateOptions{Size: 16 * mib})
+		require.NoError(t, err)
+		require.EqualValues(t, 16*mib, c.Size)
+		require.GreaterOrEqual(t, blocks(t, s.data(c.Ref)), int64(16*mib))
+		n, info := get(t, s.data(c.Ref))
+		require.EqualValues(t, 41, n)
+		require.Equal(t, first.UUID, info.Parent)
+		require.EqualValues(t, 16*mib, info.Size)
+
+		var b bytes.Buffer
+		stats, err := s.Export(ctx, r.Ref, &b)
+		require.NoError(t, err)
+		require.EqualValues(t, b.Len(), stats.Stream)
+		require.Less(t, b.Len(), mib)
+		back, err := s.Import(ctx, "other", "orders", bytes.NewReader(b.Bytes()))
+		require.NoError(t, err)
+		n, _ = get(t, s.data(back.Ref))
+		require.EqualValues(t, 42, n)
+
+		grown, err := s.Resize(ctx, r.Ref, 12*mib)
+		require.NoError(t, err)
+		require.EqualValues(t, 12*mib, grown.Size)
+		require.GreaterOrEqual(t, blocks(t, s.data(r.Ref)), int64(12*mib))
+		n, info = get(t, s.data(r.Ref))
+		require.EqualValues(t, 42, n)
+		require.EqualValues(t, 12*mib, info.Size)
+		_, err = s.Resize(ctx, r.Ref, 8*mib)
+		require.True(t, errdefs.IsInvalidArgument(err), "%v", err)
+
+		rep, err := s.Check(ctx, r.Ref, false)
+		require.NoError(t, err)
+		require.Empty(t, rep.Problems)
+		require.True(t, rep.Formatted)
+		require.EqualValues(t, 1, rep.HeapBlocks)
+
+		require.Len(t, s.List(""), 4)
+		require.Len(t, s.List("default"), 3)
+		for _, r := range s.List("") {
+			require.NoError(t, s.Remove(ctx, r.Ref))
+		}
+		books, err := s.Books()
+		require.NoError(t, err)
+		require.Zero(t, books.Promised+books.Making)
+		empty(t, s)
+	})
+}
+
+// empty checks that nothing is left of any region.
+func empty(t *testing.T, s *Store) {
+	t.Helper()
+	for _, d := range []string{"k", "tmp"} {
+		left, err := os.ReadDir(filepath.Join(s.root, d))
+		require.NoError(t, err)
+		require.Empty(t, left)
+	}
+}
+
+// A region of bytes that scmlib did not make travels as it is.
+func TestRaw(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{})
+	r, err := s.Create(ctx, "default", "raw", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	want := bytes.Repeat([]byte("raw data"), 1000)
+	f, err := os.OpenFile(s.data(r.Ref), os.O_RDWR, 0)
+	require.NoError(t, err)
+	_, err = f.WriteAt(want, 300_000)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	c, err := s.Clone(ctx, r.Ref, "raw2", CreateOptions{Size: 2 * mib})
+	require.NoError(t, err)
+	got, err := os.ReadFile(s.data(c.Ref))
+	require.NoError(t, err)
+	whole := make([]byte, 2*mib)
+	copy(whole[300_000:], want)
+	require.True(t, bytes.Equal(whole, got))
+	rep, err := s.Check(ctx, c.Ref, false)
+	require.NoError(t, err)
+	require.False(t, rep.Formatted)
+	require.Empty(t, rep.Problems)
+}
+
+func TestCheckHealsOneHeaderAndRefusesTwo(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{})
+	r, err := s.Create(ctx, "default", "a", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	path := s.data(r.Ref)
+	put(t, path, 5)
+	spoil := func(off int64) {
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		require.NoError(t, err)
+		_, err = f.WriteAt([]byte{0xff}, off)
+		require.NoError(t, errors.Join(err, f.Close()))
+	}
+	spoil(100)
+	rep, err := s.Check(ctx, r.Ref, false)
+	require.NoError(t, err)
+	require.True(t, rep.HeaderBad)
+	require.False(t, rep.Repaired)
+	_, err = s.Check(ctx, r.Ref, true)
+	require.NoError(t, err)
+	rep, err = s.Check(ctx, r.Ref, false)
+	require.NoError(t, err)
+	require.False(t, rep.HeaderBad)
+	spoil(100)
+	spoil(4096 + 100)
+	before, err := os.ReadFile(path)
+	require.NoError(t, err)
+	rep, err = s.Check(ctx, r.Ref, true)
+	require.NoError(t, err)
+	require.Len(t, rep.Problems, 1)
+	require.Contains(t, rep.Problems[0], "both copies of the header")
+	after, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(before, after))
+}
+
+func TestQuotaLimitRoom(t *testing.T) {
+	ctx := t.Context()
+	dir := filesystem(t, "tmpfs", 64*mib)
+	s := open(t, dir, Options{Limit: 40 * mib, Headroom: 8 * mib, Quota: Quota{Bytes: 16 * mib, Regions: 2}, Quotas: map[string]Quota{"rich": {}}})
+	create := func(ns, name string, size int64) error {
+		_, err := s.Create(ctx, ns, name, CreateOptions{Size: size})
+		if err != nil {
+			require.True(t, errdefs.IsResourceExhausted(err), "%v", err)
+		}
+		return err
+	}
+	require.ErrorContains(t, create("a", "x", 17*mib), `namespace "a" has 0 in regions and asks for 17m more, its quota is 16m`)
+	require.NoError(t, create("a", "x", 8*mib))
+	require.NoError(t, create("a", "y", 4*mib))
+	require.ErrorContains(t, create("a", "z", mib), "has 2 regions, its quota is 2")
+	require.ErrorContains(t, create("rich", "x", 30*mib), "all regions together may have 40m")
+	require.NoError(t, create("rich", "x", 28*mib))
+	require.NoError(t, s.Remove(ctx, Ref{Volume, "rich", "x"}))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "layers"), make([]byte, 30*mib), 0o600))
+	require.ErrorContains(t, create("rich", "x", 20*mib), "NVM has room for")
+	_, err := s.Resize(ctx, Ref{Volume, "a", "x"}, 13*mib)
+	require.ErrorContains(t, err, "its quota is 16m")
+	// What a failure leaves is nothing.
+	b, err := s.Books()
+	require.NoError(t, err)
+	require.EqualValues(t, 12*mib, b.Promised)
+	require.Zero(t, b.Making)
+}
+
+// Many ask at once for what only some can get: the books are never overdrawn.
+func TestConcurrentAdmission(t *testing.T) {
+	s := newStore(t, Options{Limit: 10 * mib})
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	made := 0
+	for i := range 30 {
+		wg.Go(func() {
+			_, err := s.Create(context.Background(), "default", fmt.Sprintf("v%d", i), CreateOptions{Size: mib})
+			mu.Lock()
+			defer mu.Unlock()
+			if err == nil {
+				made++
+			} else if !errdefs.IsResourceExhausted(err) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	require.Equal(t, 10, made)
+}
+
+func TestPoolGivesWayAndServes(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{Pool: map[int64]int{4 * mib: 2}, Limit: 16 * mib})
+	filled := func() bool { return s.Pooled(4*mib) == 2 }
+	require.Eventually(t, filled, waitFor, tick)
+	entries, err := os.ReadDir(filepath.Join(s.root, "pool"))
+	require.NoError(t, err)
+	var inodes []uint64
+	for _, e := range entries {
+		inodes = append(inodes, inode(t, filepath.Join(s.root, "pool", e.Name(), "data")))
+	}
+	r, err := s.Create(ctx, "default", "a", CreateOptions{Size: 4 * mib})
+	require.NoError(t, err)
+	require.True(t, slices.Contains(inodes, inode(t, s.data(r.Ref))), "it comes from the pool")
+	require.Eventually(t, filled, waitFor, tick)
+	_, err = s.Create(ctx, "default", "b", CreateOptions{Size: 12 * mib})
+	require.NoError(t, err)
+	require.Zero(t, s.Pooled(4*mib))
+	require.NoError(t, s.Remove(ctx, vol("b")))
+	require.Eventually(t, filled, waitFor, tick)
+}
+
+func inode(t *testing.T, path string) uint64 {
+	t.Helper()
+	var st unix.Stat_t
+	require.NoError(t, unix.Stat(path, &st))
+	return st.Ino
+}
+
+func TestNames(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{})
+	for _, name := range []string{"", ".", "..", "../a", "a/b", "a+b", "a b", "-a", "a\x00", "256m", "1G", "4096", "image", "container/..", "snapshot/a/b",
+		"x/y", string(bytes.Repeat([]byte("a"), 77))} {
+		_, err := s.Create(ctx, "default", name, CreateOptions{Size: mib})
+		require.True(t, errdefs.IsInvalidArgument(err), "%q: %v", name, err)
+		if name != "container/.." {
+			_, err = s.Create(ctx, name+"/", "a", CreateOptions{Size: mib})
+			require.True(t, errdefs.IsInvalidArgument(err), "%q: %v", name, err)
+		}
+	}
+	for _, size := range []int64{-1, 0, 1, 4096, mib + 1, 1 << 50} {
+		_, err := s.Create(ctx, "default", "a", CreateOptions{Size: size})
+		require.True(t, errdefs.IsInvalidArgument(err), "%d: %v", size, err)
+	}
+	empty(t, s)
+	for in, want := range map[string]int64{"1m": mib, "64K": 64 << 10, "2g": 2 << 30, "65536": 65536, "1t": 1 << 40} {
+		n, err := ParseSize(in)
+		require.NoError(t, err)
+		require.Equal(t, want, n)
+		back, err := ParseSize(FormatSize(n))
+		require.NoError(t, err)
+		require.Equal(t, n, back)
+	}
+	for _, in := range []string{"", "m", "-1m", "1.5g", "1mm", "9223372036854775807t", "100000t", "1k"} {
+		_, err := ParseSize(in)
+		require.Error(t, err, in)
+	}
+}
+
+// A damaged stream makes nothing, wherever it is damaged.
+func TestImportOfDamaged(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{})
+	r, err := s.Create(ctx, "default", "a", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	put(t, s.data(r.Ref), 5)
+	var b bytes.Buffer
+	_, err = s.Export(ctx, r.Ref, &b)
+	require.NoError(t, err)
+	for i := 0; i < b.Len(); i += max(1, b.Len()/50) {
+		bad := bytes.Clone(b.Bytes())
+		bad[i] ^= 4
+		_, err := s.Import(ctx, "default", "b", bytes.NewReader(bad))
+		require.Error(t, err, "byte %d", i)
+		_, err = s.Import(ctx, "default", "b", bytes.NewReader(b.Bytes()[:i]))
+		require.True(t, errdefs.IsDataLoss(err), "%v", err)
+	}
+	require.Len(t, s.List(""), 1)
+	left, err := os.ReadDir(filepath.Join(s.root, "tmp"))
+	require.NoError(t, err)
+	require.Empty(t, left)
+}
+
+// What stands in the store and cannot be read is left alone, said, and in nobody's way.
+func TestBrokenIsLeftAlone(t *testing.T) {
+	ctx := t.Context()
+	dir := filesystem(t, "tmpfs", 64*mib)
+	s, err := Open(ctx, filepath.Join(dir, "r"), Options{})
+	require.NoError(t, err)
+	a, err := s.Create(ctx, "default", "a", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	_, err = s.Create(ctx, "default", "b", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	require.NoError(t, s.Close())
+	require.NoError(t, os.WriteFile(filepath.Join(s.dir(a.Ref), "meta"), []byte(`{"version":1,"size":`), 0o600))
+	require.NoError(t, os.Mkdir(filepath.Join(s.root, "k", "something else"), 0o700))
+	s = open(t, dir, Options{})
+	require.Len(t, s.Broken(), 2)
+	require.Len(t, s.List(""), 1)
+	_, err = s.Create(ctx, "default", "a", CreateOptions{Size: mib})
+	require.ErrorContains(t, err, "left alone")
+	_, err = os.Stat(s.data(a.Ref))
+	require.NoError(t, err)
+	_, err = Open(ctx, s.root, Options{})
+	require.True(t, errdefs.IsUnavailable(err), "%v", err)
+}
+
+func TestTwoContainersOneVolume(t *testing.T) {
+	ctx := t.Context()
+	s := newStore(t, Options{})
+	r, err := s.Create(ctx, "default", "a", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	_, err = s.Create(ctx, "default", "both", CreateOptions{Size: mib, Shared: true})
+	require.NoError(t, err)
+	one, two := sleeper(t), sleeper(t)
+	attach := func(container string, pid int, volume string) error {
+		f, _, err := s.Attach(ctx, api.Attach{Namespace: "default", Container: container, Pid: pid, Volume: volume}, nil)
+		if err == nil {
+			f.Close()
+		}
+		return err
+	}
+	require.NoError(t, attach("one", one.Process.Pid, "a"))
+	err = attach("two", two.Process.Pid, "a")
+	require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	require.ErrorContains(t, err, "container default/one uses it")
+	for _, err := range []error{s.Remove(ctx, r.Ref), second(s.Resize(ctx, r.Ref, 2*mib)), second(s.Check(ctx, r.Ref, true))} {
+		require.True(t, errdefs.IsFailedPrecondition(err), "%v", err)
+	}
+	// Its process is not in a control group of its own, so it cannot be frozen, and a copy would be no state that the region ever had.
+	_, err = s.Snapshot(ctx, r.Ref, "s")
+	require.ErrorContains(t, err, "cannot be frozen")
+	end(one)
+	require.NoError(t, attach("two", two.Process.Pid, "a"))
+	require.NoError(t, attach("three", sleeper(t).Process.Pid, "both"))
+	require.NoError(t, attach("two", two.Process.Pid, "both"))
+	err = attach("two", two.Process.Pid, "none")
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+	// Volumes of another namespace cannot be named.
+	f, _, err := s.Attach(ctx, api.Attach{Namespace: "other", Container: "x", Pid: two.Process.Pid, Volume: "a"}, nil)
+	require.Nil(t, f)
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+}
+
+func second[T any](_ T, err error) error { return err }
+
+// A container's region goes with it, stays through its restarts, and is not that of the next container of the same name.
+func TestContainerRegion(t *testing.T) {
+	ctx := t.Context()
+	instances := map[string]string{"default/c": "1"}
+	identify := func(_ context.Context, ns, id string) (string, error) {
+		if i, ok := instances[ns+"/"+id]; ok {
+			return i, nil
+		}
+		return "", fmt.Errorf("container: %w", errdefs.ErrNotFound)
+	}
+	var told []string
+	s := newStore(t, Options{Identify: identify, Volumes: func(names []string) { told = names }})
+	ref := Ref{Container, "default", "c"}
+	start := func(size int64) (Record, error) {
+		p := sleeper(t)
+		defer end(p)
+		f, r, err := s.Attach(ctx, api.Attach{Namespace: "default", Container: "c", Pid: p.Process.Pid, Size: size}, nil)
+		if err == nil {
+			f.Close()
+		}
+		return r, err
+	}
+	_, err := start(mib)
+	require.NoError(t, err)
+	put(t, s.data(ref), 7)
+	_, err = start(mib)
+	require.NoError(t, err)
+	n, _ := get(t, s.data(ref))
+	require.EqualValues(t, 7, n)
+	_, err = start(2 * mib)
+	require.ErrorContains(t, err, "has a region of 1m, not 2m")
+
+	// A late event of a container that lives does nothing.
+	require.NoError(t, s.Release(ctx, "default", "c"))
+	require.Len(t, s.List(""), 1)
+
+	instances["default/c"] = "2"
+	_, err = start(2 * mib)
+	require.NoError(t, err)
+	rep, err := s.Check(ctx, ref, false)
+	require.NoError(t, err)
+	require.Zero(t, rep.Used)
+
+	delete(instances, "default/c")
+	_, err = start(2 * mib)
+	require.True(t, errdefs.IsNotFound(err), "%v", err)
+	require.NoError(t, s.Reconcile(ctx))
+	require.Empty(t, s.List(""))
+	empty(t, s)
+
+	instances["default/c"] = "3"
+	_, err = start(mib)
+	require.NoError(t, err)
+	put(t, s.data(ref), 9)
+	require.NoError(t, s.SetKeep(ctx, ref, true))
+	delete(instances, "default/c")
+	require.NoError(t, s.Release(ctx, "default", "c"))
+	n, _ = get(t, s.data(vol("c")))
+	require.EqualValues(t, 9, n)
+	require.Equal(t, []string{"c"}, told)
+}
+
+// The file of a region has its size, whatever the container does to it; and a lease on it does not stop the daemon.
+func TestGuard(t *testing.T) {
+	everywhere(t, func(t *testing.T, dir string) {
+		ctx := t.Context()
+		s := open(t, dir, Options{})
+		mount, r, err := s.Attach(ctx, api.Attach{Namespace: "default", Container: "c", Pid: sleeper(t).Process.Pid, Size: 4 * mib}, nil)
+		require.NoError(t, err)
+		defer mount.Close()
+		path := s.data(r.Ref)
+		size := func(n int64) func() bool {
+			return func() bool {
+				st, err := os.Stat(path)
+				return err == nil && st.Size() == n && blocks(t, path) >= n && blocks(t, path) < n+mib
+			}
+		}
+		inside, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", mount.Fd()), os.O_RDWR, 0)
+		require.NoError(t, err)
+		defer inside.Close()
+		for _, trick := range []func() error{
+			func() error { return inside.Truncate(100 * mib) },
+			func() error { return unix.Fallocate(int(inside.Fd()), 0, 0, 20*mib) },
+			func() error { return second(inside.WriteAt([]byte("beyond"), 9*mib)) },
+			func() error { return inside.Truncate(0) },
+		} {
+			require.NoError(t, trick())
+			require.Eventually(t, size(4*mib), waitFor, tick)
+		}
+		_, err = unix.FcntlInt(inside.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
+		require.Error(t, err, "a lease is refused, since the daemon has the file open")
+		_, err = s.Check(ctx, r.Ref, false)
+		require.ErrorContains(t, err, "cannot be frozen") // but it did not hang
+	})
+}
+
+// What a container is given is one file, and no way to others.
+func TestMountShowsOneFile(t *testing.T) {
+	s := newStore(t, Options{})
+	mount, r, err := s.Attach(t.Context(), api.Attach{Namespace: "default", Container: "c", Pid: sleeper(t).Process.Pid, Size: mib}, nil)
+	require.NoError(t, err)
+	defer mount.Close()
+	var st unix.Stat_t
+	require.NoError(t, unix.Fstat(int(mount.Fd()), &st))
+	require.EqualValues(t, unix.S_IFREG|0o666, st.Mode)
+	require.Equal(t, inode(t, s.data(r.Ref)), st.Ino)
+	var fs unix.Statfs_t
+	require.NoError(t, unix.Fstatfs(int(mount.Fd()), &fs))
+	require.EqualValues(t, unix.ST_NOSUID|unix.ST_NODEV|unix.ST_NOEXEC, fs.Flags&(unix.ST_NOSUID|unix.ST_NODEV|unix.ST_NOEXEC))
+	_, err = unix.Openat(int(mount.Fd()), "../meta", unix.O_RDONLY, 0)
+	require.ErrorIs(t, err, unix.ENOTDIR)
+	_, err = unix.Openat(int(mount.Fd()), "..", unix.O_RDONLY, 0)
+	require.ErrorIs(t, err, unix.ENOTDIR)
+	info, err := os.Stat(s.root)
+	require.NoError(t, err)
+	require.Equal(t, os.ModeDir|0o700, info.Mode())
+}
+
+// Two programs that have the same region: the lock of scmlib lets one of them write, through whichever path.
+func TestTwoWriters(t *testing.T) {
+	s := newStore(t, Options{})
+	mount, r, err := s.Attach(t.Context(), api.Attach{Namespace: "default", Container: "c", Pid: sleeper(t).Process.Pid, Size: mib}, nil)
+	require.NoError(t, err)
+	defer mount.Close()
+	one, err := scmlib.Open(fmt.Sprintf("/proc/self/fd/%d", mount.Fd()), scmlib.Options{Create: true, Size: mib})
+	require.NoError(t, err)
+	_, err = scmlib.Open(s.data(r.Ref), scmlib.Options{})
+	require.ErrorIs(t, err, scmlib.ErrLocked)
+	require.NoError(t, one.Close())
+}
