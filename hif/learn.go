@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -119,9 +120,9 @@ func (m *Manager) learn(ctx context.Context, images []Image) (learned bool) {
 			continue
 		}
 		// A name may come a moment after the layers: containerd writes it last.
-		if image.Name == "" && !m.nameless[image.Digest] {
-			m.nameless[image.Digest] = true
-			m.kickAfter(nameWait)
+		if n := m.nameless[image.Digest]; !image.named() && n < nameTries {
+			m.nameless[image.Digest] = n + 1
+			m.kickAfter(nameWait << n)
 			continue
 		}
 		_, k, err := m.known(image.Digest)
@@ -143,13 +144,21 @@ func (m *Manager) learn(ctx context.Context, images []Image) (learned bool) {
 	return learned
 }
 
-// nameWait is how long an image may be without a name before it is looked at all the same.
-const nameWait = 500 * time.Millisecond
+// An image may be without a name for a while before it is looked at all the
+// same: nameTries waits, of which each is twice as long as the one before.
+const (
+	nameWait  = 100 * time.Millisecond
+	nameTries = 6
+)
+
+// named tells whether containerd's image store has a reference of the image; one
+// by digest is made up of where its content came from.
+func (i Image) named() bool { return i.Name != "" && !strings.Contains(i.Name, "@") }
 
 // learnImage asks the registry, then earlier versions, then the image itself.
 func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error) {
 	l := log.G(ctx).WithField("image", image.Name).WithField("digest", image.Digest)
-	if m.config.Fetch && image.Name != "" {
+	if m.config.Fetch && image.named() {
 		fetching, cancel := context.WithTimeout(ctx, fetchTimeout)
 		_, err := m.Fetch(fetching, image, false)
 		cancel()

@@ -63,7 +63,8 @@ type Manager struct {
 	wake chan struct{}
 
 	// Of the loop alone: images that were looked at, and those that had no name.
-	asked, nameless map[digest.Digest]bool
+	asked    map[digest.Digest]bool
+	nameless map[digest.Digest]int // how often they were waited for
 
 	mu      sync.Mutex
 	closed  bool
@@ -92,7 +93,7 @@ func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *t
 		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
-		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]bool{}, starts: map[string]*openStart{},
+		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, starts: map[string]*openStart{},
 	}
 	if c.Trace {
 		var roots [2]string

@@ -40,11 +40,17 @@ func await(t *testing.T, ask func(context.Context) error) {
 }
 
 // newRig starts a rig with the policy lass, where none is asked for: it goes by nothing but the order of arrivals, which
-// tests decide, while the default goes by rates that it measures.
+// tests decide, while the default goes by rates that it measures. Files stay where they are stored, unless a test is about
+// hot files.
 func newRig(t *testing.T, o rig.Options) *rig.Rig {
 	t.Helper()
-	if !strings.Contains(strings.Join(o.DaemonArgs, " "), "placement.policy=") {
-		o.DaemonArgs = append(slices.Clone(o.DaemonArgs), "--set", "placement.policy=lass")
+	args := strings.Join(o.DaemonArgs, " ")
+	o.DaemonArgs = slices.Clone(o.DaemonArgs)
+	if !strings.Contains(args, "placement.policy=") {
+		o.DaemonArgs = append(o.DaemonArgs, "--set", "placement.policy=lass")
+	}
+	if !strings.Contains(args, "hot.") {
+		o.DaemonArgs = append(o.DaemonArgs, "--set", "hot.migrate=false")
 	}
 	return rig.New(t, o)
 }
