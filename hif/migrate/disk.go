@@ -59,7 +59,7 @@ func statFile(path string) string {
 	if unix.Stat(path, &st) != nil {
 		return ""
 	}
-	file := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev)) //nolint:unconvert // its size differs between architectures
+	file := fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Dev), unix.Minor(st.Dev))
 	if _, err := readBusy(file); err != nil {
 		return ""
 	}

@@ -5,6 +5,7 @@ package tier
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"sync"
@@ -98,4 +99,25 @@ func (p *Pins) holds(pin pin) bool {
 	// Not every filesystem refuses an inode that has no name and no user but us.
 	var st unix.Stat_t
 	return unix.Fstat(fd, &st) == nil
+}
+
+// LetGo makes an overlay forget the files that nobody has open through it. Such a
+// cache entry holds the inode of a file that was unlinked on NVM, and with it the
+// space, until the overlay is unmounted or memory gets short. mountpoint is
+// any place where the overlay is mounted, the root of a process included.
+//
+// A reconfiguration that changes nothing does it: the kernel shrinks the cache
+// of the filesystem first (reconfigure_super in fs/super.c).
+func LetGo(mountpoint string) error {
+	fd, err := unix.Fspick(unix.AT_FDCWD, mountpoint, unix.FSPICK_CLOEXEC|unix.FSPICK_NO_AUTOMOUNT)
+	if err != nil {
+		return fmt.Errorf("pick the filesystem at %q: %w", mountpoint, err)
+	}
+	defer unix.Close(fd)
+	// An overlay without an upper directory says EROFS to what it takes for a wish
+	// to write; by then it has forgotten. Asking for ro would make others read-only.
+	if err := unix.FsconfigReconfigure(fd); err != nil && !errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("reconfigure the filesystem at %q: %w", mountpoint, err)
+	}
+	return nil
 }
