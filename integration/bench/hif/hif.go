@@ -256,12 +256,11 @@ func (b *bench) work(ctx context.Context, jobs []job) (done []row, err error) {
 			continue
 		}
 		if doErr := j.do(ctx, &r); doErr != nil {
-			doErr = fmt.Errorf("%s: %w", r.key(), doErr)
 			if ctx.Err() != nil {
-				return done, errors.Join(err, doErr)
+				return done, errors.Join(err, ctx.Err(), doErr)
 			}
-			b.say("%d/%d FAILED %v", i+1, len(jobs), doErr)
-			err = errors.Join(err, doErr)
+			b.say("%d/%d %s FAILED: %v", i+1, len(jobs), r.key(), doErr)
+			err = errors.Join(err, fmt.Errorf("%s failed, see above", r.key()))
 			continue
 		}
 		if err := log.Append(r); err != nil {

@@ -15,8 +15,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/image-spec/identity"
 	ispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -58,7 +60,8 @@ func (p *place) view(ctx context.Context, img catalog.Image, below string) (_ *v
 			err = errors.Join(fmt.Errorf("look at image %s with %s: %w", img.Name, p.variant, err), v.close(ctx))
 		}
 	}()
-	mounts, err := c.SnapshotService(p.snapshotter).View(ctx, v.key, identity.ChainID(diffs).String())
+	mounts, err := c.SnapshotService(p.snapshotter).View(ctx, v.key, identity.ChainID(diffs).String(),
+		snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)}))
 	if err != nil {
 		return nil, err
 	}
