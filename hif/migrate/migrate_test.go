@@ -103,10 +103,10 @@ func TestKilled(t *testing.T) {
 	}
 	require.Greater(t, steps, 12)
 	random := 0
-	for i := range 6 {
+	for i := range 4 {
 		r := newRig(t)
 		p, want := scene(r)
-		for range 3 {
+		for range 2 {
 			if r.child("MIGRATE_TEST_STEP=0", time.Duration(rand.IntN(16000*(i+1)))*time.Microsecond) {
 				random++
 			}
