@@ -230,13 +230,17 @@ func formatted(path string) (bool, error) {
 		return false, err
 	}
 	defer f.Close()
+	return hasMagic(f), nil
+}
+
+func hasMagic(f *os.File) bool {
 	for _, off := range []int64{0, 4096} {
 		var b [8]byte
 		if _, err := f.ReadAt(b[:], off); err == nil && bytes.Equal(b[:], headerMagic) {
-			return true, nil
+			return true
 		}
 	}
-	return false, nil
+	return false
 }
 
 // adopt makes a copy a region of its own, if scmlib can read it. One that it cannot read stays as it is: its program will be told when it opens it.

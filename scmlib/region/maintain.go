@@ -169,7 +169,7 @@ func (s *Store) Check(ctx context.Context, ref Ref, repair bool) (Report, error)
 			return rep, fmt.Errorf("repair %s: a snapshot stays as it is; clone it: %w", ref, errdefs.ErrInvalidArgument)
 		}
 	}
-	if err := s.checkFile(&rep, r); err != nil {
+	if err := s.checkFile(&rep, r); err != nil || !rep.ContainerOn && !rep.Formatted {
 		return rep, err
 	}
 	if rep.ContainerOn {
@@ -178,6 +178,9 @@ func (s *Store) Check(ctx context.Context, ref Ref, repair bool) (Report, error)
 			return rep, err
 		}
 		defer i.Close()
+		if rep.Formatted = hasMagic(i.f); !rep.Formatted {
+			return rep, nil
+		}
 		path = fmt.Sprintf("/proc/self/fd/%d", i.f.Fd())
 	}
 	return rep, rep.checkHeap(path, repair)
@@ -193,7 +196,7 @@ func (s *Store) checkFile(rep *Report, r Record) error {
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return fmt.Errorf("look at region: %w", err)
 	}
-	rep.Allocated = st.Blocks * 512
+	rep.Allocated, rep.Formatted = st.Blocks*512, hasMagic(f)
 	if st.Size != r.Size {
 		rep.Problems = append(rep.Problems, fmt.Sprintf("its file has %d bytes, not %d", st.Size, r.Size))
 	}
@@ -204,10 +207,7 @@ func (s *Store) checkFile(rep *Report, r Record) error {
 	return err
 }
 
-func (rep *Report) checkHeap(path string, repair bool) (err error) {
-	if rep.Formatted, err = formatted(path); err != nil || !rep.Formatted {
-		return err
-	}
+func (rep *Report) checkHeap(path string, repair bool) error {
 	region, err := scmlib.Open(path, scmlib.Options{ReadOnly: !repair, AcceptUnsafe: true})
 	if err != nil {
 		rep.Problems = append(rep.Problems, err.Error())

@@ -12,11 +12,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
@@ -76,11 +78,11 @@ func Commit(ctx context.Context, c *client.Client, store *region.Store, a Commit
 		return fail(fmt.Errorf("the image needs a name: %w", errdefs.ErrInvalidArgument))
 	}
 	ctx = namespaces.WithNamespace(ctx, a.Namespace)
-	info, err := c.ContainerService().Get(ctx, a.Container)
+	info, err := Find(ctx, c, a.Container)
 	if err != nil {
 		return fail(err)
 	}
-	ref, err := store.RegionOf(a.Namespace, a.Container)
+	ref, err := store.RegionOf(a.Namespace, info.ID)
 	if err != nil {
 		return fail(err)
 	}
@@ -146,10 +148,29 @@ func Commit(ctx context.Context, c *client.Client, store *region.Store, a Commit
 	return done, nil
 }
 
-func readConfig(ctx context.Context, cs content.Store, d ocispec.Descriptor) (config ocispec.Image, err error) {
+// Find looks for a container by its id, or by the name that nerdctl gave it. The namespace is that of ctx.
+func Find(ctx context.Context, c *client.Client, name string) (containers.Container, error) {
+	info, err := c.ContainerService().Get(ctx, name)
+	if err == nil || !errdefs.IsNotFound(err) {
+		return info, err
+	}
+	named, lerr := c.ContainerService().List(ctx, fmt.Sprintf("labels.%q==%q", "nerdctl/name", name))
+	if lerr == nil && len(named) == 1 {
+		return named[0], nil
+	}
+	return info, errors.Join(err, lerr)
+}
+
+// imageConfig is the configuration of an image, with all that other tools have put there.
+type imageConfig struct {
+	ocispec.Image
+	all map[string]json.RawMessage
+}
+
+func readConfig(ctx context.Context, cs content.Store, d ocispec.Descriptor) (config imageConfig, err error) {
 	b, err := content.ReadBlob(ctx, cs, d)
 	if err == nil {
-		err = json.Unmarshal(b, &config)
+		err = errors.Join(json.Unmarshal(b, &config.Image), json.Unmarshal(b, &config.all))
 	}
 	if err != nil {
 		return config, fmt.Errorf("configuration of its image: %w", err)
@@ -157,7 +178,20 @@ func readConfig(ctx context.Context, cs content.Store, d ocispec.Descriptor) (co
 	return config, nil
 }
 
-func grow(m *ocispec.Manifest, config *ocispec.Image, layer ocispec.Descriptor, id digest.Digest, how string) {
+// MarshalJSON writes what was read with what is new.
+func (c imageConfig) MarshalJSON() ([]byte, error) {
+	all := maps.Clone(c.all)
+	for key, v := range map[string]any{"created": c.Created, "rootfs": c.RootFS, "history": c.History} {
+		b, err := json.Marshal(v)
+		if err != nil {
+			return nil, err
+		}
+		all[key] = b
+	}
+	return json.Marshal(all)
+}
+
+func grow(m *ocispec.Manifest, config *imageConfig, layer ocispec.Descriptor, id digest.Digest, how string) {
 	now := time.Now().UTC()
 	m.Layers = append(slices.Clone(m.Layers), layer)
 	config.RootFS.DiffIDs = append(slices.Clone(config.RootFS.DiffIDs), id)
@@ -220,7 +254,7 @@ func writeTar(ctx context.Context, w io.Writer, image *region.Image, size int64)
 	return t.Close()
 }
 
-func writeImage(ctx context.Context, cs content.Store, m ocispec.Manifest, config ocispec.Image) (d ocispec.Descriptor, err error) {
+func writeImage(ctx context.Context, cs content.Store, m ocispec.Manifest, config imageConfig) (d ocispec.Descriptor, err error) {
 	m.Versioned, m.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
 	for i := range m.Layers {
 		m.Layers[i].MediaType = ociType(m.Layers[i].MediaType)

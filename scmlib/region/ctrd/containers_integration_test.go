@@ -239,15 +239,19 @@ func TestNerdctl(t *testing.T) {
 		return out
 	}
 	nerdctl("pull", "-q", n.Ref("app:1"))
-	require.Equal(t, "1 2097152", nerdctl("run", "--name", "c", "--net", "none", "--device", n.device("2m"), n.Ref("app:1"), "/app", "count"))
-	require.Contains(t, nerdctl("start", "-a", "c"), "2 2097152")
+	require.Equal(t, "1 2097152", nerdctl("run", "--name", "app", "--net", "none", "--device", n.device("2m"), n.Ref("app:1"), "/app", "count"))
+	require.Contains(t, nerdctl("start", "-a", "app"), "2 2097152")
 	// nerdctl's own commit knows nothing of regions, and does nothing to them.
-	nerdctl("commit", "c", "plain:1")
+	nerdctl("commit", "app", "plain:1")
 	require.Equal(t, "1 2097152", nerdctl("run", "--rm", "--net", "none", "--device", n.device("2m"), "plain:1", "/app", "count"))
-	require.Contains(t, nerdctl("start", "-a", "c"), "3 2097152")
-	_, _ = n.Nerdctl(ctx, "export", "-o", filepath.Join(t.TempDir(), "c.tar"), "c") // not in every version
-	require.Contains(t, nerdctl("start", "-a", "c"), "4 2097152")
-	nerdctl("rm", "c")
+	require.Contains(t, nerdctl("start", "-a", "app"), "3 2097152")
+	_, _ = n.Nerdctl(ctx, "export", "-o", filepath.Join(t.TempDir(), "c.tar"), "app") // not in every version
+	require.Contains(t, nerdctl("start", "-a", "app"), "4 2097152")
+	// By its name here, which is not its id.
+	var done Committed
+	n.call(OpCommit, CommitArgs{Namespace: n.Namespace, Container: "app", Ref: "docker.io/library/with:1"}, &done)
+	require.Equal(t, "5 2097152", nerdctl("run", "--rm", "--net", "none", "--device", n.device("image"), "with:1", "/app", "count"))
+	nerdctl("rm", "app")
 	n.clean()
 }
 
@@ -343,4 +347,3 @@ func TestAttachCost(t *testing.T) {
 	t.Logf("median of %d pairs: %v with a region, %v without; median of the differences %v", rounds, with[rounds/2], without[rounds/2], extra[rounds/2])
 	n.clean()
 }
-
