@@ -120,6 +120,7 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 		m.engine.Now()
 	}
 	m.startDividing(divisions, o.Plan)
+	m.cool(wants, in.Layers)
 	return nil
 }
 

@@ -197,11 +197,13 @@ func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error
 // book. What the image does not have is left out and returned. plainHTTP: over
 // HTTP, whatever the configuration says.
 func (m *Manager) Fetch(ctx context.Context, image Image, plainHTTP bool) (Accepted, error) {
-	p, err := m.registry(image, plainHTTP).Pull(ctx, image.Name, image.Digest)
+	p, artifact, err := m.registry(image, plainHTTP).Pull(ctx, image.Name, image.Digest)
 	if err != nil {
 		return Accepted{}, err
 	}
-	return m.Accept(ctx, image, p)
+	accepted, err := m.Accept(ctx, image, p)
+	accepted.Artifact = artifact
+	return accepted, err
 }
 
 // registry says how the registry of an image is reached.
@@ -218,7 +220,8 @@ func (m *Manager) registry(image Image, plainHTTP bool) profile.Registry {
 // Accepted is a profile from outside as it was stored, and what of it was left out.
 type Accepted struct {
 	profile.Profile
-	LeftOut []profile.Problem
+	LeftOut  []profile.Problem
+	Artifact digest.Digest // in the registry; "" for one that did not come from there
 }
 
 // Accept holds a profile from outside against its image and puts it in the
@@ -240,7 +243,7 @@ func (m *Manager) Accept(ctx context.Context, image Image, p profile.Profile) (A
 	}
 	m.forgetPrediction(image.Digest)
 	m.Kick()
-	return Accepted{p, left}, nil
+	return Accepted{Profile: p, LeftOut: left}, nil
 }
 
 // predict analyses an image.

@@ -65,6 +65,7 @@ type Manager struct {
 	// Of the loop alone: images that were looked at, and those that had no name.
 	asked    map[digest.Digest]bool
 	nameless map[digest.Digest]int // how often they were waited for
+	cooled   map[string]bool       // ids of tops, see cool
 
 	mu      sync.Mutex
 	closed  bool
@@ -93,7 +94,7 @@ func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *t
 		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
-		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, starts: map[string]*openStart{},
+		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, cooled: map[string]bool{}, starts: map[string]*openStart{},
 	}
 	if c.Trace {
 		var roots [2]string

@@ -191,6 +191,9 @@ func (m *Manager) MigrateNow(ctx context.Context) error {
 	if m.engine == nil {
 		return errNoMigration
 	}
+	if m.engine.Progress().State == migrate.Paused {
+		return fmt.Errorf("migration is paused; resume it first: %w", errdefs.ErrFailedPrecondition)
+	}
 	m.mu.Lock()
 	m.hurry = true
 	m.notDivided = map[string]time.Time{}

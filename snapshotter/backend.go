@@ -90,6 +90,11 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 		}
 		r.Tiers = append(r.Tiers, m)
 	}
+	if s.hot != nil {
+		if _, err := s.hot.Stats(); err != nil {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("starts are not traced: %v", err))
+		}
+	}
 	if s.tiers.SameFilesystem() {
 		r.Warnings = append(r.Warnings, "root and nvm_root stand on one filesystem: placement has no effect")
 	}

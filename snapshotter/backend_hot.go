@@ -142,7 +142,7 @@ func (s backend) accepted(ctx context.Context, m *hif.Manager, image hif.Image, 
 	if err != nil {
 		return nil, err
 	}
-	return &control.PutResponse{Profile: s.info(ctx, k), LeftOut: control.NewLeftOut(a.LeftOut)}, nil
+	return &control.PutResponse{Profile: s.info(ctx, k), LeftOut: control.NewLeftOut(a.LeftOut), Digest: a.Artifact.String()}, nil
 }
 
 // RemoveProfile implements [control.HotBackend].

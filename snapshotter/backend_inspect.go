@@ -231,10 +231,10 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 		if e.Redirect != "" {
 			// The data of a file whose attributes alone were changed stand in a lower layer.
 			layer, _, _ = strings.Cut(strings.TrimPrefix(e.Redirect, "/"), "/")
-			for _, t := range tier.Tiers {
-				p := filepath.Join(s.tiers.DataRoot(t), e.Redirect)
+			for _, at := range s.lookup(ctx, name) {
+				p := filepath.Join(at.dir, e.Redirect)
 				if _, err := os.Lstat(p); err == nil {
-					f.Tier, f.DataPath = t.String(), p
+					f.Tier, f.DataPath = at.tier, p
 					break
 				}
 			}
@@ -242,6 +242,23 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 		return f, layer, nil
 	}
 	return nil, "", fmt.Errorf("no file %q in the image: %w", file, errdefs.ErrNotFound)
+}
+
+// place is a directory in which the kernel looks for data.
+type place struct{ tier, dir string }
+
+// lookup is where the kernel looks for the data of a file of the named chain, in that order.
+func (s *Snapshotter) lookup(ctx context.Context, name string) []place {
+	var all []place
+	for _, t := range tier.Tiers {
+		all = append(all, place{t.String(), s.tiers.DataRoot(t)})
+	}
+	if ids, err := s.db.chain(ctx, name); err == nil && len(ids) > 0 {
+		if dir := s.divided.mounted(ctx, ids[0]); dir != "" {
+			all = slices.Insert(all, 1, place{"parts", dir})
+		}
+	}
+	return all
 }
 
 func fileType(mode uint32) string {

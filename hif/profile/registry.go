@@ -151,27 +151,28 @@ func (m manifest) MediaType() (types.MediaType, error) { return types.OCIManifes
 // says, and it decodes as a profile of this image. Where there is none the
 // error is [errdefs.ErrNotFound]; where there are only bad ones it says what is
 // wrong with each. Rules in it are dropped. The files are still to be held
-// against the image, see [Fit].
-func (r Registry) Pull(ctx context.Context, ref string, image digest.Digest) (Profile, error) {
+// against the image, see [Fit]. artifact is the digest of the manifest that it
+// came with.
+func (r Registry) Pull(ctx context.Context, ref string, image digest.Digest) (p Profile, artifact digest.Digest, err error) {
 	repo, err := r.repository(ref)
 	if err != nil {
-		return Profile{}, err
+		return Profile{}, "", err
 	}
 	if err := checkDigest(image); err != nil {
-		return Profile{}, err
+		return Profile{}, "", err
 	}
 	opts := r.options(ctx)
 	index, err := remote.Referrers(repo.Digest(image.String()), opts...)
 	if err != nil {
-		return Profile{}, classed(fmt.Errorf("list referrers of %s in %s: %w", image, repo, err))
+		return Profile{}, "", classed(fmt.Errorf("list referrers of %s in %s: %w", image, repo, err))
 	}
 	list, err := index.IndexManifest()
 	if err != nil {
-		return Profile{}, classed(fmt.Errorf("list referrers of %s in %s: %w", image, repo, err))
+		return Profile{}, "", classed(fmt.Errorf("list referrers of %s in %s: %w", image, repo, err))
 	}
 	found := slices.DeleteFunc(slices.Clone(list.Manifests), func(d v1.Descriptor) bool { return d.ArtifactType != MediaType })
 	if len(found) == 0 {
-		return Profile{}, fmt.Errorf("no profile of image %s in %s: %w", image, repo, errdefs.ErrNotFound)
+		return Profile{}, "", fmt.Errorf("no profile of image %s in %s: %w", image, repo, errdefs.ErrNotFound)
 	}
 	slices.SortStableFunc(found, func(a, b v1.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
@@ -180,14 +181,14 @@ func (r Registry) Pull(ctx context.Context, ref string, image digest.Digest) (Pr
 	for _, d := range found[:min(len(found), maxTries)] {
 		p, err := fetch(repo, d, image, opts)
 		if err == nil {
-			return p, nil
+			return p, digest.Digest(d.Digest.String()), nil
 		}
 		bad = errors.Join(bad, fmt.Errorf("profile %s of image %s in %s: %w", d.Digest, image, repo, err))
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return Profile{}, classed(bad)
+	return Profile{}, "", classed(bad)
 }
 
 func fetch(repo name.Repository, d v1.Descriptor, image digest.Digest, opts []remote.Option) (Profile, error) {

@@ -68,12 +68,12 @@ func TestRegistry(t *testing.T) {
 	} {
 		t.Run(api, func(t *testing.T) {
 			pl := upstream(t, nil, opts...)
-			_, err := pl.Pull(ctx, pl.ref, pl.digest)
+			_, _, err := pl.Pull(ctx, pl.ref, pl.digest)
 			require.ErrorIs(t, err, errdefs.ErrNotFound)
 			p := pl.profile()
 			_, err = pl.Push(ctx, pl.ref, p)
 			require.NoError(t, err)
-			got, err := pl.Pull(ctx, pl.ref, pl.digest)
+			got, _, err := pl.Pull(ctx, pl.ref, pl.digest)
 			require.NoError(t, err)
 			require.Empty(t, got.Rules, "the operator's rules stay at home")
 			p.Rules = nil
@@ -86,11 +86,11 @@ func TestRegistry(t *testing.T) {
 				_, err = pl.Push(ctx, pl.ref, q)
 				require.NoError(t, err)
 			}
-			got, err = pl.Pull(ctx, pl.ref, pl.digest)
+			got, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 			require.NoError(t, err)
 			require.Equal(t, "newer", got.Repository)
 			// Other artifacts of the image are none of ours.
-			_, err = pl.Pull(ctx, pl.ref, dig("other"))
+			_, _, err = pl.Pull(ctx, pl.ref, dig("other"))
 			require.ErrorIs(t, err, errdefs.ErrNotFound)
 		})
 	}
@@ -106,11 +106,11 @@ func TestPushRefuses(t *testing.T) {
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	_, err = pl.Push(t.Context(), "not a reference!", pl.profile())
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
-	_, err = pl.Pull(t.Context(), pl.ref, "sha256:../..")
+	_, _, err = pl.Pull(t.Context(), pl.ref, "sha256:../..")
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = pl.Pull(ctx, pl.ref, pl.digest)
+	_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 	require.ErrorIs(t, err, context.Canceled)
 }
 
@@ -145,7 +145,7 @@ func TestCredentials(t *testing.T) {
 	reg := Registry{PlainHTTP: true, Keychain: keychain{&authn.Basic{Username: "me", Password: "secret"}}}
 	_, err = reg.Push(t.Context(), ref, p)
 	require.NoError(t, err)
-	_, err = reg.Pull(t.Context(), ref, p.Image)
+	_, _, err = reg.Pull(t.Context(), ref, p.Image)
 	require.NoError(t, err)
 }
 
@@ -184,13 +184,13 @@ func TestHostileArtifacts(t *testing.T) {
 					tc.mangle(pl, m)
 				}
 			})
-			_, err := pl.Pull(ctx, pl.ref, pl.digest)
+			_, _, err := pl.Pull(ctx, pl.ref, pl.digest)
 			require.ErrorContains(t, err, tc.want)
 			require.False(t, tc.want == "" || errdefs.IsNotFound(err) && name != "a missing blob")
 			// A good one beside it is found all the same.
 			_, err = pl.Push(ctx, pl.ref, pl.profile())
 			require.NoError(t, err)
-			_, err = pl.Pull(ctx, pl.ref, pl.digest)
+			_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 			require.NoError(t, err)
 		})
 	}
@@ -220,7 +220,7 @@ func TestHostileRegistry(t *testing.T) {
 		_, _ = io.WriteString(w, strings.Replace(body, `"size":100`, `"size":101`, 1))
 		return true
 	}
-	_, err = pl.Pull(ctx, pl.ref, pl.digest)
+	_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 	require.ErrorContains(t, err, "verifying sha256")
 
 	swap = func(w http.ResponseWriter, r *http.Request) bool {
@@ -230,7 +230,7 @@ func TestHostileRegistry(t *testing.T) {
 		_, _ = io.WriteString(w, "{}")
 		return true
 	}
-	_, err = pl.Pull(ctx, pl.ref, pl.digest)
+	_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 	require.ErrorContains(t, err, "does not match")
 
 	endless := func(w http.ResponseWriter) {
@@ -249,7 +249,7 @@ func TestHostileRegistry(t *testing.T) {
 			endless(w)
 			return true
 		}
-		_, err = pl.Pull(ctx, pl.ref, pl.digest)
+		_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 		require.Error(t, err, part)
 	}
 
@@ -267,7 +267,7 @@ func TestHostileRegistry(t *testing.T) {
 		_ = json.NewEncoder(w).Encode(v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex, Manifests: []v1.Descriptor{attached}})
 		return true
 	}
-	_, err = pl.Pull(ctx, pl.ref, pl.digest)
+	_, _, err = pl.Pull(ctx, pl.ref, pl.digest)
 	require.ErrorContains(t, err, "subject is another image")
 	require.ErrorIs(t, err, errdefs.ErrInvalidArgument)
 }
