@@ -7,22 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"unsafe"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/internal/erofs"
 )
-
-// ReadAhead of a mount in KiB. It must not be more than that of the disks on which starts are traced (128, the kernel's
-// default): what a start reads ahead is then within what the trace saw.
-const ReadAhead = 64
 
 // Mount mounts the image at path on point, a directory that is made where it is missing; hdd is the data root on HDD, which
 // holds the cold chunks. Image and files are verified first: a file that is not there or has another size is refused. What
@@ -176,9 +169,7 @@ func mount(image *os.File, devices []*os.File, direct bool) (int, error) {
 			return -1, failed("directio", err)
 		}
 	}
-	done := limitReadAhead()
 	err = unix.FsconfigCreate(fs)
-	done(err == nil)
 	if errors.Is(err, unix.ENOTBLK) {
 		return -1, fmt.Errorf("this kernel mounts no EROFS from a file, or not from one on this filesystem (DAX): %w", errdefs.ErrNotImplemented)
 	}
@@ -215,37 +206,4 @@ func canDirect(f *os.File) bool {
 	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
 	ok := func(align uint32) bool { return align > 0 && align <= erofs.BlockSize }
 	return err == nil && st.Mask&unix.STATX_DIOALIGN != 0 && ok(st.Dio_offset_align) && ok(st.Dio_mem_align)
-}
-
-const bdis = "/sys/class/bdi"
-
-var readAhead sync.Mutex
-
-// limitReadAhead is called before a mount is made; the function it returns sets the read-ahead of what came since. Nothing
-// ties a backing device of EROFS to its mount but the moment: should another one be mounted in it by somebody else, that one
-// reads less ahead, too.
-func limitReadAhead() func(made bool) {
-	readAhead.Lock()
-	before, _ := filepath.Glob(bdis + "/erofs-*") // fails for a bad pattern only
-	old := map[string]bool{}
-	for _, b := range before {
-		old[b] = true
-	}
-	return func(made bool) {
-		defer readAhead.Unlock()
-		set := false
-		after, _ := filepath.Glob(bdis + "/erofs-*")
-		for _, b := range after {
-			if !made || old[b] {
-				continue
-			}
-			if err := os.WriteFile(filepath.Join(b, "read_ahead_kb"), []byte(strconv.Itoa(ReadAhead)), 0); err != nil {
-				log.L.WithError(err).Warn("read-ahead of parts cannot be set: starts may read from the HDD")
-			}
-			set = true
-		}
-		if made && !set {
-			log.L.Warnf("read-ahead of parts cannot be set, %s does not show the mount: starts may read from the HDD", bdis)
-		}
-	}
 }

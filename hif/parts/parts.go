@@ -23,6 +23,11 @@ import (
 // Chunk is the unit in which a file is divided, in bytes: the grain of traces.
 const Chunk = 64 << 10
 
+// ReadAround is how far from the page that is wanted the kernel reads on both sides of it when a mapped page is missing: half
+// of the read-ahead of a filesystem on no device, 128 KiB. With such a margin any page of a touched range may be the one
+// that is missing.
+const ReadAround = 64 << 10
+
 // MaxSize is the largest file that can be divided: 2^32 blocks.
 const MaxSize = erofs.BlockSize << 32
 
@@ -70,7 +75,7 @@ type Rules struct {
 	MinSize  int64   // of the file: 1 MiB
 	MinSaved int64   // bytes saved at least: 512 KiB
 	MinShare float64 // of its bytes saved at least: 0.2
-	Margin   int64   // bytes kept before and after each touched range: 0
+	Margin   int64   // bytes kept before and after each touched range: ReadAround; negative: none
 	MaxFiles int     // of one image, each a device: 256
 }
 
@@ -86,6 +91,9 @@ func (r Rules) withDefaults() Rules {
 	}
 	if r.MaxFiles <= 0 {
 		r.MaxFiles = 256
+	}
+	if r.Margin == 0 {
+		r.Margin = ReadAround
 	}
 	r.Margin = max(r.Margin, 0)
 	return r

@@ -35,9 +35,20 @@ var (
 // sees opened or executed must be in the trace, and nothing else but the ELF
 // interpreter, which the kernel opens by itself.
 func TestCompleteAgainstStrace(t *testing.T) {
+	for _, kind := range []string{"tiers", "parts"} {
+		t.Run(kind, func(t *testing.T) { againstStrace(t, kind == "parts") })
+	}
+}
+
+func againstStrace(t *testing.T, divided bool) {
 	need(t, "strace", "perl")
 	s := newStore(t)
-	s.install(placement.NVM, "3", "/usr/bin/perl", "/bin/sh", "/bin/ls", "/bin/cat", "/usr/bin/sort")
+	programs, point := placement.NVM, ""
+	if divided {
+		s.onDisk()
+		programs = placement.HDD
+	}
+	s.install(programs, "3", "/usr/bin/perl", "/bin/sh", "/bin/ls", "/bin/cat", "/usr/bin/sort")
 	libs := strings.TrimSpace(run(t, "perl", "-MConfig", "-e", "print $Config{archlib}"))
 	base := strings.TrimSpace(run(t, "perl", "-MPOSIX", "-e", `print $INC{"POSIX.pm"} =~ s,/POSIX.pm,,r`))
 	require.DirExists(t, base)
@@ -46,12 +57,16 @@ func TestCompleteAgainstStrace(t *testing.T) {
 		s.installDir(placement.HDD, "4", libs)
 	}
 	s.put(placement.HDD, "5", "etc/hosts", []byte("127.0.0.1 localhost\n"))
+	if divided {
+		point = s.divide("all", 16<<10)
+	}
 	tr := s.tracer(s.config())
 	for _, script := range []string{
 		`perl -MPOSIX -MSocket -MFile::Spec -MList::Util -e 'open(F,"<","/etc/hosts"); print <F>; system("/bin/ls /"); print join " ", sort keys %INC'`,
 		`i=0; while [ $i -lt 50 ]; do /bin/cat /etc/hosts | /usr/bin/sort; i=$((i+1)); done; /bin/ls /etc`,
 	} {
 		c := s.container(map[bool]string{true: "7", false: "8"}[strings.HasPrefix(script, "perl")])
+		c.Parts = point
 		w := watch(t, tr, c)
 		m := c.mount()
 		require.NoError(t, os.Mkdir(filepath.Join(m, "dev"), 0o755))
@@ -60,6 +75,10 @@ func TestCompleteAgainstStrace(t *testing.T) {
 		run(t, "env", "-i", "PATH=/usr/bin:/bin:/usr/sbin:/sbin", "strace", "-f", "-e", "trace=openat,open,execve,chroot", "-o", log, "chroot", m, "/bin/sh", "-c", script)
 		got := ready(w)
 		require.True(t, got.Complete)
+		require.True(t, got.Executed())
+		for _, f := range got.Files {
+			require.Equal(t, divided && f.Size >= 16<<10, f.Parts, f.Path)
+		}
 		data, err := os.ReadFile(log)
 		require.NoError(t, err)
 		_, inside, ok := strings.Cut(string(data), `chroot("`+m)

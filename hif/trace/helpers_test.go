@@ -15,9 +15,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/placement"
 )
 
@@ -157,9 +159,42 @@ func (s *store) container(id string) *container {
 
 func (c *container) mount() string {
 	c.s.t.Helper()
-	mountOverlay(c.s.t, c.point, [][2]string{{"lowerdir+", c.s.tree}, {"datadir+", c.s.root(placement.NVM)}, {"datadir+", c.s.root(placement.HDD)},
-		{"upperdir", c.Upper}, {"workdir", filepath.Join(filepath.Dir(c.Upper), "work")}})
+	options := [][2]string{{"lowerdir+", c.s.tree}, {"datadir+", c.s.root(placement.NVM)}}
+	if c.Parts != "" {
+		options = append(options, [2]string{"datadir+", c.Parts})
+	}
+	mountOverlay(c.s.t, c.point, append(options, [2]string{"datadir+", c.s.root(placement.HDD)},
+		[2]string{"upperdir", c.Upper}, [2]string{"workdir", filepath.Join(filepath.Dir(c.Upper), "work")}))
 	return c.point
+}
+
+// divide mounts a new image of parts on the point of that name: of all files on
+// HDD of at least so many bytes, with their first chunk on NVM.
+func (s *store) divide(name string, atLeast int64) (point string) {
+	s.t.Helper()
+	var files []parts.File
+	root := s.root(placement.HDD)
+	require.NoError(s.t, filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		if st, err := d.Info(); err != nil || st.Size() >= atLeast {
+			files = append(files, parts.File{Redirect: strings.TrimPrefix(path, root), Size: st.Size(), Hot: parts.Hot(st.Size(), []parts.Range{{Length: 1}}, 0)})
+		}
+		return err
+	}))
+	sort.Slice(files, func(i, j int) bool { return files[i].Redirect < files[j].Redirect })
+	image := filepath.Join(s.tiers[placement.HDD], name+".erofs") // not on tmpfs, from which EROFS does not mount
+	_, err := parts.Write(s.t.Context(), image, parts.Roots{NVM: s.root(placement.NVM), HDD: root}, files, func(int) error { return nil })
+	require.NoError(s.t, err)
+	point = filepath.Join(filepath.Dir(s.tree), "parts-"+name)
+	err = parts.Mount(image, point, root)
+	if errdefs.IsNotImplemented(err) {
+		s.t.Skip(err)
+	}
+	require.NoError(s.t, err)
+	s.t.Cleanup(func() { require.NoError(s.t, parts.Unmount(point)) })
+	return point
 }
 
 func mountOverlay(t testing.TB, point string, options [][2]string) {

@@ -12,10 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// parts is the mount of an image's parts: a filesystem of its own, marked while
+// partsRoot is the mount of an image's parts: a filesystem of its own, marked while
 // a start is watched that has it. The descriptor keeps it, should another one
 // take its place meanwhile.
-type parts struct {
+type partsRoot struct {
 	root
 	watches int // that are open
 	users   int // these, and those whose result is being measured
@@ -23,7 +23,7 @@ type parts struct {
 
 // watchParts marks the parts mounted on point. Nil: nothing is mounted there,
 // and the overlay will find an empty directory. The caller holds t.mu.
-func (t *Tracer) watchParts(point string) (*parts, error) {
+func (t *Tracer) watchParts(point string) (*partsRoot, error) {
 	if point == "" {
 		return nil, nil
 	}
@@ -41,7 +41,7 @@ func (t *Tracer) watchParts(point string) (*parts, error) {
 			unix.Close(r.fd)
 			return nil, err
 		}
-		p = &parts{root: r}
+		p = &partsRoot{root: r}
 	} else {
 		unix.Close(r.fd)
 	}
@@ -61,13 +61,13 @@ func (t *Tracer) watchParts(point string) (*parts, error) {
 
 // markParts sets or removes the mark, by way of the descriptor: at the path there
 // may be another mount.
-func (t *Tracer) markParts(p *parts, how uint) error {
+func (t *Tracer) markParts(p *partsRoot, how uint) error {
 	return unix.FanotifyMark(t.fd, how|unix.FAN_MARK_FILESYSTEM, eventMask, unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(p.fd))
 }
 
 // unwatchParts ends what watchParts began but for the descriptor, for which
 // dropParts follows. The caller holds t.mu.
-func (t *Tracer) unwatchParts(p *parts) {
+func (t *Tracer) unwatchParts(p *partsRoot) {
 	if p == nil {
 		return
 	}
@@ -79,7 +79,7 @@ func (t *Tracer) unwatchParts(p *parts) {
 }
 
 // dropParts gives the descriptor back. The caller holds t.mu.
-func (t *Tracer) dropParts(p *parts) {
+func (t *Tracer) dropParts(p *partsRoot) {
 	if p == nil {
 		return
 	}
@@ -91,7 +91,7 @@ func (t *Tracer) dropParts(p *parts) {
 
 // identifyParts is [Tracer.identify] for an event on a filesystem of parts. It
 // cannot change, so there is nothing that was unlinked or moved.
-func (t *Tracer) identifyParts(p *parts, e *entry, layer, path string, st *unix.Statx_t) {
+func (t *Tracer) identifyParts(p *partsRoot, e *entry, layer, path string, st *unix.Statx_t) {
 	var at unix.Statx_t
 	err := unix.Statx(p.fd, layer+"/"+path, unix.AT_SYMLINK_NOFOLLOW, statxMask, &at)
 	if err == nil && at.Ino == st.Ino && devOf(&at) == devOf(st) {

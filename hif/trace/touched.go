@@ -30,7 +30,7 @@ var soName = regexp.MustCompile(`\.so(\.[0-9][^/]*)?$`)
 // measure completes the records of a start that is over: kinds of use, and what
 // the page cache holds of the files. It opens them by the data roots, which the
 // group ignores, and reads nothing that is not cached.
-func (t *Tracer) measure(files []File, parts *parts) {
+func (t *Tracer) measure(files []File, parts *partsRoot) {
 	for i := range files {
 		f := &files[i]
 		warm := f.Touched

@@ -184,13 +184,13 @@ type Tracer struct {
 	stats   Stats
 	closed  bool
 	watches map[string]*Watch
-	mounts  map[uint64]*clone   // every clone that showed up while a watch is open
-	byClone map[uint64]*overlay // clones whose overlay is known
-	overs   map[uint64]*overlay // overlays whose clones are known, by unique mount id
-	parts   map[devnum]*parts   // of the open watches
-	files   int                 // entries in mounts
-	linkbuf [unix.PathMax]byte  // of the reader
-	wg      sync.WaitGroup      // reader and measuring goroutines
+	mounts  map[uint64]*clone     // every clone that showed up while a watch is open
+	byClone map[uint64]*overlay   // clones whose overlay is known
+	overs   map[uint64]*overlay   // overlays whose clones are known, by unique mount id
+	parts   map[devnum]*partsRoot // of the open watches
+	files   int                   // entries in mounts
+	linkbuf [unix.PathMax]byte    // of the reader
+	wg      sync.WaitGroup        // reader and measuring goroutines
 }
 
 // root is a data root: a directory descriptor, and how its files are told.
@@ -231,7 +231,7 @@ func New(cfg Config) (*Tracer, error) {
 		mounts:  map[uint64]*clone{},
 		byClone: map[uint64]*overlay{},
 		overs:   map[uint64]*overlay{},
-		parts:   map[devnum]*parts{},
+		parts:   map[devnum]*partsRoot{},
 	}
 	for i := range t.roots {
 		t.roots[i].fd = -1

@@ -17,7 +17,7 @@ import (
 type Watch struct {
 	t     *Tracer
 	start Start
-	parts *parts // nil: it has none
+	parts *partsRoot // nil: it has none
 	began time.Time
 
 	// Guarded by t.mu.
