@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -54,6 +55,7 @@ func (s *Store) takePooled(size int64) string {
 		return ""
 	}
 	s.pool[size] = have[:len(have)-1]
+	s.taken.Store(true)
 	return have[len(have)-1]
 }
 
@@ -82,6 +84,14 @@ func (s *Store) discard(dir string) error {
 	return nil
 }
 
+// settle is settleTime once anything was taken: nobody waits at the start.
+func (s *Store) settle() time.Duration {
+	if s.taken.Load() {
+		return settleTime
+	}
+	return 0
+}
+
 // refill wakes the keeper of the pool.
 func (s *Store) refill() {
 	select {
@@ -90,6 +100,9 @@ func (s *Store) refill() {
 	}
 }
 
+// settleTime is for how long nothing must have been taken before the pool is filled again: who takes is a container that is just starting.
+const settleTime = time.Second
+
 // keepPool fills the pool whenever it is woken.
 func (s *Store) keepPool(ctx context.Context) {
 	for {
@@ -97,6 +110,15 @@ func (s *Store) keepPool(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-s.fill:
+		}
+		for quiet := false; !quiet && len(s.o.Pool) > 0; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-s.fill:
+			case <-time.After(s.settle()):
+				quiet = true
+			}
 		}
 		for size, want := range s.o.Pool {
 			for s.pooled(size) < want && ctx.Err() == nil {

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -59,6 +60,7 @@ type Store struct {
 	stop  context.CancelFunc
 	done  sync.WaitGroup
 	fill  chan struct{}
+	taken atomic.Bool // something was taken from the pool
 
 	mu      sync.Mutex
 	regs    map[string]Record
