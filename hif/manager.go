@@ -212,12 +212,13 @@ func (m *Manager) Settling() bool {
 
 // calm ends a hurry when all is done.
 func (m *Manager) calm() {
-	if m.engine == nil || m.Settling() || !m.engine.Reached() {
-		return
-	}
+	done := m.engine == nil || !m.Settling() && m.engine.Reached()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.hurry = false
+	if m.hurry && !done {
+		m.kickAfter(yield)
+	}
+	m.hurry = m.hurry && !done
 }
 
 // settle waits until a round has been made that began after the call.

@@ -10,11 +10,14 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
@@ -24,6 +27,7 @@ import (
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 	"github.com/nhybrid/nhybrid/snapshotter/tree"
 )
@@ -236,7 +240,25 @@ func (s hotStore) Settled(ctx context.Context, id string, nvmBytes int64) error 
 	}
 	err := s.db.updateRecord(ctx, id, func(r *record) { r.Mixed, r.NVMBytes = true, nvmBytes })
 	s.mirror.changed()
+	s.letGo(ctx)
 	return err
+}
+
+// letGo has the overlays of running containers forget what they have cached of
+// files that are not open: an unlinked file holds its space for as long.
+func (s *Snapshotter) letGo(ctx context.Context) {
+	ours := "lowerdir=" + s.state() + "/"
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return m.FSType != "overlay" || !strings.Contains(m.VFSOptions, ours), false
+	})
+	for _, m := range mounts {
+		if e := tier.LetGo(m.Mountpoint); e != nil && !errors.Is(e, os.ErrNotExist) { // gone meanwhile
+			err = errors.Join(err, e)
+		}
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Debug("containers may hold space of files that left NVM")
+	}
 }
 
 // watchStart has the start of a container traced.

@@ -114,11 +114,20 @@ func demo(ctx context.Context, o options) (err error) {
 	report.printEvents()
 
 	say("Running a container")
-	if err := report.runContainer(ctx, r, recipe.command); err != nil {
+	if report.Run, err = runContainer(ctx, r, recipe.command); err != nil {
 		return err
 	}
 	report.printRun()
 	report.printTable(recipe.names)
+
+	say("Waiting for the start to be recorded and for cold files to leave NVM")
+	if err := report.cool(ctx, client, r); err != nil {
+		return err
+	}
+	if report.Heat.Again, err = runContainer(ctx, r, recipe.command); err != nil {
+		return err
+	}
+	report.printHeat()
 	file := filepath.Join(o.out, "demo.json")
 	if err := report.write(file); err != nil {
 		return err
@@ -144,9 +153,10 @@ func (p *place) start(ctx context.Context, o options) (*rig.Rig, error) {
 		Dir: p.dir, NVMSize: nvmSize, Rate: rate, Latency: 2 * time.Millisecond, CRI: o.keep,
 		// One JSON object a line, so that what is shown of the log needs no guessing.
 		DaemonConfig: "log_format = 'json'\n",
+		DaemonArgs:   []string{"--set", "hot.quiet=" + quiet.String()},
 	}
 	if o.policy != "" {
-		ro.DaemonArgs = []string{"--set", "placement.policy=" + o.policy}
+		ro.DaemonArgs = append(ro.DaemonArgs, "--set", "placement.policy="+o.policy)
 	}
 	if o.nvm != "" {
 		if ro.NVM, err = p.tier("NVM", o.nvm); err != nil {

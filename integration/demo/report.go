@@ -32,6 +32,7 @@ type report struct {
 	Events      []event `json:"events"`
 	PullSeconds float64 `json:"pull_seconds"`
 	Run         result  `json:"run"`
+	Heat        heat    `json:"heat"`
 }
 
 type layer struct {
@@ -42,6 +43,8 @@ type layer struct {
 	Tier   string `json:"tier"`
 	Reason string `json:"reason"`
 	Swings int32  `json:"swings"`
+
+	nvm int64
 }
 
 // event is a line of the daemon's log about the place of a layer.
@@ -73,7 +76,7 @@ func introduce(s *control.StatusResponse) {
 }
 
 // inspect asks the daemon what stands where. Sizes are known once the captures are done, in the background.
-func (rep *report) inspect(ctx context.Context, client control.ControlClient, r *rig.Rig) error {
+func (rep *report) inspect(ctx context.Context, client control.Client, r *rig.Rig) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var answer *control.InspectResponse
@@ -105,6 +108,7 @@ func (rep *report) take(answer *control.InspectResponse) {
 		rep.Layers = append(rep.Layers, layer{
 			Index: l.GetIndex(), Digest: l.GetDigest(), Bytes: l.GetCompressed(), Stored: l.GetUncompressed(),
 			Tier: l.GetTier(), Reason: l.GetDecision().Cause(), Swings: l.GetDecision().GetSwings(),
+			nvm: l.GetNvmBytes(),
 		})
 	}
 	rep.Boundary = rep.LDL >= 0
@@ -165,41 +169,41 @@ func cause(e event) string {
 }
 
 // runContainer runs the command and times its first output.
-func (rep *report) runContainer(ctx context.Context, r *rig.Rig, command []string) error {
+func runContainer(ctx context.Context, r *rig.Rig, command []string) (res result, err error) {
 	cmd, err := r.Command(ctx, "ctr", append([]string{"run", "--rm", r.Ref(imageName), "demo"}, command...)...)
 	if err != nil {
-		return err
+		return res, err
 	}
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
-		return err
+		return res, err
 	}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	began := time.Now()
 	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("run container: %w", err)
+		return res, fmt.Errorf("run container: %w", err)
 	}
 	var output bytes.Buffer
 	b := make([]byte, 4096)
 	for {
 		n, err := stdout.Read(b)
 		if n > 0 && output.Len() == 0 {
-			rep.Run.ReadyMS = time.Since(began).Milliseconds()
+			res.ReadyMS = time.Since(began).Milliseconds()
 		}
 		output.Write(b[:n])
 		if errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
-			return errors.Join(fmt.Errorf("read output of container: %w", err), cmd.Wait())
+			return res, errors.Join(fmt.Errorf("read output of container: %w", err), cmd.Wait())
 		}
 	}
 	err = cmd.Wait()
-	rep.Run.Command, rep.Run.Exit, rep.Run.Output = command, cmd.ProcessState.ExitCode(), output.String()
+	res.Command, res.Exit, res.Output = command, cmd.ProcessState.ExitCode(), output.String()
 	if err != nil {
-		return fmt.Errorf("run container: %w: %s", err, strings.TrimSpace(output.String()+stderr.String()))
+		return res, fmt.Errorf("run container: %w: %s", err, strings.TrimSpace(output.String()+stderr.String()))
 	}
-	return nil
+	return res, nil
 }
 
 func (rep *report) printRun() {
