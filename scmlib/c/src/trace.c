@@ -18,8 +18,8 @@
 #include "trace.h"
 
 static FILE *out;
-static struct mem *traced;
-static uint8_t *shadow;
+static uint8_t *traced, *shadow; /* the memory outlives its struct mem: the last mark comes after the close */
+static uint64_t size;
 static uint8_t agent;
 static bool enabled;
 
@@ -38,10 +38,12 @@ void scmi_trace_attach(struct mem *m)
 {
 	if (!enabled)
 		return;
-	traced = m;
+	traced = m->base, size = m->size;
 	free(shadow);
-	shadow = malloc(m->size);
-	memcpy(shadow, m->base, m->size);
+	shadow = malloc(size);
+	if (!shadow)
+		abort();
+	memcpy(shadow, traced, size);
 }
 
 void scmi_trace_agent(unsigned a) { agent = (uint8_t)a; }
@@ -66,17 +68,17 @@ static void diff(uint64_t skip, uint64_t n)
 {
 	uint64_t *words = NULL;
 	size_t count = 0, cap = 0;
-	for (uint64_t b = 0; b < traced->size; b += 4096) {
-		if (!memcmp(traced->base + b, shadow + b, 4096))
+	for (uint64_t b = 0; b < size; b += 4096) {
+		if (!memcmp(traced + b, shadow + b, 4096))
 			continue;
 		for (uint64_t o = b; o < b + 4096; o += 8) {
-			if ((o + 8 > skip && o < skip + n) || !memcmp(traced->base + o, shadow + o, 8))
+			if ((o + 8 > skip && o < skip + n) || !memcmp(traced + o, shadow + o, 8))
 				continue;
 			if (scmi_tx_reserve(&words, &cap, count + 2, 8))
 				abort();
 			words[count++] = o;
-			memcpy(&words[count++], traced->base + o, 8);
-			memcpy(shadow + o, traced->base + o, 8);
+			memcpy(&words[count++], traced + o, 8);
+			memcpy(shadow + o, traced + o, 8);
 		}
 	}
 	if (count)
@@ -86,7 +88,7 @@ static void diff(uint64_t skip, uint64_t n)
 
 void scmi_trace_store(struct mem *m, char kind, uint64_t off, uint64_t n)
 {
-	if (m != traced || n == 0)
+	if (!traced || m->base != traced || n == 0)
 		return;
 	n = align_up(off + n, 8) - (off & ~7ull); /* in whole words, as diff reckons */
 	off &= ~7ull;
@@ -111,7 +113,7 @@ static bool mutant(const char *site)
 
 bool scmi_trace_flush(struct mem *m, uint64_t off, uint64_t n, const char *site)
 {
-	if (m != traced || n == 0)
+	if (!traced || m->base != traced || n == 0)
 		return true;
 	diff(0, 0);
 	if (mutant(site))
@@ -122,7 +124,7 @@ bool scmi_trace_flush(struct mem *m, uint64_t off, uint64_t n, const char *site)
 
 bool scmi_trace_fence(struct mem *m, const char *site)
 {
-	if (m != traced)
+	if (!traced || m->base != traced)
 		return true;
 	diff(0, 0);
 	if (mutant(site))
