@@ -1,0 +1,124 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package parts
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
+)
+
+// Verify reads all hot chunks of the image at path and compares them with the files on HDD, whose data root is hdd. pace is
+// as for [Write], and counts what is read from HDD. A difference is errdefs.ErrDataLoss: one of the two is damaged, and
+// the image can be written anew from whichever is good.
+func Verify(ctx context.Context, path, hdd string, pace func(int) error) error {
+	image, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("verify parts image: %w", err)
+	}
+	defer image.Close()
+	files, err := readFrom(image)
+	if err != nil {
+		return err
+	}
+	w := &writer{files: files}
+	if err := w.layout(); err != nil {
+		return fmt.Errorf("verify parts image %q: %w", path, err)
+	}
+	root, err := openDir(hdd)
+	if err != nil {
+		return fmt.Errorf("verify parts image %q: %w", path, err)
+	}
+	defer unix.Close(root)
+	for _, n := range w.nodes {
+		if n.file == nil {
+			continue
+		}
+		if err := compare(ctx, image, w.meta+n.block*erofs.BlockSize, root, n.file, pace); err != nil {
+			return fmt.Errorf("verify parts image %q: %q: %w", path, n.file.Redirect, err)
+		}
+	}
+	return nil
+}
+
+// compare holds the hot chunks, which stand at pos one behind the other, against the file.
+func compare(ctx context.Context, image *os.File, pos int64, root int, f *File, pace func(int) error) error {
+	home, err := openData(root, f)
+	if err != nil {
+		return err
+	}
+	defer home.Close()
+	got, want := make([]byte, copyPiece), make([]byte, copyPiece)
+	for _, r := range f.Hot {
+		for off := r.Offset; off < r.end(); {
+			n := min(copyPiece, r.end()-off)
+			if err := errors.Join(ctx.Err(), pace(int(n))); err != nil {
+				return err
+			}
+			_, err := image.ReadAt(got[:n], pos)
+			if _, err2 := home.ReadAt(want[:n], off); err == nil {
+				err = err2
+			}
+			if err != nil && !errors.Is(err, io.EOF) {
+				return err
+			}
+			if err != nil || !bytes.Equal(got[:n], want[:n]) {
+				return fmt.Errorf("the parts on NVM differ from the file on HDD within %d bytes at %d: %w", n, off, errdefs.ErrDataLoss)
+			}
+			off, pos = off+n, pos+n
+		}
+	}
+	return nil
+}
+
+// Probe finds out whether this machine can mount parts, by doing so: with an image below nvm, a directory on NVM, and a file
+// below hdd, one on HDD. It leaves nothing behind. errdefs.ErrNotImplemented says that it cannot, and why; another error is
+// about the trial itself.
+//
+// A kernel on which a file-backed EROFS counts as a level of stacking (host.Features.StackOK) mounts parts, too, and
+// containers could then not mount an overlay of their own: the caller does without parts there.
+func Probe(ctx context.Context, nvm, hdd string) (err error) {
+	var dirs [2]string
+	for i, root := range []string{nvm, hdd} {
+		if dirs[i], err = os.MkdirTemp(root, ".parts-"); err != nil {
+			return fmt.Errorf("make a directory to try parts: %w", err)
+		}
+		defer func() {
+			if e := os.RemoveAll(dirs[i]); err == nil {
+				err = e
+			}
+		}()
+	}
+	data := bytes.Repeat([]byte("nhybrid!"), 3*Chunk/8)
+	name := "/trial/file"
+	if err := errors.Join(os.Mkdir(filepath.Join(dirs[1], "trial"), 0o700), os.WriteFile(dirs[1]+name, data, 0o600)); err != nil {
+		return fmt.Errorf("try parts: %w", err)
+	}
+	image, point := filepath.Join(dirs[0], "image"), filepath.Join(dirs[0], "point")
+	files := []File{{name, int64(len(data)), []Range{{Chunk, Chunk}}}}
+	if _, err := Write(ctx, image, Roots{NVM: dirs[0], HDD: dirs[1]}, files, func(int) error { return nil }); err != nil {
+		return fmt.Errorf("try parts: %w", err)
+	}
+	if err := Mount(image, point, dirs[1]); err != nil {
+		return fmt.Errorf("try parts: %w", err)
+	}
+	defer func() {
+		if e := Unmount(point); err == nil {
+			err = e
+		}
+	}()
+	if got, err := os.ReadFile(point + name); err != nil || !bytes.Equal(got, data) {
+		return fmt.Errorf("try parts: the kernel mounts them and reads something else (%v): %w", err, errdefs.ErrNotImplemented)
+	}
+	return nil
+}
