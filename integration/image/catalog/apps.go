@@ -68,7 +68,8 @@ var apps = map[string]app{
 	"postgres": serves("select 1 gives a row", ready.Postgres(5432, "postgres"), "postgres").entry(entrypoint).
 		env("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin",
 			"PGDATA=/var/lib/postgresql/data", "LANG=C.UTF-8"),
-	"mariadb": serves("select 1 gives a result", ready.MySQL(3306, "root"), "mariadbd", "--bind-address=0.0.0.0").entry(entrypoint),
+	"mariadb": serves("select 1 gives a result", ready.MySQL(3306, "root"), "mariadbd", "--bind-address=0.0.0.0",
+		"--skip-name-resolve", "--init-file=/etc/mysql/init.sql").entry(entrypoint),
 	"memcached": serves("version is answered", ready.Line(11211, "version\r\n", "VERSION"), "memcached", "-u", "memcache").
 		with("-"),
 	"influxdb": serves("GET /ping: 204", ready.HTTP(8086, "/ping", http.StatusNoContent, ""), "influxd", "-config", "/etc/influxdb/influxdb.conf").
@@ -85,11 +86,11 @@ var apps = map[string]app{
 	"maven":   program("mvn", "-B", "-o", "validate").in("/usr/src/app").env("MAVEN_CONFIG=/root/.m2").says("BUILD SUCCESS"),
 
 	"nginx": serves("GET /: 200", ready.HTTP(80, "/", http.StatusOK, "nginx"), "nginx", "-g", "daemon off;").with("-"),
-	"httpd": serves("GET /: 200", ready.HTTP(80, "/", http.StatusOK, "Apache2"), "apache2ctl", "-D", "FOREGROUND").with("-"),
+	"httpd": serves("GET /: 200", ready.HTTP(80, "/", http.StatusOK, "Apache2"), "httpd-foreground"),
 	"tomcat": serves("GET /: 200", ready.HTTP(8080, "/", http.StatusOK, "It works"), "/usr/share/tomcat10/bin/catalina.sh", "run").
 		env("CATALINA_HOME=/usr/share/tomcat10", "CATALINA_BASE=/var/lib/tomcat10").with("-"),
-	"jetty": serves("GET /: 200", ready.HTTP(8080, "/", http.StatusOK, "hello from jetty"), "java", "-Djetty.home=/usr/share/jetty9",
-		"-Djetty.base=/usr/share/jetty9", "-Djava.io.tmpdir=/tmp", "-jar", "/usr/share/jetty9/start.jar"),
+	"jetty": serves("GET /: 200", ready.HTTP(8080, "/", http.StatusOK, "jetty"), "java", "-Djetty.home=/usr/share/jetty9",
+		"-Djetty.base=/usr/share/jetty9", "-Djava.io.tmpdir=/tmp", "-jar", "/usr/share/jetty9/start.jar").with("-"),
 	"haproxy": serves("GET /: 200", ready.HTTP(8080, "/", http.StatusOK, "hello"), "haproxy", "-f", "/usr/local/etc/haproxy/haproxy.cfg"),
 
 	"node": serves("GET /: 200", ready.HTTP(3000, "/", http.StatusOK, "hello from node"), "node", "server.js").in("/app"),
@@ -104,7 +105,7 @@ var apps = map[string]app{
 			"PATH=/usr/lib/rabbitmq/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
 	// Without a configuration WordPress shows the page that asks for the database, as the original image does.
 	"wordpress": serves("GET /wp-admin/setup-config.php: 200", ready.HTTP(80, "/wp-admin/setup-config.php", http.StatusOK, "WordPress"),
-		"apache2ctl", "-D", "FOREGROUND").after("rm /usr/share/wordpress/wp-config.php"),
+		"httpd-foreground").after("rm /usr/share/wordpress/wp-config.php"),
 	"registry": app{extract: map[int][]string{2: {"docker-registry", "libc6"}}}.like(
 		serves("GET /v2/: 200", ready.HTTP(5000, "/v2/", http.StatusOK, ""), "/etc/docker/registry/config.yml").
 			entry("/entrypoint.sh").env("PATH=/usr/bin:/bin")),

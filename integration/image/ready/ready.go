@@ -91,6 +91,10 @@ func talk(port int, speak func(net.Conn) error) Check {
 			return err
 		}
 		err = speak(conn)
+		if tcp, ok := conn.(*net.TCPConn); ok {
+			// Closed connections that linger would use up the ports where the right answer is long in coming.
+			err = errors.Join(err, tcp.SetLinger(0))
+		}
 		_ = conn.Close() // what was to be known is known
 		return err
 	}
