@@ -117,8 +117,12 @@ func Probe(ctx context.Context, nvm, hdd string) (err error) {
 			err = e
 		}
 	}()
-	if got, err := os.ReadFile(point + name); err != nil || !bytes.Equal(got, data) {
-		return fmt.Errorf("try parts: the kernel mounts them and reads something else (%v): %w", err, errdefs.ErrNotImplemented)
+	got, err := os.ReadFile(point + name)
+	if err != nil {
+		return fmt.Errorf("try parts: the kernel mounts them and cannot read them: %w (%w)", err, errdefs.ErrNotImplemented)
+	}
+	if !bytes.Equal(got, data) {
+		return fmt.Errorf("try parts: the kernel mounts them and reads something else: %w", errdefs.ErrNotImplemented)
 	}
 	return nil
 }

@@ -8,39 +8,22 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
-	"hash/crc32"
-	"io"
 	"os"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
-// The on-disk format is that of fs/erofs/erofs_fs.h; docs/tree.md says which part of it is used.
+// The on-disk format is that of fs/erofs/erofs_fs.h, its primitives are in internal/erofs; docs/tree.md says which part of it
+// is used.
 const (
-	blockSize  = 4096
-	blockBits  = 12
-	slotSize   = 32 // nids count slots of this size from the start of the metadata, here the start of the image
-	inodeSize  = 64 // extended
-	direntSize = 12
-
-	superOffset = 1024
-	superSize   = 128
-	superMagic  = 0xE0F5E1E2
-
-	compatSbChksum      = 1 << 0
-	compatMtime         = 1 << 1
-	incompatChunkedFile = 1 << 2
-
-	layoutPlain  = 0
-	layoutInline = 2
-	layoutChunk  = 4
-
 	// The largest chunk that a chunk-based inode can have: 2^31 blocks, 8 TiB.
 	chunkFormat = 31
-	chunkBits   = blockBits + chunkFormat
+	chunkBits   = erofs.BlockBits + chunkFormat
 
-	xattrHeaderSize = 12
+	xattrHeaderSize = erofs.XattrHeaderSize
 	xattrEntrySize  = 4
 
 	metacopyName = "trusted.overlay.metacopy"
@@ -77,9 +60,7 @@ func splitXattr(name []byte) (index byte, suffix []byte, ok bool) {
 	return 0, nil, false
 }
 
-func align[T int | uint64](n, to T) T { return (n + to - 1) &^ (to - 1) }
-
-func xattrSize(suffix, value int) int { return align(xattrEntrySize+suffix+value, 4) }
+func xattrSize(suffix, value int) int { return erofs.Align(xattrEntrySize+suffix+value, 4) }
 
 // appendXattr appends one entry of an xattr list.
 func appendXattr(b []byte, index byte, suffix, value []byte) []byte {
@@ -128,38 +109,6 @@ func appendXattrArea(b []byte, i *inode, redirect []byte, sharedID uint32) []byt
 	return b
 }
 
-// diskInode is an extended inode.
-type diskInode struct {
-	*inode
-	layout byte
-	xsize  int    // of the xattr area
-	size   uint64 // i_size
-	u      uint32 // first data block, device number or chunk format
-	ino    uint32
-	nlink  uint32
-}
-
-func (d *diskInode) append(b []byte) []byte {
-	icount := 0
-	if d.xsize > 0 {
-		icount = (d.xsize-xattrHeaderSize)/4 + 1
-	}
-	le := binary.LittleEndian
-	b = le.AppendUint16(b, 1|uint16(d.layout)<<1) // 1: extended
-	b = le.AppendUint16(b, uint16(icount))
-	b = le.AppendUint16(b, uint16(d.mode))
-	b = le.AppendUint16(b, 0)
-	b = le.AppendUint64(b, d.size)
-	b = le.AppendUint32(b, d.u)
-	b = le.AppendUint32(b, d.ino)
-	b = le.AppendUint32(b, d.uid)
-	b = le.AppendUint32(b, d.gid)
-	b = le.AppendUint64(b, uint64(d.sec))
-	b = le.AppendUint32(b, d.nsec)
-	b = le.AppendUint32(b, d.nlink)
-	return append(b, make([]byte, 16)...)
-}
-
 // encodeDev is the kernel's new_encode_dev.
 func encodeDev(rdev uint64) uint32 {
 	maj, min := unix.Major(rdev), unix.Minor(rdev)
@@ -170,59 +119,6 @@ func encodeDev(rdev uint64) uint32 {
 func devFits(rdev uint64) bool {
 	maj, min := unix.Major(rdev), unix.Minor(rdev)
 	return maj < 1<<12 && min < 1<<20 && rdev == unix.Mkdev(maj, min)
-}
-
-// fileType is the type in a directory entry, as in linux/fs_types.h.
-func fileType(mode uint32) byte {
-	switch mode & unix.S_IFMT {
-	case unix.S_IFREG:
-		return 1
-	case unix.S_IFDIR:
-		return 2
-	case unix.S_IFCHR:
-		return 3
-	case unix.S_IFBLK:
-		return 4
-	case unix.S_IFIFO:
-		return 5
-	case unix.S_IFSOCK:
-		return 6
-	}
-	return 7 // symlink
-}
-
-// superblock is the part of it that is used.
-type superblock struct {
-	rootNid    uint16
-	inos       uint64
-	blocks     uint32
-	xattrBlock uint32
-	uuid       [16]byte
-}
-
-func (s *superblock) bytes() []byte {
-	b := make([]byte, superSize)
-	le := binary.LittleEndian
-	le.PutUint32(b[0:], superMagic)
-	le.PutUint32(b[8:], compatSbChksum|compatMtime)
-	b[12] = blockBits
-	le.PutUint16(b[14:], s.rootNid)
-	le.PutUint64(b[16:], s.inos)
-	le.PutUint32(b[36:], s.blocks)
-	le.PutUint32(b[44:], s.xattrBlock)
-	copy(b[48:64], s.uuid[:])
-	copy(b[64:80], volumeName)
-	le.PutUint32(b[80:], incompatChunkedFile)
-	return b
-}
-
-// superChecksum is the crc32c of the first block from the superblock on, the checksum itself taken as zero. The kernel
-// seeds with ~0 and, unlike hash/crc32, does not invert the result.
-func superChecksum(block []byte) uint32 {
-	tab := crc32.MakeTable(crc32.Castagnoli)
-	crc := crc32.Update(0, tab, block[superOffset:superOffset+4])
-	crc = crc32.Update(crc, tab, make([]byte, 4))
-	return ^crc32.Update(crc, tab, block[superOffset+8:blockSize])
 }
 
 // imageUUID follows from the captures, so that the same chain gives the same image.
@@ -247,33 +143,15 @@ func VerifyImage(path string) error {
 		return fmt.Errorf("open tree image: %w", err)
 	}
 	defer f.Close()
-	block := make([]byte, blockSize)
-	switch _, err := io.ReadFull(f, block); err {
-	case nil:
-	case io.EOF, io.ErrUnexpectedEOF:
-		return fmt.Errorf("tree image %q is cut off before the end of its first block: %w", path, errdefs.ErrDataLoss)
-	default:
-		return fmt.Errorf("read tree image %q: %w", path, err)
-	}
-	super, le := block[superOffset:], binary.LittleEndian
-	if le.Uint32(super) != superMagic {
-		return fmt.Errorf("%q is not an EROFS image: %w", path, errdefs.ErrInvalidArgument)
-	}
-	if le.Uint32(super[4:]) != superChecksum(block) {
-		return fmt.Errorf("tree image %q is damaged, the checksum of its superblock does not match: %w", path, errdefs.ErrDataLoss)
-	}
-	name := string(bytes.TrimRight(super[64:80], "\x00"))
-	if base := volumeName[:len(volumeName)-1]; len(name) < len(base) || name[:len(base)] != base {
-		return fmt.Errorf("%q is an EROFS image of another program: %w", path, errdefs.ErrInvalidArgument)
-	}
-	if name != volumeName {
-		return fmt.Errorf("tree image %q is of another version (%s, this program reads %s): %w", path, name, volumeName, errdefs.ErrFailedPrecondition)
+	want, err := erofs.CheckSuper(f, "tree", volumeName)
+	if err != nil {
+		return err
 	}
 	fi, err := f.Stat()
 	if err != nil {
 		return fmt.Errorf("stat tree image %q: %w", path, err)
 	}
-	if want := int64(le.Uint32(super[36:])) * blockSize; fi.Size() != want {
+	if fi.Size() != want {
 		return fmt.Errorf("tree image %q has %d bytes, its superblock says %d: %w", path, fi.Size(), want, errdefs.ErrDataLoss)
 	}
 	return nil

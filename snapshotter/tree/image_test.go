@@ -18,6 +18,8 @@ import (
 	"github.com/containerd/continuity/fs/fstest"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
 // TestAppliers: layers as an unpacker leaves them, written through real overlays.
@@ -340,11 +342,11 @@ func TestVerifyImage(t *testing.T) {
 		}
 	}
 	check("whole", good, func(err error) bool { return err == nil })
-	for _, n := range []int{0, 1, superOffset, blockSize - 1, blockSize, len(good) - blockSize, len(good) - 1} {
+	for _, n := range []int{0, 1, erofs.SuperOffset, erofs.BlockSize - 1, erofs.BlockSize, len(good) - erofs.BlockSize, len(good) - 1} {
 		check(fmt.Sprintf("cut off at %d", n), good[:n], errdefs.IsDataLoss)
 	}
 	check("longer", append(slices.Clone(good), 0), errdefs.IsDataLoss)
-	for off := superOffset + 4; off < blockSize; off += 11 {
+	for off := erofs.SuperOffset + 4; off < erofs.BlockSize; off += 11 {
 		bad := slices.Clone(good)
 		bad[off] ^= 0x10
 		check(fmt.Sprintf("bit flipped at %d", off), bad, errdefs.IsDataLoss)
@@ -352,10 +354,10 @@ func TestVerifyImage(t *testing.T) {
 	check("foreign", make([]byte, 1<<16), errdefs.IsInvalidArgument)
 	rename := func(volume string) []byte {
 		other := slices.Clone(good)
-		copy(other[superOffset+64:], append([]byte(volume), make([]byte, 16-len(volume))...))
-		sum := superChecksum(other)
+		copy(other[erofs.SuperOffset+64:], append([]byte(volume), make([]byte, 16-len(volume))...))
+		sum := erofs.Checksum(other)
 		for i := range 4 {
-			other[superOffset+4+i] = byte(sum >> (8 * i))
+			other[erofs.SuperOffset+4+i] = byte(sum >> (8 * i))
 		}
 		return other
 	}

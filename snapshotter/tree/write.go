@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
 // node is what the writer keeps of a visible name; the rest is read again from the capture in memory.
@@ -27,16 +29,12 @@ type node struct {
 	alias bool // a further name of an inode
 }
 
-// tailMax is the longest tail that is packed behind its inode. A longer one would cost more in skipped slots than in a
-// block of its own.
-const tailMax = 3072
-
 // split tells how much of size stands in data blocks and how much behind the inode.
 func split(size uint64) (blocks uint32, inline int) {
-	if t := size % blockSize; t <= tailMax {
-		return uint32(size / blockSize), int(t)
+	if t := size % erofs.BlockSize; t <= erofs.TailMax {
+		return uint32(size / erofs.BlockSize), int(t)
 	}
-	return uint32(size/blockSize) + 1, 0
+	return uint32(size/erofs.BlockSize) + 1, 0
 }
 
 type writer struct {
@@ -47,7 +45,7 @@ type writer struct {
 	inodes uint64
 	meta   uint64 // end of the metadata, in bytes
 	data   uint64 // data blocks
-	out    *blockWriter
+	out    *erofs.Writer
 	shared uint32 // id of the shared metacopy xattr
 }
 
@@ -68,13 +66,13 @@ func Write(ctx context.Context, c Chain, w io.Writer) (TreeStats, error) {
 }
 
 func writeLayers(ctx context.Context, layers []*layer, w io.Writer) (TreeStats, error) {
-	t := &writer{ctx: ctx, layers: layers, links: map[uint64]*linked{}, out: &blockWriter{w: w}}
+	t := &writer{ctx: ctx, layers: layers, links: map[uint64]*linked{}, out: &erofs.Writer{W: w}}
 	for _, step := range []func() error{t.collect, t.layout, t.writeMeta, t.writeData} {
 		if err := step(); err != nil {
 			return TreeStats{}, err
 		}
 	}
-	return TreeStats{Entries: int64(len(t.nodes)), Inodes: int64(t.inodes), Bytes: t.out.pos}, nil
+	return TreeStats{Entries: int64(len(t.nodes)), Inodes: int64(t.inodes), Bytes: t.out.Pos}, nil
 }
 
 // collect makes the nodes, in path order.
@@ -82,8 +80,8 @@ func (t *writer) collect() error {
 	type frame struct {
 		node  uint32
 		last  uint32 // last name so far
-		names dirNames
-		size  dirLayout
+		names erofs.DirNames
+		size  erofs.DirLayout
 	}
 	var frames []*frame
 	var free []*frame // frames are many, their closures need not be
@@ -93,10 +91,10 @@ func (t *writer) collect() error {
 				return fmt.Errorf("write tree: more than 2^32 names: %w", errdefs.ErrInvalidArgument)
 			}
 			i := uint32(len(t.nodes))
-			n := node{rec: nodeID(v.layer.index, v.rec.off), typ: fileType(v.ino.mode), depth: uint16(v.rec.depth)}
+			n := node{rec: nodeID(v.layer.index, v.rec.off), typ: erofs.FileType(v.ino.mode), depth: uint16(v.rec.depth)}
 			if len(frames) > 0 {
 				f := frames[len(frames)-1]
-				f.names.name(v.rec.name)
+				f.names.Name(v.rec.name)
 				if f.last == 0 {
 					t.nodes[f.node].child = i
 				} else {
@@ -124,20 +122,20 @@ func (t *writer) collect() error {
 					f, free = free[len(free)-1], free[:len(free)-1]
 				} else {
 					f = &frame{}
-					f.names.add = func(name []byte, _ int) { f.size.add(len(name)) }
+					f.names.Add = func(name []byte, _ int) { f.size.Add(len(name)) }
 				}
-				f.node, f.last, f.names.dots, f.size = i, 0, 0, dirLayout{}
+				f.node, f.last, f.names.Dots, f.size = i, 0, 0, erofs.DirLayout{}
 				frames = append(frames, f)
 			}
 			return nil
 		},
 		leave: func() error {
 			f := frames[len(frames)-1]
-			f.names.end()
-			if f.size.size() >= 1<<32 {
-				return fmt.Errorf("write tree: a directory needs %d bytes, the limit is 2^32: %w", f.size.size(), errdefs.ErrInvalidArgument)
+			f.names.End()
+			if f.size.Size() >= 1<<32 {
+				return fmt.Errorf("write tree: a directory needs %d bytes, the limit is 2^32: %w", f.size.Size(), errdefs.ErrInvalidArgument)
 			}
-			t.nodes[f.node].tail = uint32(f.size.size())
+			t.nodes[f.node].tail = uint32(f.size.Size())
 			frames, free = frames[:len(frames)-1], append(free, f)
 			return nil
 		},
@@ -167,7 +165,7 @@ func (n *node) measure(v *visible) error {
 // inlineTail is the part of the tail that follows the xattrs, and must not cross a block.
 func (n *node) inlineTail() (blocks uint32, inline int, whole bool) {
 	switch n.typ {
-	case fileType(unix.S_IFDIR), fileType(unix.S_IFLNK):
+	case erofs.FileType(unix.S_IFDIR), erofs.FileType(unix.S_IFLNK):
 		blocks, inline = split(uint64(n.tail))
 		return blocks, inline, true
 	}
@@ -176,7 +174,7 @@ func (n *node) inlineTail() (blocks uint32, inline int, whole bool) {
 
 // layout gives each inode its place.
 func (t *writer) layout() error {
-	sharedOff := superOffset + superSize
+	sharedOff := erofs.SuperOffset + erofs.SuperSize
 	t.shared = uint32(sharedOff / 4) // counted from xattr_blkaddr, block 0
 	pos := uint64(sharedOff + xattrSize(len(metacopyName)-len("trusted."), 0))
 	for i := range t.nodes {
@@ -188,21 +186,21 @@ func (t *writer) layout() error {
 		blocks, inline, whole := n.inlineTail()
 		n.block = uint32(t.data)
 		t.data += uint64(blocks)
-		pos = align(pos, slotSize)
-		head := uint64(inodeSize) + uint64(n.xsize)
-		for pos%blockSize+inodeSize > blockSize || whole && inline > 0 && (pos+head)%blockSize+uint64(inline) > blockSize {
-			pos += slotSize
+		pos = erofs.Align(pos, erofs.SlotSize)
+		head := uint64(erofs.InodeSize) + uint64(n.xsize)
+		for pos%erofs.BlockSize+erofs.InodeSize > erofs.BlockSize || whole && inline > 0 && (pos+head)%erofs.BlockSize+uint64(inline) > erofs.BlockSize {
+			pos += erofs.SlotSize
 		}
-		if pos/slotSize > 1<<32-1 {
+		if pos/erofs.SlotSize > 1<<32-1 {
 			return fmt.Errorf("write tree: the inodes need more than 128 GiB: %w", errdefs.ErrInvalidArgument)
 		}
-		n.nid = uint32(pos / slotSize)
+		n.nid = uint32(pos / erofs.SlotSize)
 		pos += head + uint64(inline)
 	}
 	// Readers look further than they need: go-erofs fetches a whole block from the shared xattr on, fsck.erofs an xattr
 	// header behind inodes that have none. The image must not end there.
-	t.meta = max(align(pos+xattrHeaderSize, blockSize), 2*blockSize)
-	if t.meta/blockSize+t.data > 1<<32-1 {
+	t.meta = max(erofs.Align(pos+xattrHeaderSize, erofs.BlockSize), 2*erofs.BlockSize)
+	if t.meta/erofs.BlockSize+t.data > 1<<32-1 {
 		return fmt.Errorf("write tree: the image needs more than 2^32 blocks: %w", errdefs.ErrInvalidArgument)
 	}
 	return nil
@@ -222,12 +220,13 @@ func (t *writer) read(n *node, rec, link *record) (*layer, *inode, error) {
 
 // writeMeta writes everything up to the data blocks.
 func (t *writer) writeMeta() error {
-	super := superblock{
-		rootNid: uint16(t.nodes[0].nid), inos: t.inodes, blocks: uint32(t.meta/blockSize + t.data), uuid: imageUUID(t.layers),
+	super := erofs.Super{
+		Volume: volumeName, RootNid: uint16(t.nodes[0].nid), Inos: t.inodes, Blocks: uint32(t.meta/erofs.BlockSize + t.data),
+		UUID: imageUUID(t.layers), Incompat: erofs.IncompatChunkedFile,
 	}
-	t.out.pad(superOffset)
-	t.out.write(super.bytes())
-	t.out.write(appendXattr(nil, 4, []byte(metacopyName[len("trusted."):]), nil))
+	t.out.Pad(erofs.SuperOffset)
+	t.out.Write(super.Bytes())
+	t.out.Write(appendXattr(nil, 4, []byte(metacopyName[len("trusted."):]), nil))
 
 	var rec, link record
 	var path, redirect, buf []byte
@@ -255,57 +254,58 @@ func (t *writer) writeMeta() error {
 			continue
 		}
 		ino++
-		d := diskInode{inode: in, xsize: int(n.xsize), size: in.size, ino: ino, nlink: 1}
+		d := erofs.Inode{Mode: in.mode, UID: in.uid, GID: in.gid, Sec: in.sec, Nsec: in.nsec,
+			XattrSize: int(n.xsize), Size: in.size, Ino: ino, Nlink: 1}
 		if in.multi {
-			d.nlink = t.links[nodeID(l.index, identity(&rec))].nlink
+			d.Nlink = t.links[nodeID(l.index, identity(&rec))].nlink
 		}
 		redirect = redirect[:0]
 		blocks, inline, whole := n.inlineTail()
 		if whole {
-			d.size, d.u = uint64(n.tail), uint32(t.meta/blockSize)+n.block
+			d.Size, d.U = uint64(n.tail), uint32(t.meta/erofs.BlockSize)+n.block
 			if blocks == 0 {
-				d.u = 0
+				d.U = 0
 			}
 			if inline > 0 {
-				d.layout = layoutInline
+				d.Layout = erofs.LayoutInline
 			}
 		}
 		var parent uint32
 		switch n.typ {
-		case fileType(unix.S_IFDIR):
-			d.nlink = t.dirLinks(n)
+		case erofs.FileType(unix.S_IFDIR):
+			d.Nlink = t.dirLinks(n)
 			if n.depth > 0 {
 				parent = parents[n.depth-1]
 			}
-		case fileType(unix.S_IFREG):
+		case erofs.FileType(unix.S_IFREG):
 			if in.hasData() {
 				redirect = appendRedirect(redirect, l.id, in, path)
-				d.layout, d.u = layoutChunk, chunkFormat
+				d.Layout, d.U = erofs.LayoutChunk, chunkFormat
 			}
-		case fileType(unix.S_IFCHR), fileType(unix.S_IFBLK):
-			d.u = encodeDev(in.rdev)
+		case erofs.FileType(unix.S_IFCHR), erofs.FileType(unix.S_IFBLK):
+			d.U = encodeDev(in.rdev)
 		}
-		t.out.pad(int64(n.nid) * slotSize)
-		buf = appendXattrArea(d.append(buf[:0]), in, redirect, t.shared)
+		t.out.Pad(int64(n.nid) * erofs.SlotSize)
+		buf = appendXattrArea(d.Append(buf[:0]), in, redirect, t.shared)
 		switch {
-		case n.typ == fileType(unix.S_IFDIR) && inline > 0:
+		case n.typ == erofs.FileType(unix.S_IFDIR) && inline > 0:
 			buf, err = t.appendDir(buf, uint32(i), parent, int(blocks), 1<<32)
-		case n.typ == fileType(unix.S_IFLNK) && inline > 0:
+		case n.typ == erofs.FileType(unix.S_IFLNK) && inline > 0:
 			buf = append(buf, in.target[len(in.target)-inline:]...)
-		case d.layout == layoutChunk:
+		case d.Layout == erofs.LayoutChunk:
 			for range n.tail / 4 {
-				buf = binary.LittleEndian.AppendUint32(buf, 1<<32-1) // EROFS_NULL_ADDR: a hole
+				buf = binary.LittleEndian.AppendUint32(buf, erofs.NullAddr)
 			}
 		}
 		if err != nil {
 			return err
 		}
-		if t.out.write(buf); t.out.err != nil {
-			return t.out.err
+		if t.out.Write(buf); t.out.Err != nil {
+			return t.out.Err
 		}
 	}
-	t.out.pad(int64(t.meta))
-	return t.out.err
+	t.out.Pad(int64(t.meta))
+	return t.out.Err
 }
 
 // identity is the offset of the record that holds the inode.
@@ -333,13 +333,13 @@ func (t *writer) writeData() error {
 		if !whole || blocks == 0 {
 			continue
 		}
-		end := int64(t.meta) + int64(n.block+blocks)*blockSize
-		if n.typ == fileType(unix.S_IFLNK) {
+		end := int64(t.meta) + int64(n.block+blocks)*erofs.BlockSize
+		if n.typ == erofs.FileType(unix.S_IFLNK) {
 			_, in, err := t.read(n, &rec, &link)
 			if err != nil {
 				return err
 			}
-			t.out.write(in.target[:min(len(in.target), int(blocks)*blockSize)])
+			t.out.Write(in.target[:min(len(in.target), int(blocks)*erofs.BlockSize)])
 		} else {
 			var parent uint32
 			if n.depth > 0 {
@@ -349,20 +349,20 @@ func (t *writer) writeData() error {
 			if err != nil {
 				return err
 			}
-			t.out.write(buf)
+			t.out.Write(buf)
 		}
-		if t.out.pad(end); t.out.err != nil {
-			return t.out.err
+		if t.out.Pad(end); t.out.Err != nil {
+			return t.out.Err
 		}
 	}
-	return t.out.flush()
+	return t.out.Flush()
 }
 
 // dirLinks is two and the number of directories in n.
 func (t *writer) dirLinks(n *node) uint32 {
 	links := uint32(2)
 	for c := n.child; c != 0; c = t.nodes[c].next {
-		if t.nodes[c].typ == fileType(unix.S_IFDIR) {
+		if t.nodes[c].typ == erofs.FileType(unix.S_IFDIR) {
 			links++
 		}
 	}
@@ -372,29 +372,29 @@ func (t *writer) dirLinks(n *node) uint32 {
 // appendDir appends the blocks from first up to, not including, end of the directory at node dir.
 func (t *writer) appendDir(b []byte, dir, parent uint32, first, end int) ([]byte, error) {
 	var (
-		entries []dirent
-		layout  dirLayout
+		entries []erofs.Dirent
+		layout  erofs.DirLayout
 		rec     record
 		child   *node
 	)
 	flush := func(block int, full bool) {
 		if block >= first && block < end {
-			b = appendDirBlock(b, entries, full)
+			b = erofs.AppendDirBlock(b, entries, full)
 		}
 		entries = entries[:0]
 	}
-	names := dirNames{add: func(name []byte, dot int) {
-		if layout.add(len(name)) {
-			flush(layout.blocks-1, true)
+	names := erofs.DirNames{Add: func(name []byte, dot int) {
+		if layout.Add(len(name)) {
+			flush(layout.Blocks-1, true)
 		}
-		e := dirent{typ: fileType(unix.S_IFDIR), name: name}
+		e := erofs.Dirent{Type: erofs.FileType(unix.S_IFDIR), Name: name}
 		switch dot {
 		case 0:
-			e.nid, e.typ = uint64(child.nid), child.typ
+			e.Nid, e.Type = uint64(child.nid), child.typ
 		case 1:
-			e.nid = uint64(t.nodes[dir].nid)
+			e.Nid = uint64(t.nodes[dir].nid)
 		case 2:
-			e.nid = uint64(t.nodes[parent].nid)
+			e.Nid = uint64(t.nodes[parent].nid)
 		}
 		entries = append(entries, e)
 	}}
@@ -404,9 +404,9 @@ func (t *writer) appendDir(b []byte, dir, parent uint32, first, end int) ([]byte
 		if err := l.at(int(child.rec&(1<<48-1)), &rec); err != nil {
 			return nil, err
 		}
-		names.name(rec.name)
+		names.Name(rec.name)
 	}
-	names.end()
-	flush(layout.blocks, false)
+	names.End()
+	flush(layout.Blocks, false)
 	return b, nil
 }
