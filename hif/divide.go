@@ -60,7 +60,12 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 		}
 	}
 	for top, d := range all {
-		d.files = parts.Choose(merge(wants[top]), parts.Rules{MinSize: m.config.PartsFrom})
+		m.mu.Lock()
+		u := m.undivided[top]
+		m.mu.Unlock()
+		if !u.failed || time.Since(u.at) > partsRetry { // else the files are hot as a whole
+			d.files = parts.Choose(merge(wants[top]), parts.Rules{MinSize: m.config.PartsFrom})
+		}
 		d.have, d.current = m.served(d)
 		if len(d.files) == 0 && len(d.have) == 0 {
 			delete(all, top)
@@ -139,7 +144,7 @@ func (m *Manager) divide(todo []*division, floor int64) {
 		if err := m.divideOne(d, floor, limit); err != nil && m.ctx.Err() == nil {
 			log.L.WithError(err).WithField("id", d.top).Warn("parts of large files could not be kept; the files stay whole")
 			m.mu.Lock()
-			m.notDivided[d.top] = time.Now()
+			m.undivided[d.top] = undivided{time.Now(), true}
 			m.mu.Unlock()
 		}
 	}

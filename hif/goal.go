@@ -165,7 +165,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 		switch {
 		case p.Pressure && len(d.have) > 0:
 			todo = append(todo, d)
-		case !p.Pressure && !d.current && d.home && time.Since(m.notDivided[d.top]) > partsRetry:
+		case !p.Pressure && !d.current && d.home && time.Since(m.undivided[d.top].at) > partsRetry:
 			todo = append(todo, d)
 		}
 	}
@@ -173,7 +173,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	if p.Pressure && len(todo) > 0 {
 		last := todo[len(todo)-1]
 		last.files = nil
-		m.notDivided[last.top] = time.Now()
+		m.undivided[last.top] = undivided{at: time.Now()}
 		todo = []*division{last}
 	}
 	if len(todo) == 0 {

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/nhybrid/nhybrid/hif/profile"
@@ -45,7 +46,9 @@ const (
 
 const (
 	// fetchTimeout bounds the question for a profile to a registry.
-	fetchTimeout = 30 * time.Second
+	fetchTimeout = 10 * time.Second
+	// silence is how long a registry that could not be reached is left alone.
+	silence = 10 * time.Minute
 	// predictTimeout bounds an analysis; the largest of the images of
 	// docs/hif.md takes a second.
 	predictTimeout = time.Minute
@@ -59,6 +62,14 @@ func Repository(ref string) string {
 		return ""
 	}
 	return r.Context().Name()
+}
+
+func registryOf(ref string) string {
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		return ""
+	}
+	return r.Context().RegistryStr()
 }
 
 // known returns what is known of an image, and how; a profile of rules alone
@@ -110,18 +121,52 @@ func (m *Manager) setOrigin(image digest.Digest, k Knowledge) error {
 	})
 }
 
-// learn finds out what it can of images of which nothing is known yet, once
-// for each image and run of the daemon. It tells whether anything was learned.
+// learner finds out what it can of images of which nothing is known yet, once
+// for each image and run of the daemon, beside the loop: a registry may take its
+// time. Guarded by Manager.mu, but for what only the one goroutine of learn uses.
+type learner struct {
+	busy     bool
+	swept    bool // the book was looked through since the daemon started
+	asked    map[digest.Digest]bool
+	nameless map[digest.Digest]int // how often they were waited for
+	silent   map[string]time.Time  // registries that gave no answer, and when
+}
+
+func newLearner() learner {
+	return learner{asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, silent: map[string]time.Time{}}
+}
+
+// startLearning begins to learn of the images of the store, unless that is under way.
+func (m *Manager) startLearning(images []Image) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.learner.busy || m.closed {
+		return
+	}
+	m.learner.busy = true
+	m.wg.Go(func() {
+		learned := m.learn(m.ctx, images)
+		m.mu.Lock()
+		m.learner.busy = false
+		m.mu.Unlock()
+		if learned {
+			m.Kick()
+		}
+	})
+}
+
+// learn tells whether anything was learned.
 func (m *Manager) learn(ctx context.Context, images []Image) (learned bool) {
+	l := &m.learner
 	here := map[digest.Digest]bool{}
 	for _, image := range images {
 		here[image.Digest] = true
-		if m.asked[image.Digest] || ctx.Err() != nil {
+		if l.asked[image.Digest] || ctx.Err() != nil {
 			continue
 		}
 		// A name may come a moment after the layers: containerd writes it last.
-		if n := m.nameless[image.Digest]; !image.named() && n < nameTries {
-			m.nameless[image.Digest] = n + 1
+		if n := l.nameless[image.Digest]; !image.named() && n < nameTries {
+			l.nameless[image.Digest] = n + 1
 			m.kickAfter(nameWait << n)
 			continue
 		}
@@ -133,13 +178,22 @@ func (m *Manager) learn(ctx context.Context, images []Image) (learned bool) {
 		if err != nil {
 			log.G(ctx).WithError(err).WithField("image", image.Name).Warn("nothing could be learned of an image")
 		}
-		m.asked[image.Digest] = true
+		l.asked[image.Digest] = true
 	}
-	for d := range m.asked {
+	went := !l.swept
+	for d := range l.asked {
 		if !here[d] {
-			delete(m.asked, d)
-			delete(m.nameless, d)
+			went = true
+			delete(l.asked, d)
+			delete(l.nameless, d)
 		}
+	}
+	if went {
+		err := m.forget(here)
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("profiles of images that are gone stay in the book")
+		}
+		l.swept = err == nil
 	}
 	return learned
 }
@@ -158,16 +212,22 @@ func (i Image) named() bool { return i.Name != "" && !strings.Contains(i.Name, "
 // learnImage asks the registry, then earlier versions, then the image itself.
 func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error) {
 	l := log.G(ctx).WithField("image", image.Name).WithField("digest", image.Digest)
-	if m.config.Fetch && image.named() {
+	host := registryOf(image.Name)
+	if m.config.Fetch && image.named() && time.Since(m.learner.silent[host]) > silence {
 		fetching, cancel := context.WithTimeout(ctx, fetchTimeout)
 		_, err := m.Fetch(fetching, image, false)
 		cancel()
-		if err == nil {
+		var answer *transport.Error
+		switch {
+		case err == nil:
 			l.Info("profile fetched from the registry")
 			return Pulled, nil
-		}
-		if !errdefs.IsNotFound(err) {
+		case errdefs.IsNotFound(err):
+		case errors.As(err, &answer) || ctx.Err() != nil:
 			l.WithError(err).Info("no profile from the registry")
+		default:
+			l.WithError(err).Infof("no profile from the registry; it is not asked again for %s", silence)
+			m.learner.silent[host] = time.Now()
 		}
 	}
 	if image.Repository != "" {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/hif/plan"
@@ -62,10 +61,8 @@ type Manager struct {
 	wg   sync.WaitGroup
 	wake chan struct{}
 
-	// Of the loop alone: images that were looked at, and those that had no name.
-	asked    map[digest.Digest]bool
-	nameless map[digest.Digest]int // how often they were waited for
-	cooled   map[string]bool       // ids of tops, see cool
+	learner learner
+	cooled  map[string]bool // ids of tops, see cool; of the loop alone
 
 	mu      sync.Mutex
 	closed  bool
@@ -75,9 +72,15 @@ type Manager struct {
 	planned chan struct{}         // closed and replaced after each round
 	last    Overview
 	hurry   bool // MigrateNow was called and is not done
-	// dividing: parts are being made; notDivided: when that failed, by id of the top.
-	dividing   bool
-	notDivided map[string]time.Time
+	// dividing: parts are being made; undivided: when they could not be, or had
+	// to go for want of space, by id of the top.
+	dividing  bool
+	undivided map[string]undivided
+}
+
+type undivided struct {
+	at     time.Time
+	failed bool
 }
 
 type counters struct{ recorded, incomplete atomic.Int64 }
@@ -89,12 +92,12 @@ const replan = time.Minute
 // kernel refuses fanotify it works without traces and says so once.
 func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *tier.Store, books Books) (*Manager, error) {
 	m := &Manager{
-		config: c, store: store, host: host, tiers: tiers, notDivided: map[string]time.Time{},
+		config: c, store: store, host: host, tiers: tiers, undivided: map[string]undivided{},
 		book:        profile.Book{Store: books.Profiles, Ageing: profile.DefaultAgeing},
 		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
-		asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, cooled: map[string]bool{}, starts: map[string]*openStart{},
+		learner: newLearner(), cooled: map[string]bool{}, starts: map[string]*openStart{},
 	}
 	if c.Trace {
 		var roots [2]string
@@ -196,7 +199,7 @@ func (m *Manager) round() {
 		}
 		return
 	}
-	m.learn(m.ctx, images)
+	m.startLearning(images)
 	if err := m.apply(m.ctx, images); err != nil && m.ctx.Err() == nil {
 		log.L.WithError(err).Warn("no plan could be made; hot files stay as they are")
 	}
@@ -207,7 +210,7 @@ func (m *Manager) round() {
 func (m *Manager) Settling() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.kicks != m.seen || m.dividing
+	return m.kicks != m.seen || m.dividing || m.learner.busy
 }
 
 // calm ends a hurry when all is done.

@@ -196,7 +196,7 @@ func (m *Manager) MigrateNow(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	m.hurry = true
-	m.notDivided = map[string]time.Time{}
+	m.undivided = map[string]undivided{}
 	m.mu.Unlock()
 	return m.settle(ctx)
 }
