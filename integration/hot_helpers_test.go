@@ -1,0 +1,111 @@
+//go:build integration
+
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"archive/tar"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/integration/image"
+	"github.com/nhybrid/nhybrid/integration/rig"
+)
+
+// shown is what nhybridctl profile show --json tells.
+type shown struct {
+	Info struct {
+		Known         string
+		Starts, Rules int64
+		Incomplete    int64
+		HotBytes      int64 `json:"hot_bytes"`
+	}
+	Profile struct {
+		Image     string
+		Inherited string
+		Files     []struct {
+			Path, Kind string
+			Starts     int64
+			Touched    int64
+		}
+	}
+}
+
+func profileOf(t *testing.T, r *rig.Rig, name string) shown {
+	t.Helper()
+	var s shown
+	ctl(t, r, &s, "profile", "show", name)
+	return s
+}
+
+// paths are the files of a profile, sorted.
+func (s *shown) paths() []string {
+	all := []string{}
+	for _, f := range s.Profile.Files {
+		all = append(all, f.Path)
+	}
+	slices.Sort(all)
+	return all
+}
+
+// awaitProfile waits until a profile is as it shall be.
+func awaitProfile(t *testing.T, r *rig.Rig, name string, good func(shown) error) (s shown) {
+	t.Helper()
+	await(t, func(ctx context.Context) error {
+		out, err := r.Nhybridctl(ctx, "profile", "show", "--json", name)
+		if err != nil {
+			return err
+		}
+		s = shown{}
+		if err := json.Unmarshal([]byte(out), &s); err != nil {
+			return err
+		}
+		return good(s)
+	})
+	return s
+}
+
+func starts(n int64) func(shown) error {
+	return func(s shown) error {
+		if s.Info.Known != "traced" || s.Info.Starts != n {
+			return fmt.Errorf("known %q, %d starts, not %d", s.Info.Known, s.Info.Starts, n)
+		}
+		return nil
+	}
+}
+
+// plain is a file of an image.
+func plain(name string, data []byte) image.Entry {
+	return image.Entry{Header: tar.Header{Name: name, Mode: 0o644}, Data: data}
+}
+
+// noise does not compress; equal seeds give equal bytes.
+func noise(seed uint64, n int) []byte {
+	var key [32]byte
+	for i := range 8 {
+		key[i] = byte(seed >> (8 * i))
+	}
+	b := make([]byte, n)
+	_, _ = rand.NewChaCha8(key).Read(b) // never fails
+	return b
+}
+
+// ofFiles makes a layer.
+func ofFiles(t *testing.T, entries ...image.Entry) v1.Layer {
+	t.Helper()
+	l, err := image.Layer(entries)
+	require.NoError(t, err)
+	return l
+}
+
+// hot adds the settings under which starts end soon and files move at once to others.
+func hot(args ...string) []string { return append(slices.Clone(quick), args...) }
