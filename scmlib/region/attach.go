@@ -73,7 +73,7 @@ func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
 		return r, fmt.Errorf("%w, or make the volume shared", err)
 	}
 	r.Users = append(r.Users, user)
-	return r, s.update(r, false)
+	return r, s.updateUse(r)
 }
 
 // attachOwn finds or makes the region of the container that fresh describes.
@@ -101,7 +101,7 @@ func (s *Store) attachOwn(ctx context.Context, fresh Record, a api.Attach, image
 			a.Container, FormatSize(r.Size), FormatSize(a.Size), a.Container, errdefs.ErrFailedPrecondition)
 	}
 	r.Users = fresh.Users
-	return r, s.update(r, false)
+	return r, s.updateUse(r)
 }
 
 func (s *Store) makeOwn(ctx context.Context, r Record, a api.Attach, image *os.File) (Record, error) {

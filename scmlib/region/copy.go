@@ -173,7 +173,7 @@ func (s *Store) still(ctx context.Context, r *Record, stood *time.Duration, fn f
 		return fn()
 	}
 	// Written first: should this daemon die in between, the next one thaws them.
-	if err := s.update(*r, false); err != nil {
+	if err := s.updateUse(*r); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -183,7 +183,7 @@ func (s *Store) still(ctx context.Context, r *Record, stood *time.Duration, fn f
 		}
 		*stood = time.Since(began)
 		r.Frozen = nil
-		err = errors.Join(err, s.update(*r, false))
+		err = errors.Join(err, s.updateUse(*r))
 	}()
 	for _, g := range groups {
 		if err := g.freeze(ctx); err != nil {

@@ -46,7 +46,7 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 	}
 	defer done()
 	r.GrowTo = size
-	if err := s.update(r, true); err != nil {
+	if err := s.update(r); err != nil {
 		return r, err
 	}
 	done() // it is in the books by GrowTo
@@ -56,7 +56,7 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 	}
 	s.step("grow: grown")
 	r.Size, r.GrowTo = size, 0
-	return r, s.update(r, true)
+	return r, s.update(r)
 }
 
 // cutBack undoes growth that failed.
@@ -64,7 +64,7 @@ func (s *Store) cutBack(r Record) error {
 	err := os.Truncate(s.data(r.Ref), r.Size)
 	if err == nil {
 		r.GrowTo = 0
-		err = s.update(r, true)
+		err = s.update(r)
 	}
 	return err
 }
@@ -84,7 +84,7 @@ func (s *Store) finishGrow(r Record) error {
 		// The header is written last. With it, all is done.
 		if region, err := scmlib.Open(path, scmlib.Options{ReadOnly: true, AcceptUnsafe: true}); err == nil {
 			r.Size, r.GrowTo = r.GrowTo, 0
-			return errors.Join(region.Close(), s.update(r, true))
+			return errors.Join(region.Close(), s.update(r))
 		}
 	}
 	return s.cutBack(r)

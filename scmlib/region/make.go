@@ -86,20 +86,26 @@ func (s *Store) finish(ctx context.Context, dir string, r *Record, p plan) error
 		}
 	}
 	r.ID, r.Created = randomID(), time.Now().UTC()
-	if err := writeMeta(dir, *r, true); err != nil {
+	if err := errors.Join(writeFile(filepath.Join(dir, unsure), nil, false), writeFile(filepath.Join(dir, "meta"), stripped(*r), false)); err != nil {
 		return err
+	}
+	if len(r.Users) > 0 {
+		if err := writeUse(dir, *r); err != nil {
+			return err
+		}
 	}
 	s.step("meta written")
 	if err := os.Rename(dir, s.dir(r.Ref)); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.regs[r.key()] = *r
-	s.mu.Unlock()
 	s.step("in place")
+	if err := settled(s.dir(r.Ref)); err != nil {
+		return errors.Join(err, s.discard(s.dir(r.Ref)))
+	}
+	s.remember(*r)
 	s.refill()
 	s.tell()
-	return syncDir(filepath.Join(s.root, "k"))
+	return nil
 }
 
 func (s *Store) vacant(ref Ref) error {
@@ -213,7 +219,7 @@ func (s *Store) SetKeep(ctx context.Context, ref Ref, keep bool) error {
 		return fmt.Errorf("keep %s: only the region of a container goes with something: %w", ref, errdefs.ErrInvalidArgument)
 	}
 	r.Keep = keep
-	return s.update(r, true)
+	return s.update(r)
 }
 
 // Release is called when a container is gone: its region is removed, or becomes a volume of its name. Where the store can ask, it is not believed.
@@ -269,7 +275,7 @@ func (s *Store) becomeVolume(r Record) error {
 		return fmt.Errorf("keep region of container %s as a volume: %w", old.Name, err)
 	}
 	s.step("renamed")
-	err = s.update(r, true)
+	err = errors.Join(s.updateUse(r), s.update(r))
 	s.tell()
 	return errors.Join(err, syncDir(filepath.Join(s.root, "k")))
 }

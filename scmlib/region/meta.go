@@ -5,6 +5,7 @@ package region
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -81,19 +82,59 @@ func readMeta(dir string, ref Ref) (Record, error) {
 	if err != nil {
 		return r, fmt.Errorf("read %q: %w", f.Name(), err)
 	}
-	r.Ref = ref
+	r.Ref, r.Users, r.Frozen = ref, nil, nil
+	var u use
+	if b, err := os.ReadFile(filepath.Join(dir, "use")); err == nil && json.Unmarshal(b, &u) == nil {
+		r.Users, r.Frozen = u.Users, u.Frozen
+	}
 	return r, nil
 }
 
-// writeMeta replaces the metadata in a region's directory. With durable it survives a crash of the machine, else that of the daemon.
-func writeMeta(dir string, r Record, durable bool) error {
-	r.Version = metaVersion
-	b, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("encode metadata of %s: %w", r.Ref, err)
+// writeMeta replaces the metadata in a region's directory. It survives a crash of the machine.
+func writeMeta(dir string, r Record) error {
+	err := writeFile(filepath.Join(dir, "meta.next"), stripped(r), true)
+	if err == nil {
+		err = os.Rename(filepath.Join(dir, "meta.next"), filepath.Join(dir, "meta"))
 	}
-	path := filepath.Join(dir, "meta")
-	f, err := os.OpenFile(path+".new", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err == nil {
+		err = syncDir(dir)
+	}
+	if err != nil {
+		return fmt.Errorf("write metadata of %s: %w", r.Ref, err)
+	}
+	return nil
+}
+
+func stripped(r Record) Record {
+	r.Version, r.Users, r.Frozen = metaVersion, nil, nil
+	return r
+}
+
+// use is who has a region. It is a file of its own, which is not synced: with the machine, the users end.
+type use struct {
+	Users  []User   `json:"users,omitempty"`
+	Frozen []string `json:"frozen,omitempty"`
+}
+
+// writeUse replaces what is known of who has a region. It survives the daemon.
+func writeUse(dir string, r Record) error {
+	next := filepath.Join(dir, "use.next")
+	err := writeFile(next, use{r.Users, r.Frozen}, false)
+	if err == nil {
+		err = os.Rename(next, filepath.Join(dir, "use"))
+	}
+	if err != nil {
+		return fmt.Errorf("write users of %s: %w", r.Ref, err)
+	}
+	return nil
+}
+
+func writeFile(path string, v any, durable bool) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -101,19 +142,23 @@ func writeMeta(dir string, r Record, durable bool) error {
 	if err == nil && durable {
 		err = f.Sync()
 	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
-	if err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err == nil && durable {
-		err = syncDir(dir)
-	}
+	return errors.Join(err, f.Close())
+}
+
+// Mark in a directory: its metadata may never have reached the medium, since nobody was told of the region yet.
+const unsure = "new"
+
+// settled makes a region durable that has come to its place, metadata and name together: one commit of the journal.
+func settled(dir string) error {
+	f, err := os.Open(filepath.Join(dir, "meta"))
 	if err != nil {
-		return fmt.Errorf("write metadata of %s: %w", r.Ref, err)
+		return err
 	}
-	return nil
+	err = errors.Join(f.Sync(), f.Close(), syncDir(filepath.Dir(dir)))
+	if err == nil {
+		err = os.Remove(filepath.Join(dir, unsure))
+	}
+	return err
 }
 
 func syncDir(dir string) error {

@@ -74,7 +74,9 @@ func (s *Store) emptyPool() {
 // discard removes a directory. It is gone at once from where it was; its blocks are free when this returns.
 func (s *Store) discard(dir string) error {
 	away := filepath.Join(s.root, "tmp", randomID())
-	if err := os.Rename(dir, away); err != nil {
+	if err := os.Rename(dir, away); errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
 		return fmt.Errorf("remove region: %w", err)
 	}
 	s.step("moved away")

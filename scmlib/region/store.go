@@ -184,14 +184,27 @@ func (s *Store) get(ref Ref) (Record, error) {
 }
 
 // update writes changed metadata, first to the medium.
-func (s *Store) update(r Record, durable bool) error {
-	if err := writeMeta(s.dir(r.Ref), r, durable); err != nil {
+func (s *Store) update(r Record) error {
+	if err := writeMeta(s.dir(r.Ref), r); err != nil {
 		return err
 	}
-	s.mu.Lock()
-	s.regs[r.key()] = r
-	s.mu.Unlock()
+	s.remember(r)
 	return nil
+}
+
+// updateUse writes who has the region.
+func (s *Store) updateUse(r Record) error {
+	if err := writeUse(s.dir(r.Ref), r); err != nil {
+		return err
+	}
+	s.remember(r)
+	return nil
+}
+
+func (s *Store) remember(r Record) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.regs[r.key()] = r
 }
 
 // books adds up what is promised. s.mu is held.
@@ -332,8 +345,16 @@ func (s *Store) recover(ctx context.Context) error {
 
 func (s *Store) recoverOne(ref Ref) error {
 	r, err := readMeta(s.dir(ref), ref)
-	if err != nil {
+	_, newErr := os.Lstat(filepath.Join(s.dir(ref), unsure))
+	switch {
+	case err != nil && newErr == nil:
+		return s.discard(s.dir(ref)) // nobody was told of it
+	case err != nil:
 		return err
+	case newErr == nil:
+		if err := settled(s.dir(ref)); err != nil {
+			return err
+		}
 	}
 	s.regs[ref.key()] = r
 	if len(r.Frozen) > 0 {
@@ -343,7 +364,7 @@ func (s *Store) recoverOne(ref Ref) error {
 			}
 		}
 		r.Frozen = nil
-		if err := s.update(r, false); err != nil {
+		if err := s.updateUse(r); err != nil {
 			return err
 		}
 	}
