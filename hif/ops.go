@@ -176,20 +176,16 @@ func (m *Manager) Recorded() (starts, incomplete int64) {
 	return m.counters.recorded.Load(), m.counters.incomplete.Load()
 }
 
-var errNoMigration = fmt.Errorf("files are not moved, by the configuration (hot.migrate): %w", errdefs.ErrFailedPrecondition)
+// ErrNoMigration is what there is to say where [Manager.Engine] is nil.
+var ErrNoMigration = fmt.Errorf("files are not moved, by the configuration (hot.migrate): %w", errdefs.ErrFailedPrecondition)
 
-// Migration returns the engine; the error is ErrFailedPrecondition if files are not moved.
-func (m *Manager) Migration() (*migrate.Engine, error) {
-	if m.engine == nil {
-		return nil, errNoMigration
-	}
-	return m.engine, nil
-}
+// Engine moves the files; nil if they are not moved.
+func (m *Manager) Engine() *migrate.Engine { return m.engine }
 
 // MigrateNow makes a plan and has it carried out without limits.
 func (m *Manager) MigrateNow(ctx context.Context) error {
 	if m.engine == nil {
-		return errNoMigration
+		return ErrNoMigration
 	}
 	if m.engine.Progress().State == migrate.Paused {
 		return fmt.Errorf("migration is paused; resume it first: %w", errdefs.ErrFailedPrecondition)

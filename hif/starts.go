@@ -116,7 +116,7 @@ func (m *Manager) record(ctx context.Context, o *openStart, tr trace.Trace) erro
 	fields := log.Fields{
 		"namespace": o.Namespace, "snapshot": o.Key, "files": len(tr.Files), "ended": string(tr.Ended), "complete": tr.Complete, "took": tr.Duration,
 	}
-	if !tr.Executed() || (tr.Ended == trace.EndClosed && ctx.Err() != nil) {
+	if !tr.Executed() || tr.Ended == trace.EndClosed {
 		log.G(ctx).WithFields(fields).Debug("no start: nothing was executed")
 		return nil
 	}

@@ -223,7 +223,7 @@ func (s backend) Ready(ctx context.Context, r *control.ReadyRequest) (*control.R
 		namespace = defaultNamespace
 	}
 	snapshot := r.Container
-	if source, err := (hotStore{s.Snapshotter}).source(); err == nil {
+	if source, err := hotStore(s).source(); err == nil {
 		if c, err := source.Container(ctx, namespace, r.Container); err == nil {
 			snapshot = c.Snapshot
 		}

@@ -6,6 +6,7 @@ package snapshotter
 import (
 	"context"
 
+	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
@@ -21,15 +22,15 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 	out := &control.MigrationState{RateLimit: float64(s.config.Hot.Engine.Rate), OperationsLimit: float64(s.config.Hot.Engine.Operations)}
 	o := m.Overview()
 	out.Settled, out.Layers = int64(len(o.SettledLayers)), int64(o.Layers)
-	space, err := (hotStore{s.Snapshotter}).Space()
+	space, err := hotStore(s).Space()
 	if err != nil {
 		return nil, err
 	}
 	out.NvmTotal, out.NvmUsed, out.Reserve = space.Total, space.Total-space.Free, space.Reserve
 	out.High, out.Low = s.config.Hot.Limits.Marks(space)
-	engine, err := m.Migration()
-	if err != nil {
-		out.State, out.Why = "paused", "switched off by the configuration (hot.migrate)"
+	engine := m.Engine()
+	if engine == nil {
+		out.State, out.Why = migrate.Paused.String(), hif.ErrNoMigration.Error()
 		return out, nil
 	}
 	p, st := engine.Progress(), engine.Stats()
@@ -67,9 +68,9 @@ func (s backend) steer(ctx context.Context, how func(*migrate.Engine)) (*control
 	if err != nil {
 		return nil, err
 	}
-	engine, err := m.Migration()
-	if err != nil {
-		return nil, err
+	engine := m.Engine()
+	if engine == nil {
+		return nil, hif.ErrNoMigration
 	}
 	how(engine)
 	return s.Migration(ctx)

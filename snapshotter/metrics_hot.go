@@ -57,8 +57,8 @@ func (m metrics) collectHot(c chan<- prometheus.Metric) {
 		send(descOverflows, prometheus.CounterValue, float64(st.Overflows))
 		send(descLost, prometheus.CounterValue, float64(st.Lost))
 	}
-	engine, err := m.s.hot.Migration()
-	if err != nil {
+	engine := m.s.hot.Engine()
+	if engine == nil {
 		return
 	}
 	p, st := engine.Progress(), engine.Stats()

@@ -26,7 +26,7 @@ func (s backend) space(ctx context.Context) (out [2][]*control.Space, err error)
 	if s.hot != nil {
 		o := s.hot.Overview()
 		settled, hot = o.SettledLayers, o.HotOnNVM
-		if engine, err := s.hot.Migration(); err == nil {
+		if engine := s.hot.Engine(); engine != nil {
 			pinned = engine.Progress().Pinned
 		}
 	}
