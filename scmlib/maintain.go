@@ -8,6 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/scmlib/internal/persist"
 )
 
 // Adopt makes the copy of a region at path one of its own: what was in flight is rolled back, and it gets a new uuid that names the old one as its
@@ -22,6 +26,48 @@ func Adopt(path string) error {
 	_, err = rand.Read(r.hdr.uuid[:])
 	r.hdr.hostUSC, r.hdr.seen, r.hdr.hostDev = 0, 0, [16]byte{}
 	return errors.Join(err, r.Close())
+}
+
+// Stamp writes into a region that nobody has open how often the memory device it lies on has lost what it had promised to save. The next open compares
+// that with what it was when the region was last in use: see docs/scm.md, unsafe shutdown. Nothing else is changed or recovered.
+func Stamp(path string, count uint64, device [16]byte) error {
+	f, _, err := openFile(path, &Options{})
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err == nil && st.Size() < minSize {
+		err = fmt.Errorf("%w: the file has %d bytes", ErrSize, st.Size())
+	}
+	if err != nil {
+		return fmt.Errorf("stamp region %q: %w", path, err)
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, minSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return fmt.Errorf("stamp region %q: %w", path, err)
+	}
+	r := &Region{mem: persist.NewMem(b, persist.Pages, persist.Best(), nil), info: Info{Path: path}}
+	err = r.guard(func() error {
+		h, staleA, _, err := readHeader(r.mem)
+		if err != nil || h.hostUSC == count && h.hostDev == device {
+			return err
+		}
+		if staleA {
+			if err := healHeader(r.mem, &h); err != nil {
+				return err
+			}
+		}
+		if h.hostDev != device && h.hostDev != [16]byte{} {
+			h.seen = count // of another device: nothing is known of this one's past
+		}
+		h.hostUSC, h.hostDev = count, device
+		return writeHeader(r.mem, &h)
+	})
+	if err != nil {
+		err = fmt.Errorf("stamp region %q: %w", path, err)
+	}
+	return errors.Join(err, unix.Munmap(b))
 }
 
 // Grow makes a region that nobody has open larger. extend brings the file to the new size: blocks allocated, zeros behind the old end. Cut short, the

@@ -108,3 +108,64 @@ func TestGrow(t *testing.T) {
 		t.Fatal(n)
 	}
 }
+
+// A region that was in use when its memory lost data is refused; one that was closed is not.
+func TestStamp(t *testing.T) {
+	path := makeCounter(t, 1<<20, 7)
+	stamp := func(count uint64) {
+		t.Helper()
+		if err := scmlib.Stamp(path, count, [16]byte{1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stamp(3)
+	if n, _, _ := counter(t, path); n != 7 {
+		t.Fatal(n)
+	}
+	stamp(4) // it was closed
+	r, err := scmlib.Open(path, scmlib.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := scmlib.Stamp(path, 5, [16]byte{1}); !errors.Is(err, scmlib.ErrLocked) {
+		t.Fatal(err)
+	}
+	crashed, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, crashed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stamp(4)
+	if n, _, _ := counter(t, path); n != 7 { // crashed, but nothing was lost
+		t.Fatal(n)
+	}
+	if err := os.WriteFile(path, crashed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stamp(5)
+	if _, err := scmlib.Open(path, scmlib.Options{}); !errors.Is(err, scmlib.ErrUnsafe) {
+		t.Fatal(err)
+	}
+	// On another device the count says nothing.
+	if err := os.WriteFile(path, crashed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := scmlib.Stamp(path, 9, [16]byte{2}); err != nil {
+		t.Fatal(err)
+	}
+	if n, _, _ := counter(t, path); n != 7 {
+		t.Fatal(n)
+	}
+	blank := filepath.Join(t.TempDir(), "blank")
+	if err := os.WriteFile(blank, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := scmlib.Stamp(blank, 1, [16]byte{1}); !errors.Is(err, scmlib.ErrCorrupt) {
+		t.Fatal(err)
+	}
+}

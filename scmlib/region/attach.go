@@ -53,6 +53,9 @@ func (s *Store) Attach(ctx context.Context, a api.Attach, image *os.File) (_ *os
 	if err != nil {
 		return nil, r, err
 	}
+	if err := s.memory.stamp(s.data(ref)); err != nil {
+		return nil, r, err
+	}
 	if err := s.guard.watch(s.data(ref)); err != nil {
 		return nil, r, err
 	}

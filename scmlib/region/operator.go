@@ -11,6 +11,8 @@ import (
 	"sort"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/nhybrid/nhybrid/scmlib"
 )
 
 // The operations of the operator's tool, by the names under which they are called.
@@ -25,6 +27,7 @@ const (
 	OpSnapshot = "snapshot"
 	OpClone    = "clone"
 	OpCheck    = "check"
+	OpNode     = "guarantee"
 	OpExport   = "export" // with a pipe, to which the stream is written
 	OpImport   = "import" // with a pipe, from which it is read
 )
@@ -78,6 +81,7 @@ func (s *Store) serveOperator(srv *Server) {
 	srv.Handle(OpCreate, Plain(func(ctx context.Context, a Args) (Record, error) {
 		return s.Create(ctx, a.Namespace, a.Region, a.Create)
 	}))
+	srv.Handle(OpNode, Plain(func(context.Context, Args) (scmlib.Info, error) { return s.Guarantee() }))
 	named(srv, OpInspect, func(_ context.Context, r Ref, _ Args) (Record, error) { return s.Inspect(r) })
 	named(srv, OpRemove, func(ctx context.Context, r Ref, _ Args) (struct{}, error) { return struct{}{}, s.Remove(ctx, r) })
 	named(srv, OpKeep, func(ctx context.Context, r Ref, a Args) (struct{}, error) {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -83,6 +84,29 @@ func TestProtocol(t *testing.T) {
 	require.True(t, errdefs.IsNotImplemented(ErrorOf(err)), "%v", err)
 	_, err = api.Call(socket+"no", "list", nil, nil)
 	require.ErrorContains(t, err, "it does not run, or gives no regions")
+}
+
+// Who is not root gets nothing, even where the socket is open to all.
+func TestOnlyRoot(t *testing.T) {
+	socket := serve(t, newStore(t, Options{}), nil)
+	for dir := filepath.Dir(socket); dir != "/tmp" && dir != "/"; dir = filepath.Dir(dir) {
+		require.NoError(t, os.Chmod(dir, 0o755))
+	}
+	require.NoError(t, os.Chmod(socket, 0o666))
+	// A thread that is left behind with another uid ends with its goroutine.
+	got := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if _, _, e := unix.RawSyscall(unix.SYS_SETUID, 65534, 0, 0); e != 0 {
+			got <- e
+			return
+		}
+		_, err := api.Call(socket, OpList, Args{}, nil)
+		got <- err
+	}()
+	err := ErrorOf(<-got)
+	require.True(t, errdefs.IsPermissionDenied(err), "%v", err)
+	require.ErrorContains(t, err, "uid 65534 may not ask for regions")
 }
 
 // Peers that send nonsense, too much, or nothing get nothing and leave nothing.

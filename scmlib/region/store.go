@@ -51,16 +51,17 @@ type Options struct {
 
 // Store keeps the regions below one directory.
 type Store struct {
-	root  string
-	o     Options
-	lock  *os.File
-	slow  *rate.Limiter
-	fast  *rate.Limiter // does not limit
-	guard *guard
-	stop  context.CancelFunc
-	done  sync.WaitGroup
-	fill  chan struct{}
-	taken atomic.Bool // something was taken from the pool
+	root   string
+	o      Options
+	lock   *os.File
+	slow   *rate.Limiter
+	fast   *rate.Limiter // does not limit
+	guard  *guard
+	memory memory
+	stop   context.CancelFunc
+	done   sync.WaitGroup
+	fill   chan struct{}
+	taken  atomic.Bool // something was taken from the pool
 
 	mu      sync.Mutex
 	regs    map[string]Record
@@ -97,6 +98,7 @@ func Open(ctx context.Context, root string, o Options) (_ *Store, err error) {
 	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(fmt.Errorf("open store of regions %q: another process has it (%w): %w", root, err, errdefs.ErrUnavailable), s.lock.Close())
 	}
+	s.memory = memoryBelow("/sys", root)
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s.stop = stop
 	if s.guard, err = newGuard(s.trespass); err != nil {
