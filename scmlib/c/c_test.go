@@ -126,6 +126,7 @@ func TestAPI(t *testing.T) {
 
 // The libraries show the names of scm.h and no others; what is installed is found by pkg-config and works from C and C++, static and shared.
 func TestInstall(t *testing.T) {
+	t.Parallel()
 	b, dest := built(t, plain), t.TempDir()
 	if out, code := run(t, []string{"MAKEFLAGS="}, "make", "-s", "O="+b, "install", "DESTDIR="+dest, "PREFIX=/opt/scm"); code != 0 {
 		t.Fatal(out)
@@ -188,7 +189,7 @@ func TestInstall(t *testing.T) {
 		t.Skip("needs pkg-config")
 	}
 	src := filepath.Join(dest, "p.c")
-	program := "#include <scm.h>\n#include <stdio.h>\nint main(void) { scm_region *r; struct scm_options o = {0}; o.flags = SCM_OPEN_CREATE; o.size = 1 << 20;\n" +
+	program := "#include <scm.h>\n#include <stdio.h>\nint main(void) { scm_region *r; static struct scm_options o; o.flags = SCM_OPEN_CREATE; o.size = 1 << 20;\n" +
 		"int rc = scm_open(&r, NULL, &o); if (rc) { puts(scm_errormsg()); return 1; } puts(scm_strerror(scm_close(r))); return 0; }\n"
 	if err := os.WriteFile(src, []byte(program), 0o600); err != nil {
 		t.Fatal(err)

@@ -310,6 +310,7 @@ func scenarios(t testing.TB, bin string) []string {
 
 // TestCrash enumerates the persisted states of every scenario in C.
 func TestCrash(t *testing.T) {
+	t.Parallel()
 	bin := filepath.Join(built(t, plain), "trace-tool")
 	var total, nested crash.Result
 	for _, name := range scenarios(t, bin) {
@@ -360,6 +361,7 @@ func sites(t *testing.T) (out []string) {
 
 // TestMutants leaves out each flush, fence and checksum of C in turn. Each mutant must be found out by the scenarios.
 func TestMutants(t *testing.T) {
+	t.Parallel()
 	bin := filepath.Join(built(t, plain), "trace-tool")
 	passes := map[string][]string{}
 	for _, name := range scenarios(t, bin) {

@@ -316,6 +316,7 @@ func TestTakenBack(t *testing.T) {
 // TestKill kills a program in C at random moments; Go looks at what it has left: SCM_KILLS times (40 in a normal run).
 // It sees errors of logic only: the caches of a killed process are not lost.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	b, path := built(t, plain), filepath.Join(scratch(t), "r")
 	kills := 40
 	if n, err := strconv.Atoi(os.Getenv("SCM_KILLS")); err == nil {

@@ -475,6 +475,8 @@ static int cmd_fuzz(char **a)
 		}
 		free(own);
 	}
+	free(base);
+	free(was);
 	printf("opened %d refused %d\n", opened, refused);
 	return 0;
 }
