@@ -34,6 +34,11 @@ help: ## Show this list.
 build: ## Build the daemon and nhybridctl into bin/.
 	go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-nhybrid-grpc ./cmd/nhybridctl
 
+.PHONY: scmlib-c
+scmlib-c: ## Build libscm for C and C++ and libscm_preload into out/scmlib-c (install: make -C scmlib/c install PREFIX=).
+	@tools/deps gcc libc6-dev binutils
+	$(MAKE) -C scmlib/c O=$(OUT)/scmlib-c
+
 .PHONY: generate
 generate: ## Regenerate code and config.toml.example (needs protoc from Debian).
 	@tools/deps $(DEB_BUILD) $(DEB_GEN)
@@ -97,6 +102,11 @@ test: ## Run everything: lint, unit tests, integration tests, tests on emulated 
 test-unit: ## Run the unit tests, with the race detector where it sees anything (root: they mount).
 	go test -race $$(go list ./... | grep -v /scmlib)
 	go test ./scmlib/...
+
+.PHONY: test-c
+test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, groff, g++ and pkg-config where they are).
+	@tools/deps gcc libc6-dev binutils
+	go test -count 1 -v ./scmlib/c
 
 .PHONY: test-integration
 test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).

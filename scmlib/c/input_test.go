@@ -246,3 +246,44 @@ func TestFuzz(t *testing.T) {
 		t.Logf("%s", out)
 	}
 }
+
+// A log whose continuation ends within a line leads nowhere: the record behind its end is not read, whatever its length says.
+func TestLinkEndsWithinLine(t *testing.T) {
+	dir := scratch(t)
+	path := filepath.Join(dir, "r")
+	r := openGo(t, path, scmlib.Options{Create: true, Size: 256 << 10, Lanes: 2, LaneSize: 1024})
+	c, err := scmlib.OffsetOf(r, rootGo(t, r))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	img, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	le := binary.LittleEndian
+	lane, to := uint64(12288), (uint64(c)+64)&^63 // into the root object
+	record := func(at uint64, seq, n uint32, entry ...uint64) {
+		b := img[at : at+uint64(n)]
+		clear(b)
+		le.PutUint32(b[4:], n)
+		copy(b[8:16], img[lane:])
+		le.PutUint32(b[16:], seq)
+		le.PutUint32(b[20:], uint32(len(entry)/2))
+		copy(b[24:32], img[32:40]) // the first lane
+		for i, w := range entry {
+			le.PutUint64(b[32+8*i:], w)
+		}
+		le.PutUint32(b, crc32.Checksum(b[4:], crc32.MakeTable(crc32.Castagnoli)))
+	}
+	record(lane+64, 0, 48, 4<<56|to, 130)
+	record(to, 1, 130)
+	le.PutUint32(img[to+192+4:], 1<<31)
+	if err := os.WriteFile(path, img, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, status := run(t, nil, filepath.Join(built(t, sanitized), "tool"), "open", path, "", "0", "0", "0", "0", "0")
+	if status != 0 {
+		t.Fatalf("status %d: %s", status, out)
+	}
+}

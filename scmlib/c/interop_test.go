@@ -78,7 +78,6 @@ func TestInTurn(t *testing.T) {
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
-	want := "10:10,10"
 	for n := range 3 {
 		tool(t, b, "set", path, "1", strconv.Itoa(20+n))
 		tool(t, b, "set", path, "0", strconv.Itoa(30+n))
@@ -102,7 +101,7 @@ func TestInTurn(t *testing.T) {
 		if err := r.Close(); err != nil {
 			t.Fatal(err)
 		}
-		want = fmt.Sprintf("%d:%d,%d %d:%d,%d 0", 40+n, 40+n, 40+n, 20+n, 20+n, 20+n)
+		want := fmt.Sprintf("%d:%d,%d %d:%d,%d 0", 40+n, 40+n, 40+n, 20+n, 20+n, 20+n)
 		if got := tool(t, b, "get", path); !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "recovered 0\n") {
 			t.Fatalf("C finds %q, want %q", got, want)
 		}
