@@ -34,13 +34,10 @@ type division struct {
 // divisions decides for which chains parts are kept, by the images that are settled.
 func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*division {
 	all := map[string]*division{}
-	if m.config.PartsFrom <= 0 {
-		return all
-	}
 	wants := map[string][]parts.Want{}
 	for _, w := range images {
 		path := m.store.PartsPath(w.Top())
-		if path == "" || !w.settled() {
+		if path == "" {
 			continue
 		}
 		d := all[w.Top()]
@@ -50,6 +47,9 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 		}
 		if w.used().After(d.used) {
 			d.used = w.used()
+		}
+		if m.config.PartsFrom <= 0 || !w.settled() {
+			continue // what stands for it from before goes
 		}
 		for _, h := range w.Hot {
 			// A pinned file stays whole: that is what the operator asked for.
@@ -67,8 +67,8 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 			d.files = parts.Choose(merge(wants[top]), parts.Rules{MinSize: m.config.PartsFrom})
 		}
 		d.have, d.current = m.served(d)
-		if len(d.files) == 0 && len(d.have) == 0 {
-			delete(all, top)
+		if len(d.files) == 0 && d.current {
+			delete(all, top) // none are wanted, and none are there
 		}
 		for _, f := range d.files {
 			d.home = d.home && home[layerOf(f.Redirect)]

@@ -160,12 +160,15 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	if m.dividing || m.closed {
 		return
 	}
-	var todo []*division
+	var todo, unwanted []*division
 	for _, d := range divisions {
+		rested := time.Since(m.undivided[d.top].at) > partsRetry
 		switch {
+		case len(d.files) == 0 && rested:
+			unwanted = append(unwanted, d)
 		case p.Pressure && len(d.have) > 0:
 			todo = append(todo, d)
-		case !p.Pressure && !d.current && d.home && time.Since(m.undivided[d.top].at) > partsRetry:
+		case !p.Pressure && !d.current && d.home && rested:
 			todo = append(todo, d)
 		}
 	}
@@ -176,6 +179,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 		m.undivided[last.top] = undivided{at: time.Now()}
 		todo = []*division{last}
 	}
+	todo = append(unwanted, todo...)
 	if len(todo) == 0 {
 		return
 	}

@@ -126,6 +126,7 @@ func (m *Manager) setOrigin(image digest.Digest, k Knowledge) error {
 // time. Guarded by Manager.mu, but for what only the one goroutine of learn uses.
 type learner struct {
 	busy     bool
+	again    bool // asked to begin while busy: there may be images it has not seen
 	swept    bool // the book was looked through since the daemon started
 	asked    map[digest.Digest]bool
 	nameless map[digest.Digest]int // how often they were waited for
@@ -140,16 +141,21 @@ func newLearner() learner {
 func (m *Manager) startLearning(images []Image) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.learner.busy || m.closed {
+	if m.closed {
 		return
 	}
-	m.learner.busy = true
+	if m.learner.busy {
+		m.learner.again = true
+		return
+	}
+	m.learner.busy, m.learner.again = true, false
 	m.wg.Go(func() {
 		learned := m.learn(m.ctx, images)
 		m.mu.Lock()
 		m.learner.busy = false
+		again := m.learner.again
 		m.mu.Unlock()
-		if learned {
+		if learned || again {
 			m.Kick()
 		}
 	})

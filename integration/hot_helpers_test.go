@@ -10,7 +10,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"testing"
 
@@ -86,17 +85,6 @@ func starts(n int64) func(shown) error {
 // plain is a file of an image.
 func plain(name string, data []byte) image.Entry {
 	return image.Entry{Header: tar.Header{Name: name, Mode: 0o644}, Data: data}
-}
-
-// noise does not compress; equal seeds give equal bytes.
-func noise(seed uint64, n int) []byte {
-	var key [32]byte
-	for i := range 8 {
-		key[i] = byte(seed >> (8 * i))
-	}
-	b := make([]byte, n)
-	_, _ = rand.NewChaCha8(key).Read(b) // never fails
-	return b
 }
 
 // ofFiles makes a layer.

@@ -28,6 +28,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/integration/image"
 	"github.com/nhybrid/nhybrid/integration/rig"
+	"github.com/nhybrid/nhybrid/integration/workload"
 )
 
 // tracedLayer holds perl and strace of this machine, with what they load.
@@ -110,7 +111,7 @@ func seenByStrace(t *testing.T, log string, files map[string]hotFile) (all []str
 		if i := strings.Index(rest, " resumed>"); i >= 0 {
 			rest = open[pid] + rest[i+len(" resumed>"):]
 		}
-		name := ""
+		var name string
 		if f := straceOpen.FindStringSubmatch(rest); f != nil && !strings.Contains(f[2], "O_DIRECTORY") {
 			name = f[1]
 		} else if f := straceExec.FindStringSubmatch(rest); f != nil {
@@ -199,9 +200,9 @@ func TestTraceOfEveryClient(t *testing.T) {
 		hard.Header.Typeflag, hard.Header.Linkname = '1', "own/"+name+"/linked"
 		var own []image.Entry
 		for i := range 5 {
-			own = append(own, plain(fmt.Sprintf("own/%s/%d", name, i), noise(uint64(i), 10000)))
+			own = append(own, plain(fmt.Sprintf("own/%s/%d", name, i), workload.Bytes(uint64(i), 10000)))
 		}
-		own = append(own, plain("own/"+name+"/linked", noise(7, 5000)), hard, tool)
+		own = append(own, plain("own/"+name+"/linked", workload.Bytes(7, 5000)), hard, tool)
 		_, err := r.PushBusybox(ctx, name+":1", tools, ofFiles(t, own...))
 		require.NoError(t, err)
 		if name == "cri" {
@@ -282,13 +283,13 @@ func TestTracesAreNotMixed(t *testing.T) {
 	r := newRig(t, rig.Options{DaemonArgs: []string{"--set", "hot.quiet=2s", "--set", "hot.migrate=false"}})
 	common := []image.Entry{}
 	for i := range 30 {
-		common = append(common, plain(fmt.Sprintf("common/%d", i), noise(uint64(i), 5000)))
+		common = append(common, plain(fmt.Sprintf("common/%d", i), workload.Bytes(uint64(i), 5000)))
 	}
 	const images, same = 10, 5
 	base := ofFiles(t, common...)
 	for i := range images {
 		name := fmt.Sprintf("app%d:1", i)
-		_, err := r.PushBusybox(ctx, name, base, ofFiles(t, plain(fmt.Sprintf("own/%d", i), noise(uint64(100+i), 3000))))
+		_, err := r.PushBusybox(ctx, name, base, ofFiles(t, plain(fmt.Sprintf("own/%d", i), workload.Bytes(uint64(100+i), 3000))))
 		require.NoError(t, err)
 		require.NoError(t, r.Pull(ctx, name))
 	}
