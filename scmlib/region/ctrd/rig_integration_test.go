@@ -129,10 +129,8 @@ func (n *node) regions(want int) []region.Record {
 func (n *node) clean() {
 	n.t.Helper()
 	n.regions(0)
-	for _, d := range []string{"k", "tmp"} {
-		left, err := os.ReadDir(filepath.Join(n.root, d))
-		require.NoError(n.t, err)
-		require.Empty(n.t, left)
+	for _, d := range []string{"k", "tmp"} { // what is on its way out takes a moment
+		require.Eventually(n.t, func() bool { left, err := os.ReadDir(filepath.Join(n.root, d)); return err == nil && len(left) == 0 }, time.Minute, 10*time.Millisecond)
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	require.NoError(n.t, err)
