@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
@@ -249,11 +250,23 @@ func adopt(path string) error {
 	if err != nil || !ok {
 		return err
 	}
-	err = scmlib.Adopt(path)
+	err = unlocked(func() error { return scmlib.Adopt(path) })
 	for _, unreadable := range []error{scmlib.ErrCorrupt, scmlib.ErrVersion, scmlib.ErrSize, scmlib.ErrUnformatted} {
 		if errors.Is(err, unreadable) {
 			return nil
 		}
 	}
 	return err
+}
+
+// unlocked does again what fails because the region is locked. Nobody has it; but a process that this one is starting has, until it executes its program, all
+// files that this one had open, and with them a lock that was let go since.
+func unlocked(fn func() error) error {
+	for wait := time.Millisecond; ; wait *= 2 {
+		err := fn()
+		if !errors.Is(err, scmlib.ErrLocked) || wait > time.Second {
+			return err
+		}
+		time.Sleep(wait)
+	}
 }

@@ -113,7 +113,7 @@ func (s *Store) growData(ctx context.Context, path string, from, to int64) error
 		return err
 	}
 	if ok {
-		return scmlib.Grow(path, to, extend)
+		return unlocked(func() error { return scmlib.Grow(path, to, extend) })
 	}
 	f, err := openData(path, os.O_RDWR)
 	if err != nil {
@@ -208,7 +208,11 @@ func (s *Store) checkFile(rep *Report, r Record) error {
 }
 
 func (rep *Report) checkHeap(path string, repair bool) error {
-	region, err := scmlib.Open(path, scmlib.Options{ReadOnly: !repair, AcceptUnsafe: true})
+	var region *scmlib.Region
+	err := unlocked(func() (err error) {
+		region, err = scmlib.Open(path, scmlib.Options{ReadOnly: !repair, AcceptUnsafe: true})
+		return err
+	})
 	if err != nil {
 		rep.Problems = append(rep.Problems, err.Error())
 		return nil

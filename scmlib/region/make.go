@@ -23,6 +23,7 @@ type plan struct {
 	from     extents // nil: zeros
 	fromSize int64   // of the region that from is of, if it shall be larger than that
 	limit    *rate.Limiter
+	pooled   bool // the directory is from the pool
 }
 
 // make brings a region into being. The caller holds it.
@@ -39,7 +40,7 @@ func (s *Store) make(ctx context.Context, r Record, p plan) (_ Record, err error
 	dir, have := "", int64(0)
 	if p.fromSize == r.Size {
 		if dir = s.takePooled(r.Size); dir != "" {
-			have = r.Size
+			have, p.pooled = r.Size, true
 		}
 	}
 	defer func() {
@@ -86,7 +87,13 @@ func (s *Store) finish(ctx context.Context, dir string, r *Record, p plan) error
 		}
 	}
 	r.ID, r.Created = randomID(), time.Now().UTC()
-	if err := errors.Join(writeFile(filepath.Join(dir, unsure), nil, false), writeFile(filepath.Join(dir, "meta"), stripped(*r), false)); err != nil {
+	var err error
+	if p.pooled {
+		err = claim(dir, *r)
+	} else {
+		err = errors.Join(writeFile(filepath.Join(dir, unsure), nil, false), writeFile(filepath.Join(dir, "meta"), stripped(*r), false))
+	}
+	if err != nil {
 		return err
 	}
 	if len(r.Users) > 0 {
@@ -99,7 +106,12 @@ func (s *Store) finish(ctx context.Context, dir string, r *Record, p plan) error
 		return err
 	}
 	s.step("in place")
-	if err := settled(s.dir(r.Ref)); err != nil {
+	if p.pooled {
+		err = os.Remove(filepath.Join(s.dir(r.Ref), unsure))
+	} else {
+		err = settled(s.dir(r.Ref))
+	}
+	if err != nil {
 		return errors.Join(err, s.discard(s.dir(r.Ref)))
 	}
 	s.remember(*r)
@@ -199,6 +211,9 @@ func (s *Store) drop(r Record) error {
 	s.mu.Unlock()
 	s.step("forgotten")
 	err := s.discard(s.dir(r.Ref))
+	if err == nil && r.Kind != Container { // what containers have is asked for again
+		err = syncDir(filepath.Join(s.root, "k"))
+	}
 	s.refill()
 	s.tell()
 	return err

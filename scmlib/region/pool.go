@@ -7,18 +7,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
 )
 
-// The pool holds regions of zeros, written and synced, in directories SIZE-RANDOM. A directory that was taken has metadata in it from then on, and
-// is no longer of the pool, whatever its place: who took it may have died on the way.
+// The pool holds regions of zeros, written and synced, in directories SIZE-RANDOM, with room for metadata. One that is taken has its metadata on the
+// medium before its new name, so both places are looked at after a crash.
 
 func (s *Store) findPool() error {
 	base := filepath.Join(s.root, "pool")
@@ -26,18 +29,44 @@ func (s *Store) findPool() error {
 	if err != nil {
 		return fmt.Errorf("read pool of regions: %w", err)
 	}
+	owned := map[string]Record{}
 	for _, e := range entries {
 		dir := filepath.Join(base, e.Name())
 		size, ok := poolSize(e.Name())
-		files, err := os.ReadDir(dir)
 		st, serr := os.Lstat(filepath.Join(dir, "data"))
-		if ok && err == nil && serr == nil && len(files) == 1 && st.Mode().IsRegular() && st.Size() == size && len(s.pool[size]) < s.o.Pool[size] {
+		ok = ok && serr == nil && st.Mode().IsRegular() && st.Size() == size
+		r, free, err := claimed(dir)
+		switch {
+		case ok && err == nil && free && len(s.pool[size]) < s.o.Pool[size]:
 			s.pool[size] = append(s.pool[size], dir)
-		} else if err := os.RemoveAll(dir); err != nil {
-			return fmt.Errorf("clear pool of regions: %w", err)
+		case ok && err == nil && !free && r.Size == size:
+			owned[dir] = r
+		default:
+			if err := os.RemoveAll(dir); err != nil {
+				return fmt.Errorf("clear pool of regions: %w", err)
+			}
 		}
 	}
-	return nil
+	return s.restoreOwned(owned)
+}
+
+// restoreOwned gives regions their names, which a crash of the machine has lost. Of two that claim the same, the younger took the place of the
+// other, whose removal was lost too.
+func (s *Store) restoreOwned(owned map[string]Record) error {
+	byAge := slices.SortedFunc(maps.Keys(owned), func(a, b string) int { return owned[b].Created.Compare(owned[a].Created) })
+	for _, dir := range byAge {
+		err := os.Rename(dir, s.dir(owned[dir].Ref))
+		if errors.Is(err, os.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
+			err = s.discard(dir)
+		}
+		if err != nil {
+			return fmt.Errorf("restore region %s: %w", owned[dir].Ref, err)
+		}
+	}
+	if len(owned) == 0 {
+		return nil
+	}
+	return syncDir(filepath.Join(s.root, "k"))
 }
 
 func poolSize(name string) (int64, bool) {
@@ -156,13 +185,20 @@ func (s *Store) addPooled(ctx context.Context, size int64) error {
 	if err != nil {
 		return err
 	}
-	if err := makeData(ctx, s.slow, dir, size, nil); err != nil {
+	err = makeData(ctx, s.slow, dir, size, nil)
+	if err == nil {
+		err = reserveMeta(dir)
+	}
+	if err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
 	}
 	to := filepath.Join(s.root, "pool", fmt.Sprintf("%d-%s", size, randomID()))
 	s.step("pool: made")
 	if err := os.Rename(dir, to); err != nil {
 		return errors.Join(err, os.RemoveAll(dir))
+	}
+	if err := syncDir(filepath.Dir(to)); err != nil {
+		return errors.Join(err, os.RemoveAll(to))
 	}
 	s.mu.Lock()
 	s.pool[size] = append(s.pool[size], to)
