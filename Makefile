@@ -106,7 +106,7 @@ test-unit: ## Run the unit tests, with the race detector where it sees anything 
 .PHONY: test-c
 test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, groff, g++ and pkg-config where they are).
 	@tools/deps gcc libc6-dev binutils
-	go test -count 1 -v ./scmlib/c
+	SCM_TSAN=1 go test -count 1 -v ./scmlib/c
 
 .PHONY: test-integration
 test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).

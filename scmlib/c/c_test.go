@@ -33,7 +33,10 @@ type cells struct {
 var (
 	plain     = sync.OnceValues(func() (string, error) { return build("../../out/scmlib-c", "all", "tests") })
 	sanitized = sync.OnceValues(func() (string, error) {
-		return build("../../out/scmlib-c-san", "SAN=1", "CFLAGS=-O1 -g", "../../out/scmlib-c-san/tool")
+		return build("../../out/scmlib-c-san", "SAN=address,undefined", "CFLAGS=-O1 -g", "../../out/scmlib-c-san/tool")
+	})
+	threaded = sync.OnceValues(func() (string, error) {
+		return build("../../out/scmlib-c-tsan", "SAN=thread", "CFLAGS=-O1 -g", "../../out/scmlib-c-tsan/tool")
 	})
 )
 
@@ -122,6 +125,14 @@ func TestAPI(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Threads under the thread sanitizer, which takes a build of its own: SCM_TSAN=1, set by make test-c.
+func TestThreads(t *testing.T) {
+	if os.Getenv("SCM_TSAN") == "" {
+		t.Skip("SCM_TSAN is not set")
+	}
+	tool(t, built(t, threaded), "threads", filepath.Join(scratch(t), "r"))
 }
 
 // The libraries show the names of scm.h and no others; what is installed is found by pkg-config and works from C and C++, static and shared.

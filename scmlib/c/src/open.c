@@ -117,10 +117,10 @@ static void *map_file(int fd, uint64_t size, bool ro, bool *map_sync)
 	void *p = MAP_FAILED;
 	if (wish && wish % 4096 == 0 && wish >= 1ull << 32 && wish < 1ull << 47)
 		p = map_at((uintptr_t)wish, size, fd, ro, map_sync);
-	if (p == MAP_FAILED && !wish) { /* 16 TiB and up: above what sanitizers use, below libraries and stacks */
+	if (p == MAP_FAILED && !wish) { /* above where programs are loaded, below libraries; one of few ranges that ASan, TSan and MSan all leave to programs */
 		uint16_t slot = 0;
 		if (getrandom(&slot, sizeof(slot), GRND_NONBLOCK) == sizeof(slot))
-			p = map_at((uintptr_t)((1ull << 44) + ((slot % 4096 + 1ull) << 32)), size, fd, ro, map_sync);
+			p = map_at((uintptr_t)((0x5657ull + slot % 32) << 32), size, fd, ro, map_sync);
 	}
 	if (p == MAP_FAILED) {
 		uint8_t *room = mmap(NULL, size + ALIGN, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
