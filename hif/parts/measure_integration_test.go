@@ -335,33 +335,42 @@ func TestWhatPartsSave(t *testing.T) {
 			require.NoError(t, b.disk.SetModel(hddsim.HDD()))
 			point := filepath.Join(b.dir, "point")
 			t.Cleanup(func() { require.NoError(t, Unmount(point)) })
-			for _, margin := range []int64{-1, ReadAround, 2 * ReadAround, 4 * ReadAround} {
-				files := Choose(wants(first.trace.Files), Rules{Margin: margin})
-				st, err := Write(t.Context(), b.image, b.roots, files, func(int) error { return nil })
-				require.NoError(t, err)
-				require.NoError(t, Mount(b.image, point, b.roots.HDD))
-				// By turns, since others work on the machine, too.
-				var onNVM, divided []result
-				for range n {
-					b.promote(hot)
-					onNVM = append(onNVM, b.start(s, "", false))
-					for _, f := range files {
-						require.NoError(t, os.Remove(b.roots.NVM+f.Redirect))
-					}
-					divided = append(divided, b.start(s, point, false))
+			files := Choose(wants(first.trace.Files), Rules{})
+			st, err := Write(t.Context(), b.image, b.roots, files, noPace)
+			require.NoError(t, err)
+			require.NoError(t, Mount(b.image, point, b.roots.HDD))
+			divide := func() {
+				for _, f := range files {
+					require.NoError(t, os.Remove(b.roots.NVM+f.Redirect))
 				}
-				reads := 0
-				for _, r := range divided {
-					if r.reads > 0 {
-						reads++
-					}
-				}
-				a, d := median(onNVM), median(divided)
-				require.Zero(t, a.reads)
-				t.Logf("| %s | %d | %d, %.1f | %d, %.1f → %.1f | %.1f | %d ms, %d ms, %.3f | %d of %d: %d, %d bytes |", s.name, margin, len(hot), float64(whole)/1e6,
-					len(files), float64(st.Whole)/1e6, float64(st.Bytes)/1e6, float64(whole-st.Whole+st.Bytes)/1e6,
-					a.time.Milliseconds(), d.time.Milliseconds(), float64(d.time)/float64(a.time), reads, n, d.reads, d.bytes)
 			}
+			// By turns, since others work on the machine, too.
+			var onNVM, divided []result
+			for range n {
+				b.promote(hot)
+				onNVM = append(onNVM, b.start(s, "", false))
+				divide()
+				divided = append(divided, b.start(s, point, false))
+			}
+			a, d := median(onNVM), median(divided)
+			t.Logf("| %s | %d, %.1f | %d, %.1f → %.1f | %.1f | %d, %d | %d ms, %d ms, %.2f |", s.name, len(hot), float64(whole)/1e6,
+				len(files), float64(st.Whole)/1e6, float64(st.Bytes)/1e6, float64(whole-st.Whole+st.Bytes)/1e6, a.reads, d.reads,
+				a.time.Milliseconds(), d.time.Milliseconds(), float64(d.time)/float64(a.time))
+			// What is learned of a start with parts is no more, and not much less.
+			second := b.start(s, point, true)
+			parts := 0
+			for _, f := range second.trace.Files {
+				if f.Parts {
+					parts++
+				}
+			}
+			require.Len(t, files, parts)
+			again := Choose(wants(second.trace.Files), Rules{})
+			var bytes int64
+			for _, f := range again {
+				bytes += f.Bytes()
+			}
+			t.Logf("learned again: %d files, %.1f MB", len(again), float64(bytes)/1e6)
 		})
 	}
 }

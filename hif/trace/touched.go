@@ -70,7 +70,8 @@ func touched(fd int, size, warm, before int64) (int64, []Range) {
 		return -1, nil // on DAX nothing is cached whatever is read
 	}
 	n, evicted, err := cached(fd, 0, 0)
-	if err != nil || evicted > before {
+	// Less than at first sight: somebody dropped the cache meanwhile.
+	if err != nil || evicted > before || n < warm {
 		return -1, nil
 	}
 	n = min(n, size)
