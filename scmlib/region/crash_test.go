@@ -232,3 +232,35 @@ func ownGroup(t *testing.T, pid int) string {
 	t.Skip("no control group can be made that can be frozen")
 	return ""
 }
+
+// For how long a container with 64 MiB in use stands still for a snapshot is told, and the snapshot has all of it.
+func TestSnapshotOfMuch(t *testing.T) {
+	everywhere(t, func(t *testing.T, dir string) {
+		s := open(t, dir, Options{})
+		c := sleeper(t)
+		ownGroup(t, c.Process.Pid)
+		f, r, err := s.Attach(t.Context(), api.Attach{Namespace: "default", Container: "c", Pid: c.Process.Pid, Size: 96 * mib}, nil)
+		require.NoError(t, err)
+		f.Close()
+		w, err := os.OpenFile(s.data(r.Ref), os.O_RDWR, 0)
+		require.NoError(t, err)
+		block := bytes.Repeat([]byte("0123456789abcdef"), mib/16)
+		for i := range 64 {
+			_, err := w.WriteAt(block, int64(i)*mib+int64(i)*4096)
+			require.NoError(t, err)
+		}
+		require.NoError(t, w.Close())
+		image, err := s.Take(t.Context(), r.Ref, nil)
+		require.NoError(t, err)
+		defer image.Close()
+		require.EqualValues(t, 64*mib, image.used)
+		require.Positive(t, image.Stood)
+		t.Logf("stood still for %v", image.Stood)
+		want, err := os.ReadFile(s.data(r.Ref))
+		require.NoError(t, err)
+		got := make([]byte, r.Size)
+		_, err = image.f.ReadAt(got, 0)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(want, got))
+	})
+}
