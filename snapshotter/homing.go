@@ -28,7 +28,7 @@ type homing struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
-	copying sync.Mutex // one layer at a time
+	copying chan struct{} // one layer at a time; a channel, since who waits may have to stop
 
 	mu      sync.Mutex
 	left    int
@@ -44,7 +44,7 @@ const homingRetry = time.Minute
 const yield = time.Second
 
 func newHoming(s *Snapshotter) *homing {
-	return &homing{s: s, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	return &homing{s: s, wake: make(chan struct{}, 1), done: make(chan struct{}), copying: make(chan struct{}, 1)}
 }
 
 func (h *homing) start() {
@@ -143,18 +143,35 @@ func (h *homing) bring(ctx context.Context, id string) error {
 	if err := h.copyLayer(ctx, snapshot{ID: id, record: r}); err != nil {
 		return err
 	}
-	return h.s.db.updateRecord(ctx, id, func(r *record) {
+	// A database restored from its copy must not take NVM for the place of files
+	// that have left it: it would capture or copy home what is left of the layer.
+	if err := h.s.mirror.flush(ctx); err != nil {
+		return err
+	}
+	err = h.s.db.updateRecord(ctx, id, func(r *record) {
 		if r.Home {
 			r.Tier, r.Mixed, r.NVMBytes = placement.HDD, true, r.Data
 		}
 	})
+	if err != nil {
+		return err
+	}
+	h.s.mirror.changed()
+	if r, err = h.s.db.record(ctx, id); err == nil && r.Tier != placement.HDD {
+		err = fmt.Errorf("layer id %s could not be copied to HDD: %w", id, errdefs.ErrUnavailable)
+	}
+	return err
 }
 
 // copyLayer copies a layer to HDD, unless that is done.
 func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
-	h.copying.Lock()
-	defer h.copying.Unlock()
-	if r, err := h.s.db.record(ctx, sn.ID); err != nil || r.Home || r.Damaged != "" {
+	select {
+	case h.copying <- struct{}{}:
+		defer func() { <-h.copying }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if r, err := h.s.db.record(ctx, sn.ID); err != nil || r.Home || r.Damaged != "" || r.Tier != placement.NVM {
 		if errdefs.IsNotFound(err) {
 			return nil // removed meanwhile
 		}

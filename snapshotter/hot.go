@@ -235,10 +235,11 @@ func (s hotStore) BringHome(ctx context.Context, id string) error {
 
 // Settled implements [migrate.Host].
 func (s hotStore) Settled(ctx context.Context, id string, nvmBytes int64) error {
-	if _, err := s.db.record(ctx, id); err != nil {
-		return err
+	r, err := s.db.record(ctx, id)
+	if err != nil || r.Mixed && r.NVMBytes == nvmBytes {
+		return err // a transaction would write to both tiers
 	}
-	err := s.db.updateRecord(ctx, id, func(r *record) { r.Mixed, r.NVMBytes = true, nvmBytes })
+	err = s.db.updateRecord(ctx, id, func(r *record) { r.Mixed, r.NVMBytes = true, nvmBytes })
 	s.mirror.changed()
 	s.letGo(ctx)
 	return err

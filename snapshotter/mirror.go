@@ -5,6 +5,7 @@ package snapshotter
 
 import (
 	"context"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +22,7 @@ type mirror struct {
 	done chan error
 
 	want, have atomic.Int64 // changes, and those that the copy has
+	copying    sync.Mutex   // else an older copy could replace a newer one
 }
 
 const (
@@ -53,14 +55,14 @@ func (m *mirror) run() {
 	for {
 		select {
 		case <-m.stop:
-			m.done <- m.db.copyTo(ctx, m.path)
+			m.done <- m.copy(ctx)
 			return
 		case <-m.wake:
 		}
 		for start := time.Now(); ; {
 			select {
 			case <-m.stop:
-				m.done <- m.db.copyTo(ctx, m.path)
+				m.done <- m.copy(ctx)
 				return
 			case <-time.After(mirrorDelay):
 			}
@@ -68,13 +70,29 @@ func (m *mirror) run() {
 				break
 			}
 		}
-		now := m.want.Load()
-		if err := m.db.copyTo(ctx, m.path); err != nil {
+		if err := m.flush(ctx); err != nil {
 			log.G(ctx).WithError(err).Error("the copy of the database on HDD is out of date")
-			continue
 		}
-		m.have.Store(now)
 	}
+}
+
+func (m *mirror) copy(ctx context.Context) error {
+	m.copying.Lock()
+	defer m.copying.Unlock()
+	now := m.want.Load()
+	if err := m.db.copyTo(ctx, m.path); err != nil {
+		return err
+	}
+	m.have.Store(now)
+	return nil
+}
+
+// flush returns when the copy has all changes that were told before the call.
+func (m *mirror) flush(ctx context.Context) error {
+	if m.waiting() == 0 {
+		return nil
+	}
+	return m.copy(ctx)
 }
 
 // waiting tells how many changes the copy lacks.

@@ -343,6 +343,12 @@ func (s *Snapshotter) condemn(ctx context.Context, t placement.Tier, why string)
 	}
 	for _, sn := range all {
 		committed := sn.Info.Kind == snapshots.KindCommitted
+		// What was copied of it so far may be torn, whatever the size of the files says.
+		if t == placement.HDD && sn.Homing != "" && !sn.Home {
+			if err := s.db.updateRecord(ctx, sn.ID, func(r *record) { r.Homing = "" }); err != nil {
+				log.G(ctx).WithError(err).Error("cannot record that copying a layer has to begin anew")
+			}
+		}
 		if sn.Durable || sn.Damaged != "" || (!committed && !isExtraction(sn.Info.Name)) || (t == placement.NVM && sn.Tier != t) {
 			continue
 		}

@@ -150,3 +150,23 @@ func TestMovesUnderAMountedContainer(t *testing.T) {
 		check()
 	}
 }
+
+// The record of a layer may be older than what was done with it.
+func TestDropCopySparesWhatHasLeftNVM(t *testing.T) {
+	s := open(t)
+	for _, root := range Tiers {
+		require.NoError(t, os.MkdirAll(filepath.Join(s.Data(root, "7"), "usr"), 0o755))
+		write(t, filepath.Join(s.Data(root, "7"), "usr/hot"), "content")
+		write(t, filepath.Join(s.Data(root, "7"), "usr/cold"), "content")
+	}
+	_, err := s.Demote("/7/usr/cold")
+	require.NoError(t, err)
+	require.NoError(t, s.DropCopy("7"))
+	for name, want := range map[string]Standing{"/7/usr/hot": {7, -1}, "/7/usr/cold": {-1, 7}} {
+		at, err := s.Stands(name)
+		require.NoError(t, err)
+		require.Equal(t, want, at, name)
+	}
+	require.NoError(t, os.RemoveAll(s.Data(placement.HDD, "7")))
+	require.NoError(t, s.DropCopy("7"), "none was begun")
+}

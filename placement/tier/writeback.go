@@ -82,11 +82,34 @@ func (s *Store) WriteBack(ctx context.Context, id string, pace func(int) error) 
 
 // DropCopy deletes the copy of a layer on HDD that an earlier run of the machine
 // left unfinished; the layer stands on NVM.
+//
+// Only what stands on NVM too is a copy, and goes. A record that says less than
+// was done, from an older copy of the database, must not cost the files that
+// have left NVM since.
 func (s *Store) DropCopy(id string) error {
-	if !isDir(s.Data(placement.NVM, id)) {
+	from, to := s.Data(placement.NVM, id), s.Data(placement.HDD, id)
+	if !isDir(from) {
 		return fmt.Errorf("layer %q is not on NVM: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	return os.RemoveAll(s.Data(placement.HDD, id))
+	err := filepath.WalkDir(to, func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // none was begun
+		}
+		if err != nil || d.IsDir() {
+			return err
+		}
+		switch _, err := os.Lstat(from + path[len(to):]); {
+		case errors.Is(err, os.ErrNotExist):
+			return nil
+		case err != nil:
+			return err
+		}
+		return os.Remove(path)
+	})
+	if err != nil {
+		return fmt.Errorf("drop the copy of layer %q on HDD: %w", id, err)
+	}
+	return nil
 }
 
 // copyDir makes a directory with owner and mode of the original, which
