@@ -208,6 +208,7 @@ mkdir -p "$ROOT/proc" "$ROOT/dev" "$ROOT/tmp" "$ROOT/run"
 mount -t proc proc "$ROOT/proc"
 mount -t tmpfs tmpfs "$ROOT/tmp"
 mount --rbind /dev "$ROOT/dev"
+mount -t tmpfs tmpfs "$ROOT/dev/shm"
 date +%s%N
 env -i "$@" </dev/null >/dev/null 2>&1 &
 pid=$!
@@ -262,7 +263,7 @@ func (b *bench) start(s subject, parts string, traced bool) result {
 	before, err := b.disk.Counters()
 	require.NoError(t, err)
 	env := append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}, s.env...)
-	args := append([]string{"--mount", "--pid", "--net", "--fork", "--kill-child=SIGKILL", "bash", "-c", startScript, "bash", root, s.ready}, env...)
+	args := append([]string{"--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child=SIGKILL", "bash", "-c", startScript, "bash", root, s.ready}, env...)
 	args = append(append(args, "/usr/bin/unshare", "--root="+root, "--wd=/"), s.command...)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
