@@ -117,6 +117,10 @@ type Engine struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
+	// settled are layers that were pruned and accounted for since something of
+	// them last left NVM. Of the engine's goroutine alone.
+	settled map[string]bool
+
 	mu       sync.Mutex
 	goal     *goal
 	changed  chan struct{} // closed whenever something below or goal changes
@@ -157,7 +161,7 @@ func New(config Config, tiers *tier.Store, host Host) (*Engine, error) {
 		tiers: tiers, host: host, config: config, pins: pins,
 		bytes: rate.NewLimiter(rate.Inf, 0), ops: rate.NewLimiter(rate.Inf, 0),
 		disk: newDisk(tiers, config.Disk),
-		done: make(chan struct{}), changed: make(chan struct{}), failing: map[string]*failure{},
+		done: make(chan struct{}), changed: make(chan struct{}), failing: map[string]*failure{}, settled: map[string]bool{},
 		goal:     &goal{reached: true},
 		progress: Progress{Since: time.Now()},
 		stats:    Stats{Waited: map[string]time.Duration{}},

@@ -79,6 +79,28 @@ func TestReachesThePlan(t *testing.T) {
 	require.Equal(t, st.Up, e.Stats().Up)
 }
 
+// Plans come once a minute, and name all layers that have hot files.
+func TestNothingToDoIsNoWork(t *testing.T) {
+	r := newRig(t)
+	p, want := scene(r)
+	var steps atomic.Int32
+	e := r.engine(Config{step: func(string) { steps.Add(1) }})
+	e.Apply(p)
+	r.reaches(e, want)
+	for i := range p.Down {
+		p.Down[i].AtHome = true
+	}
+	steps.Store(0)
+	e.Apply(p)
+	r.reaches(e, want)
+	require.Zero(t, steps.Load())
+
+	r.put(placement.NVM, "/2/was", r.files["/2/was"])
+	e.Apply(p)
+	r.reaches(e, want)
+	require.NotZero(t, steps.Load())
+}
+
 // The engine is killed at each of its steps, and at random moments, in a process
 // of its own; the next one goes on.
 func TestKilled(t *testing.T) {

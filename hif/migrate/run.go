@@ -151,8 +151,11 @@ func stop(ctx context.Context, err error) bool {
 func (r *run) survey(ctx context.Context) error {
 	var down, up plan.Sum
 	homeless := 0
+	settled := map[string]bool{}
+	defer func() { r.settled = settled }()
 	for i := range r.goal.Down {
 		d := &r.goal.Down[i]
+		settled[d.Layer] = r.settled[d.Layer]
 		if !d.AtHome {
 			homeless++
 		}
@@ -241,7 +244,11 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 	if err != nil {
 		return err
 	}
+	if len(leave) == 0 && d.AtHome && r.settled[d.Layer] {
+		return nil // a plan names every layer that has hot files, at least once a minute
+	}
 	r.dirty[d.Layer] = true
+	delete(r.settled, d.Layer)
 	var failed error
 	for _, n := range leave {
 		r.current(n.redirects[0])
@@ -273,7 +280,11 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 		return err
 	}
 	r.config.step("settle")
-	return r.settle(ctx, d.Layer)
+	if err := r.settle(ctx, d.Layer); err != nil {
+		return err
+	}
+	r.settled[d.Layer] = true
+	return nil
 }
 
 func (d *Direction) move(bytes int64) {
@@ -368,6 +379,7 @@ func (r *run) settle(ctx context.Context, id string) error {
 // gone removes what the engine may have made of a layer after its removal.
 func (r *run) gone(id string) error {
 	delete(r.dirty, id)
+	delete(r.settled, id)
 	r.change(func() {
 		for name := range r.failing {
 			if name == id || layerOf(name) == id {
