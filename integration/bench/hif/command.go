@@ -18,7 +18,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nhybrid/nhybrid/integration/bench/lab"
-	"github.com/nhybrid/nhybrid/integration/bench/result"
 	"github.com/nhybrid/nhybrid/integration/image/catalog"
 	"github.com/nhybrid/nhybrid/placement"
 )
@@ -137,8 +136,6 @@ type bench struct {
 	order       []string // of the catalog
 	images      map[string]v1.Image
 	setting     string
-	log         *result.Log[row]
-	earlier     map[string]row
 	progress    io.Writer
 	begun       time.Time
 }

@@ -33,7 +33,7 @@ type mixed struct {
 	// Outside are files that are in none of the image's layers.
 	Outside int `json:"outside"`
 	// Foreign are files that the same image, started alone, does not open, but another one of the crowd does. Lacking are
-	// those that it opens alone and are not in the profile.
+	// those that it opens alone and that are not in the profile: starts differ.
 	Foreign int `json:"foreign"`
 	Lacking int `json:"lacking"`
 	// Beyond are all files that it does not open alone.
@@ -156,7 +156,7 @@ func (b *bench) atOnce(ctx context.Context, s *stand, variant string, names []st
 	return total, nil
 }
 
-// unmixed starts each image alone under strace and holds the profiles from the crowd against it.
+// unmixed starts each image alone, under strace and traced, and holds the profiles from the crowd against it.
 func (b *bench) unmixed(ctx context.Context, s *stand, names []string, profiles map[string]*profile.Profile, results map[string]mixed) error {
 	alone := map[string]map[string]bool{}
 	for _, name := range names {
@@ -185,7 +185,8 @@ func (b *bench) unmixed(ctx context.Context, s *stand, names []string, profiles 
 	return nil
 }
 
-// alone is what an image opens by itself, under every name of each file.
+// alone is what an image opens by itself, under every name of each file: what strace sees, and what else the daemon does,
+// for runc opens files too.
 func (b *bench) alone(ctx context.Context, s *stand, name string, p *profile.Profile) (all map[string]bool, m mixed, err error) {
 	img := b.known[name]
 	v, err := s.places[overlayNVM].view(ctx, img, s.dir)
@@ -197,20 +198,32 @@ func (b *bench) alone(ctx context.Context, s *stand, name string, p *profile.Pro
 	if err != nil {
 		return nil, m, err
 	}
-	log, c, err := s.places[overlayNVM].straced(ctx, img, "alone-"+name, s.dir)
+	number, err := s.daemon.starts(ctx, name)
 	if err != nil {
 		return nil, m, err
 	}
-	if err := c.remove(ctx); err != nil {
+	log, c, err := s.places[hybrid].straced(ctx, img, "alone-"+name, s.dir)
+	if err != nil {
+		return nil, m, err
+	}
+	defer func() { err = errors.Join(err, c.remove(ctx)) }()
+	last, err := s.daemon.recorded(ctx, c, name, number+1)
+	if err != nil {
 		return nil, m, err
 	}
 	used, err := v.used(log, files)
 	if err != nil {
 		return nil, m, err
 	}
-	inodes := map[uint64]bool{}
+	inodes := v.inodes(last, last.Starts)
+	crowd := v.inodes(p, 0)
 	for _, path := range used {
 		inodes[files[path].inode] = true
+	}
+	for inode := range inodes {
+		if !crowd[inode] {
+			m.Lacking++
+		}
 	}
 	all = map[string]bool{}
 	for path, f := range files {
@@ -219,17 +232,9 @@ func (b *bench) alone(ctx context.Context, s *stand, name string, p *profile.Pro
 		}
 	}
 	m.Files, m.Starts = len(p.Files), p.Starts+p.Incomplete
-	traced := map[uint64]bool{}
 	for _, f := range p.Files {
-		inode := v.inode(f.Layer, string(f.Path))
-		traced[inode] = true
-		if inode == 0 {
+		if v.inode(f.Layer, string(f.Path)) == 0 {
 			m.Outside++
-		}
-	}
-	for inode := range inodes {
-		if !traced[inode] {
-			m.Lacking++
 		}
 	}
 	return all, m, nil

@@ -124,7 +124,7 @@ func (d *daemon) recorded(ctx context.Context, s *started, image string, number 
 	return p, err
 }
 
-// migration is what the engine did.
+// migration is what the engine did: the wait for it to be done, and bytes.
 type migration struct {
 	Seconds   float64 `json:"seconds"`
 	HomeBytes int64   `json:"home_bytes"`
@@ -134,43 +134,45 @@ type migration struct {
 	LastError string  `json:"last_error,omitempty"`
 }
 
-// migrate lets the engine work without limits until the tiers look like the plan.
-func (d *daemon) migrate(ctx context.Context) (m migration, err error) {
-	before, err := d.client.Migration(ctx, &control.MigrationRequest{})
-	if err != nil {
-		return m, fmt.Errorf("ask for the state of the migration: %w", err)
+// moved is what the engine has done since the daemon started.
+func moved(s *control.MigrationState) migration {
+	m := migration{Failed: s.GetFailed(), LastError: s.GetLastError()}
+	for _, dir := range s.GetDirections() {
+		switch dir.GetName() {
+		case "home":
+			m.HomeBytes = dir.GetBytesDone()
+		case "down":
+			m.DownBytes = dir.GetBytesDone()
+		case "up":
+			m.UpBytes = dir.GetBytesDone()
+		}
 	}
+	return m
+}
+
+// migrate lets the engine work without limits until the tiers look like the plan. It tells how long that took, and what
+// was moved since the daemon started: some of it before anybody asked.
+func (d *daemon) migrate(ctx context.Context) (migration, error) {
 	begun := time.Now()
 	if _, err := d.client.MigrateNow(ctx, &control.MigrationRequest{}); err != nil {
-		return m, fmt.Errorf("migrate now: %w", err)
+		return migration{}, fmt.Errorf("migrate now: %w", err)
 	}
-	var after *control.MigrationState
-	err = await(ctx, func(ctx context.Context) (err error) {
-		if after, err = d.client.Migration(ctx, &control.MigrationRequest{}); err != nil {
+	var state *control.MigrationState
+	err := await(ctx, func(ctx context.Context) (err error) {
+		if state, err = d.client.Migration(ctx, &control.MigrationRequest{}); err != nil {
 			return err
 		}
 		left := int64(0)
-		for _, dir := range after.GetDirections() {
+		for _, dir := range state.GetDirections() {
 			left += dir.GetFilesLeft()
 		}
-		if after.GetState() != "idle" || left > 0 {
-			return fmt.Errorf("migration is %s (%s), %d files left; last error %q", after.GetState(), after.GetWhy(), left, after.GetLastError())
+		if state.GetState() != "idle" || left > 0 {
+			return fmt.Errorf("migration is %s (%s), %d files left; last error %q", state.GetState(), state.GetWhy(), left, state.GetLastError())
 		}
 		return nil
 	})
+	m := moved(state)
 	m.Seconds = time.Since(begun).Seconds()
-	done := func(s *control.MigrationState, name string) int64 {
-		for _, dir := range s.GetDirections() {
-			if dir.GetName() == name {
-				return dir.GetBytesDone()
-			}
-		}
-		return 0
-	}
-	m.HomeBytes, m.DownBytes, m.UpBytes = done(after, "home")-done(before, "home"), done(after, "down")-done(before, "down"), done(after, "up")-done(before, "up")
-	if m.Failed = after.GetFailed() - before.GetFailed(); m.Failed > 0 {
-		m.LastError = after.GetLastError()
-	}
 	return m, err
 }
 

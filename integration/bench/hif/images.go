@@ -318,18 +318,9 @@ func (t *trial) completeness(ctx context.Context) (err error) {
 
 // traceResult holds the last start of a profile against what strace saw of it.
 func (v *view) traceResult(used []string, files map[string]file, last, first *profile.Profile) (t traceResult) {
-	inodes := func(p *profile.Profile, start int) map[uint64]bool {
-		set := map[uint64]bool{}
-		for _, f := range p.Files {
-			if start == 0 || f.LastStart == start {
-				set[v.inode(f.Layer, string(f.Path))] = true
-			}
-		}
-		return set
-	}
 	// Starts that were not observed to the end have no number.
 	t.Incomplete = last.Incomplete > 0
-	traced, once := inodes(last, last.Starts), inodes(first, 0)
+	traced, once := v.inodes(last, last.Starts), v.inodes(first, 0)
 	t.Strace, t.Traced = len(used), len(traced)
 	seen := map[uint64]bool{}
 	for _, name := range used {
@@ -347,4 +338,15 @@ func (v *view) traceResult(used []string, files map[string]file, last, first *pr
 		}
 	}
 	return t
+}
+
+// inodes are the files of a profile that were used in the start with the given number; 0: all.
+func (v *view) inodes(p *profile.Profile, start int) map[uint64]bool {
+	set := map[uint64]bool{}
+	for _, f := range p.Files {
+		if start == 0 || f.LastStart == start {
+			set[v.inode(f.Layer, string(f.Path))] = true
+		}
+	}
+	return set
 }

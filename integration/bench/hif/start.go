@@ -164,8 +164,7 @@ func (s *started) await(ctx context.Context, img catalog.Image, said *output) er
 	case status := <-s.ended:
 		s.ended = nil
 		cancel()
-		<-answered
-		return fmt.Errorf("the program ended with status %d before it was ready", status.ExitCode())
+		return fmt.Errorf("the program ended with status %d before it was ready: %w", status.ExitCode(), <-answered)
 	}
 }
 

@@ -34,12 +34,14 @@ func (p *place) straced(ctx context.Context, img catalog.Image, id, dir string) 
 			return nil
 		}
 		// It ends with the last process that it follows; what it wrote is whole then.
-		done := make(chan error, 1)
-		cmd := tracer
-		go func() { done <- cmd.Wait() }()
+		done, cmd := make(chan struct{}), tracer
+		go func() {
+			_ = cmd.Wait() // its status is that of the container
+			close(done)
+		}()
 		tracer = nil
 		select {
-		case <-done: // its status is that of the container
+		case <-done:
 			return nil
 		case <-time.After(patience):
 			return errors.Join(errors.New("strace did not end with the container"), cmd.Process.Kill())

@@ -36,12 +36,12 @@ func ratio(v float64) string {
 func spaceTable(images []*imageRow) result.Table {
 	t := result.Table{
 		Title: "NVM in use, MB, trees and all metadata included",
-		Head:  []string{"image", "category", "layers", "files", "everything on NVM", "nhybrid, pulled", "after first start and migration", "saved", "saved with the empty store counted", "migration s"},
+		Head:  []string{"image", "category", "layers", "files", "everything on NVM", "nhybrid, pulled", "after first start and migration", "saved", "saved with the empty store counted", "down MB", "up MB"},
 	}
 	for _, r := range images {
 		t.Rows = append(t.Rows, []string{
 			r.Image, r.Category, count(r.Layers), count(r.Files), mb(r.Space.AllNVM), mb(r.Space.Pulled), mb(r.Space.Migrated), percent(r.Space.saved()),
-			percent(r.Space.savedAll()), seconds(r.Migration.Seconds),
+			percent(r.Space.savedAll()), mb(r.Migration.DownBytes), mb(r.Migration.UpBytes),
 		})
 	}
 	return t
