@@ -84,6 +84,7 @@ static void fork_parent(void) { pthread_mutex_unlock(&regions_lock); }
 static void fork_child(void)
 {
 	for (scm_region *r = regions; r; r = r->next) {
+		pthread_mutex_init(&r->lock, NULL); /* another thread of the parent may have held it */
 		if (r->read_only || r->fd < 0)
 			continue; /* private memory, which fork has copied */
 		int none = 0;

@@ -286,7 +286,7 @@ int scm_close(scm_region *r)
 	pthread_mutex_lock(&r->lock);
 	uint32_t busy = r->geo.lanes - r->tx_idle;
 	pthread_mutex_unlock(&r->lock);
-	if (busy && !failed)
+	if (busy && failed != SCM_E_CLOSED) /* in a child of fork they are the parent's */
 		return scmi_error(SCM_E_BUSY, "region %s: %u transactions are running", r->path, busy);
 	scmi_regions_remove(r);
 	if (!failed && !r->read_only)
