@@ -40,17 +40,37 @@ func (s *Store) Attach(ctx context.Context, a api.Attach, image *os.File) (_ *os
 	if a.Volume != "" {
 		ref.Kind, ref.Name = Volume, a.Volume
 	}
+	return s.give(ctx, ref, func() (Record, error) {
+		if a.Volume != "" {
+			return s.attachVolume(ref, user)
+		}
+		return s.attachOwn(ctx, Record{Ref: ref, Instance: instance, Users: []User{user}}, a, image)
+	})
+}
+
+// Use gives a volume to a process of the host, under the same rules as to a container, until that process ends.
+func (s *Store) Use(ctx context.Context, namespace, volume string, pid int) (*os.File, Record, error) {
+	ref := Ref{Volume, namespace, volume}
+	if err := ref.check(); err != nil {
+		return nil, Record{}, err
+	}
+	process, err := processOf(pid)
+	if err != nil {
+		return nil, Record{}, err
+	}
+	return s.give(ctx, ref, func() (Record, error) {
+		return s.attachVolume(ref, User{namespace, fmt.Sprintf("(process %d of the host)", pid), process})
+	})
+}
+
+// give finds or makes a region and returns its mount.
+func (s *Store) give(ctx context.Context, ref Ref, find func() (Record, error)) (_ *os.File, r Record, err error) {
 	release, err := s.hold(ctx, ref)
 	if err != nil {
 		return nil, r, err
 	}
 	defer release()
-	if a.Volume != "" {
-		r, err = s.attachVolume(ref, user)
-	} else {
-		r, err = s.attachOwn(ctx, Record{Ref: ref, Instance: instance, Users: []User{user}}, a, image)
-	}
-	if err != nil {
+	if r, err = find(); err != nil {
 		return nil, r, err
 	}
 	if err := s.memory.stamp(s.data(ref)); err != nil {

@@ -27,6 +27,7 @@ const (
 	OpSnapshot = "snapshot"
 	OpClone    = "clone"
 	OpCheck    = "check"
+	OpUse      = "use" // of a volume by the process Pid of the host; with the reply comes its mount
 	OpNode     = "guarantee"
 	OpExport   = "export" // with a pipe, to which the stream is written
 	OpImport   = "import" // with a pipe, from which it is read
@@ -40,6 +41,7 @@ type Args struct {
 	Create    CreateOptions `json:"create"`
 	Keep      bool          `json:"keep,omitempty"`
 	Repair    bool          `json:"repair,omitempty"`
+	Pid       int           `json:"pid,omitempty"`
 }
 
 // Listing is the answer to OpList.
@@ -91,6 +93,17 @@ func (s *Store) serveOperator(srv *Server) {
 	named(srv, OpSnapshot, func(ctx context.Context, r Ref, a Args) (Record, error) { return s.Snapshot(ctx, r, a.To) })
 	named(srv, OpClone, func(ctx context.Context, r Ref, a Args) (Record, error) { return s.Clone(ctx, r, a.To, a.Create) })
 	named(srv, OpCheck, func(ctx context.Context, r Ref, a Args) (Report, error) { return s.Check(ctx, r, a.Repair) })
+	srv.Handle(OpUse, func(ctx context.Context, raw json.RawMessage, _ []*os.File) (any, []*os.File, error) {
+		var a Args
+		if err := json.Unmarshal(raw, &a); err != nil {
+			return nil, nil, fmt.Errorf("arguments: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		mount, r, err := s.Use(ctx, a.Namespace, a.Region, a.Pid)
+		if err != nil {
+			return nil, nil, err
+		}
+		return r, []*os.File{mount}, nil
+	})
 	srv.Handle(OpExport, withPipe(func(ctx context.Context, a Args, pipe *os.File) (any, error) {
 		ref, err := ParseRef(a.Namespace, a.Region)
 		if err != nil {

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -84,6 +85,28 @@ func TestProtocol(t *testing.T) {
 	require.True(t, errdefs.IsNotImplemented(ErrorOf(err)), "%v", err)
 	_, err = api.Call(socket+"no", "list", nil, nil)
 	require.ErrorContains(t, err, "it does not run, or gives no regions")
+}
+
+// A program of the host has a volume as a container would, for as long as it runs.
+func TestUseByHost(t *testing.T) {
+	s := newStore(t, Options{})
+	socket := serve(t, s, nil)
+	r, err := s.Create(t.Context(), "default", "a", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	one := sleeper(t)
+	files, err := api.Call(socket, OpUse, Args{Namespace: "default", Region: "a", Pid: one.Process.Pid}, nil)
+	require.NoError(t, err)
+	require.Len(t, files, 1)
+	defer api.CloseAll(files)
+	put(t, fmt.Sprintf("/proc/self/fd/%d", files[0].Fd()), 8)
+	n, _ := get(t, s.data(r.Ref))
+	require.EqualValues(t, 8, n)
+	_, err = api.Call(socket, api.OpAttach, api.Attach{Namespace: "default", Container: "c", Pid: sleeper(t).Process.Pid, Volume: "a"}, nil)
+	require.ErrorContains(t, err, "of the host) uses it")
+	end(one)
+	files2, err := api.Call(socket, api.OpAttach, api.Attach{Namespace: "default", Container: "c", Pid: sleeper(t).Process.Pid, Volume: "a"}, nil)
+	require.NoError(t, err)
+	api.CloseAll(files2)
 }
 
 // Who is not root gets nothing, even where the socket is open to all.
