@@ -186,6 +186,14 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 	}
 	e := &entry{born: st.Btime, first: t.now(), size: int64(st.Size), warm: -1}
 	gone := t.identify(e, p, st, false)
+	if e.path == "" && !gone {
+		// It may have left NVM since its path was read; taken for a file of another
+		// directory, it would cost the start all that comes through this clone.
+		if now, err := t.pathOf(fd); err == nil && now != p {
+			p = now
+			gone = t.identify(e, p, st, false)
+		}
+	}
 	if e.path == "" && gone {
 		t.identify(e, strings.TrimSuffix(p, deleted), st, true)
 	}
