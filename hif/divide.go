@@ -29,6 +29,7 @@ type division struct {
 	current bool            // it serves all of files
 	used    time.Time
 	home    bool // all layers of the files have their home on HDD
+	touched map[string][]parts.Range
 }
 
 // divisions decides for which chains parts are kept, by the images that are settled.
@@ -64,7 +65,12 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 		u := m.undivided[top]
 		m.mu.Unlock()
 		if !u.failed || time.Since(u.at) > partsRetry { // else the files are hot as a whole
-			d.files = parts.Choose(merge(wants[top]), parts.Rules{MinSize: m.config.PartsFrom})
+			all := merge(wants[top])
+			d.files = parts.Choose(all, parts.Rules{MinSize: m.config.PartsFrom})
+			d.touched = make(map[string][]parts.Range, len(all))
+			for _, w := range all {
+				d.touched[w.Redirect] = w.Ranges
+			}
 		}
 		d.have, d.current = m.served(d)
 		if len(d.files) == 0 && d.current {
@@ -92,8 +98,9 @@ func merge(wants []parts.Want) (out []parts.Want) {
 }
 
 // served tells which of the files the image on NVM serves with all the parts
-// that are wanted, and whether it need not be made anew: it serves all, and
-// nothing else.
+// that were touched, and whether it need not be made anew: it serves all, and
+// nothing else. The margins around what was touched are for what the next start
+// may touch; that it touched some of them is no reason to make parts again.
 func (m *Manager) served(d *division) (have map[string]bool, current bool) {
 	have = map[string]bool{}
 	stands, err := parts.Read(d.path)
@@ -109,7 +116,7 @@ func (m *Manager) served(d *division) (have map[string]bool, current bool) {
 	}
 	current = len(stands) == len(d.files)
 	for _, f := range d.files {
-		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && covers(s.Hot, f.Hot) {
+		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && covers(s.Hot, parts.Hot(f.Size, d.touched[f.Redirect], 0)) {
 			have[f.Redirect] = true
 		}
 	}
@@ -177,6 +184,11 @@ func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	}
 	if err != nil {
+		return err
+	}
+	// Not between the mounts that a start was promised and its own: what comes
+	// through parts that it was not promised is not traced.
+	if err := m.pace(0, limit); err != nil {
 		return err
 	}
 	log.L.WithFields(log.Fields{"id": d.top, "files": len(d.files), "bytes": stats.Bytes, "whole": stats.Whole}).Info("parts of large files are on NVM")
