@@ -103,6 +103,40 @@ func TestUsers(t *testing.T) {
 	n.clean()
 }
 
+// Root in a container can do to its region's file what it likes: it stays a file of its size, and the next start finds it.
+func TestHostile(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, rig.Options{}, region.Options{})
+	n.app("app:1")
+	require.NoError(t, n.Pull(t.Context(), "app:1"))
+	out := n.ctr("run", "--device", n.device("1m"), n.Ref("app:1"), "c", "sh", "-c", `
+		dd if=/dev/zero of=/dev/scm/region bs=1M count=64 2>/dev/null
+		i=0; while [ $(stat -c %s /dev/scm/region) != 1048576 ] && [ $i -lt 1000 ]; do i=$((i+1)); usleep 10000; done
+		stat -c %s /dev/scm/region
+		: >/dev/scm/region
+		i=0; while [ $(stat -c %s /dev/scm/region) != 1048576 ] && [ $i -lt 1000 ]; do i=$((i+1)); usleep 10000; done
+		stat -c %s /dev/scm/region
+		rm -f /dev/scm/region 2>/dev/null || echo stays
+		ln /dev/scm/region /dev/scm/link 2>/dev/null || echo no link
+		chmod 000 /dev/scm/region; chown 7 /dev/scm/region
+		umount /dev/scm/region 2>/dev/null || echo mounted
+		tr '\000' x </dev/zero | head -c 1048576 >/dev/scm/region; echo over`)
+	require.Equal(t, "1048576\n1048576\nstays\nno link\nmounted\nover", out)
+	// All of it is x now, which no header is.
+	var rep region.Report
+	n.call(region.OpCheck, region.Args{Namespace: n.Namespace, Region: "container/c"}, &rep)
+	require.Empty(t, rep.Problems)
+	require.EqualValues(t, mib, rep.Used)
+	n.call(region.OpKeep, region.Args{Namespace: n.Namespace, Region: "container/c", Keep: true}, nil)
+	n.ctr("containers", "rm", "c")
+	require.Eventually(t, func() bool { l := n.regions(1); return l[0].Kind == region.Volume }, time.Minute, 10*time.Millisecond)
+	_, err := n.Ctr(t.Context(), "run", "--rm", "--device", n.device("c"), n.Ref("app:1"), "d", "/app", "show")
+	require.Error(t, err) // scmlib refuses it
+	b, err := n.store.Books()
+	require.NoError(t, err)
+	require.EqualValues(t, mib, b.Promised)
+}
+
 func TestVolumes(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, rig.Options{}, region.Options{})
