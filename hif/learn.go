@@ -101,15 +101,12 @@ func (m *Manager) known(image digest.Digest) (profile.Profile, Knowledge, error)
 	return q, Predicted, nil
 }
 
-func (m *Manager) origin(image digest.Digest) (k Knowledge) {
-	err := m.origins.Update(image, func(old []byte) ([]byte, error) {
-		k = Knowledge(old)
-		return old, nil
-	})
+func (m *Manager) origin(image digest.Digest) Knowledge {
+	k, err := m.origins.Get(image)
 	if err != nil {
 		log.L.WithError(err).Warn("cannot read where a profile comes from")
 	}
-	return k
+	return Knowledge(k)
 }
 
 func (m *Manager) setOrigin(image digest.Digest, k Knowledge) error {
@@ -221,13 +218,15 @@ func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error
 	host := registryOf(image.Name)
 	if m.config.Fetch && image.named() && time.Since(m.learner.silent[host]) > silence {
 		fetching, cancel := context.WithTimeout(ctx, fetchTimeout)
-		_, err := m.Fetch(fetching, image, false)
+		_, err := m.fetch(fetching, image, false, m.book.PutNew)
 		cancel()
 		var answer *transport.Error
 		switch {
 		case err == nil:
 			l.Info("profile fetched from the registry")
 			return Pulled, nil
+		case errdefs.IsAlreadyExists(err):
+			return Traced, nil // its first start was quicker
 		case errdefs.IsNotFound(err):
 		case errors.As(err, &answer) || ctx.Err() != nil:
 			l.WithError(err).Info("no profile from the registry")
@@ -245,7 +244,10 @@ func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error
 			}
 			if p := profile.Inherit(old, image.Image, files); len(p.Files) > 0 {
 				l.WithField("from", old.Image).WithField("files", len(p.Files)).Info("profile inherited")
-				return Inherited, m.book.Put(p)
+				if err := m.book.PutNew(p); !errdefs.IsAlreadyExists(err) {
+					return Inherited, err
+				}
+				return Traced, nil // by a start meanwhile
 			}
 		case !errdefs.IsNotFound(err):
 			return Nothing, err
@@ -263,11 +265,15 @@ func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error
 // book. What the image does not have is left out and returned. plainHTTP: over
 // HTTP, whatever the configuration says.
 func (m *Manager) Fetch(ctx context.Context, image Image, plainHTTP bool) (Accepted, error) {
+	return m.fetch(ctx, image, plainHTTP, m.book.Put)
+}
+
+func (m *Manager) fetch(ctx context.Context, image Image, plainHTTP bool, put func(profile.Profile) error) (Accepted, error) {
 	p, artifact, err := m.registry(image, plainHTTP).Pull(ctx, image.Name, image.Digest)
 	if err != nil {
 		return Accepted{}, err
 	}
-	accepted, err := m.Accept(ctx, image, p)
+	accepted, err := m.accept(ctx, image, p, put)
 	accepted.Artifact = artifact
 	return accepted, err
 }
@@ -293,6 +299,10 @@ type Accepted struct {
 // Accept holds a profile from outside against its image and puts it in the
 // book. Errors: those of [profile.Fit].
 func (m *Manager) Accept(ctx context.Context, image Image, p profile.Profile) (Accepted, error) {
+	return m.accept(ctx, image, p, m.book.Put)
+}
+
+func (m *Manager) accept(ctx context.Context, image Image, p profile.Profile, put func(profile.Profile) error) (Accepted, error) {
 	files, err := list(ctx, m.store, image)
 	if err != nil {
 		return Accepted{}, err
@@ -301,7 +311,7 @@ func (m *Manager) Accept(ctx context.Context, image Image, p profile.Profile) (A
 	if err != nil {
 		return Accepted{}, err
 	}
-	if err := m.book.Put(p); err != nil {
+	if err := put(p); err != nil {
 		return Accepted{}, err
 	}
 	if err := m.setOrigin(image.Digest, Pulled); err != nil {

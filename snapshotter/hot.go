@@ -295,6 +295,15 @@ type profiles struct {
 
 var _ profile.Store = profiles{}
 
+// Get implements [profile.Store].
+func (p profiles) Get(image digest.Digest) (data []byte, err error) {
+	err = p.s.db.view(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		data = slices.Clone(tx.Bucket(bucketOwn).Bucket(p.bucket).Get([]byte(image)))
+		return nil
+	})
+	return data, err
+}
+
 // Update implements [profile.Store].
 func (p profiles) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
 	err := p.s.db.update(context.Background(), func(_ context.Context, tx *bolt.Tx) error {

@@ -5,7 +5,6 @@ package profile
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"time"
 
@@ -16,6 +15,8 @@ import (
 // Store keeps the JSON of profiles by the digest of the image. It must be safe
 // for concurrent use.
 type Store interface {
+	// Get returns the profile of an image, nil if there is none.
+	Get(image digest.Digest) ([]byte, error)
 	// Update replaces the profile of an image by what change makes of it, as
 	// one transaction; old is nil if there is none, and a nil result deletes.
 	// An error of change leaves all as it was and is returned.
@@ -33,14 +34,17 @@ type Book struct {
 
 // Get returns the profile of an image, or [errdefs.ErrNotFound].
 func (b *Book) Get(image digest.Digest) (p Profile, err error) {
-	err = b.edit(image, func(old *Profile) (*Profile, error) {
-		if old == nil {
-			return nil, fmt.Errorf("no profile of image %s: %w", image, errdefs.ErrNotFound)
-		}
-		p = *old
-		return nil, errKeep
-	})
-	return p, err
+	data, err := b.Store.Get(image)
+	if err != nil {
+		return p, err
+	}
+	if data == nil {
+		return p, fmt.Errorf("no profile of image %s: %w", image, errdefs.ErrNotFound)
+	}
+	if p, err = Decode(bytes.NewReader(data)); err != nil {
+		return p, fmt.Errorf("stored profile of image %s: %w", image, err)
+	}
+	return p, nil
 }
 
 // Record adds a start to the profile of an image, which it begins where there
@@ -67,6 +71,20 @@ func (b *Book) SetRule(image Image, r Rule, files Listing, now time.Time) (p Pro
 // those of p come in only where there is no profile yet.
 func (b *Book) Put(p Profile) error {
 	return b.edit(p.Image, func(old *Profile) (*Profile, error) {
+		if old != nil {
+			p.Rules = old.Rules
+		}
+		return &p, nil
+	})
+}
+
+// PutNew is Put for what was found while starts may have been recorded: it does
+// not take their place. The error is [errdefs.ErrAlreadyExists] then.
+func (b *Book) PutNew(p Profile) error {
+	return b.edit(p.Image, func(old *Profile) (*Profile, error) {
+		if old != nil && len(old.Files) > 0 {
+			return nil, fmt.Errorf("there is a profile of image %s by now: %w", p.Image, errdefs.ErrAlreadyExists)
+		}
 		if old != nil {
 			p.Rules = old.Rules
 		}
@@ -135,10 +153,8 @@ func (b *Book) begin(image Image, files Listing, now time.Time, change func(Prof
 	})
 }
 
-var errKeep = fmt.Errorf("nothing to change")
-
 func (b *Book) edit(image digest.Digest, change func(*Profile) (*Profile, error)) error {
-	err := b.Store.Update(image, func(data []byte) ([]byte, error) {
+	return b.Store.Update(image, func(data []byte) ([]byte, error) {
 		var old *Profile
 		if data != nil {
 			p, err := Decode(bytes.NewReader(data))
@@ -157,8 +173,4 @@ func (b *Book) edit(image digest.Digest, change func(*Profile) (*Profile, error)
 		}
 		return out.Bytes(), nil
 	})
-	if errors.Is(err, errKeep) {
-		return nil
-	}
-	return err
 }

@@ -51,6 +51,12 @@ type memory struct {
 	m  map[digest.Digest][]byte
 }
 
+func (s *memory) Get(image digest.Digest) ([]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.m[image], nil
+}
+
 func (s *memory) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -341,6 +347,17 @@ func TestBook(t *testing.T) {
 	got, err := b.Get(image.Digest)
 	require.NoError(t, err)
 	require.Equal(t, p.Rules, got.Rules)
+	// One that was fetched while a start was recorded does not replace it.
+	require.ErrorIs(t, b.PutNew(in), errdefs.ErrAlreadyExists)
+	bare := New(Image{Digest: dig("4"), Layers: image.Layers}, day)
+	require.NoError(t, bare.Set(Rule{"c*", Pin}, day))
+	require.NoError(t, b.Put(bare))
+	in.Image = bare.Image
+	require.NoError(t, b.PutNew(in), "rules alone are no knowledge")
+	got, err = b.Get(bare.Image)
+	require.NoError(t, err)
+	require.Equal(t, bare.Rules, got.Rules)
+	require.Equal(t, names(p), names(got))
 	require.NoError(t, b.Remove(image.Digest))
 	_, err = b.Get(image.Digest)
 	require.ErrorIs(t, err, errdefs.ErrNotFound)
