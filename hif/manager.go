@@ -6,6 +6,8 @@ package hif
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -157,11 +159,19 @@ func (m *Manager) Kick() {
 
 func (m *Manager) kickAfter(d time.Duration) { time.AfterFunc(d, m.Kick) }
 
+// slowStart is how long a container may take from its mounts to its first open
+// and still count as starting. A watch waits longer, but not all who ask for
+// mounts start anything: some only look, or made a container for later.
+const slowStart = 5 * time.Second
+
 // Busy tells whether a start is under way.
 func (m *Manager) Busy() bool {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	return len(m.starts) > 0
+	open := slices.Collect(maps.Values(m.starts))
+	m.mu.Unlock()
+	return slices.ContainsFunc(open, func(o *openStart) bool {
+		return time.Since(o.began) < slowStart || o.watch.Files() > 0
+	})
 }
 
 func (m *Manager) run() {

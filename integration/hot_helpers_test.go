@@ -13,6 +13,8 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/images"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/stretchr/testify/require"
 
@@ -97,3 +99,12 @@ func ofFiles(t *testing.T, entries ...image.Entry) v1.Layer {
 
 // hot adds the settings under which starts end soon and files move at once to others.
 func hot(args ...string) []string { return append(slices.Clone(quick), args...) }
+
+// imageLayers are the digests of an image's blobs.
+func imageLayers(ctx context.Context, img client.Image) (digests []string, err error) {
+	m, err := images.Manifest(ctx, img.ContentStore(), img.Target(), img.Platform())
+	for _, l := range m.Layers {
+		digests = append(digests, l.Digest.String())
+	}
+	return digests, err
+}

@@ -77,7 +77,7 @@ func awaitMigration(t *testing.T, r *rig.Rig, starts int) {
 		var top struct {
 			Sample struct {
 				StartsTotal int `json:"starts_total"`
-				Starts      []any
+				Starts      []struct{ Files int }
 				Migration   struct{ State string }
 			}
 		}
@@ -88,7 +88,11 @@ func awaitMigration(t *testing.T, r *rig.Rig, starts int) {
 		if err := json.Unmarshal([]byte(out), &top); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
-		if s := top.Sample; s.StartsTotal < starts || len(s.Starts) > 0 || s.Migration.State != "idle" {
+		opens := false // who has opened nothing only looked at the image
+		for _, s := range top.Sample.Starts {
+			opens = opens || s.Files > 0
+		}
+		if s := top.Sample; s.StartsTotal < starts || opens || s.Migration.State != "idle" {
 			return fmt.Errorf("not yet: %s", out)
 		}
 		return nil

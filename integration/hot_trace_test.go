@@ -151,7 +151,9 @@ func inView(ctx context.Context, r *rig.Rig, name string, command ...string) (ou
 	if err != nil {
 		return "", err
 	}
-	defer func() { err = errors.Join(err, container.Delete(context.WithoutCancel(ctx), client.WithSnapshotCleanup)) }()
+	defer func() {
+		err = errors.Join(err, container.Delete(context.WithoutCancel(ctx), client.WithSnapshotCleanup))
+	}()
 	var b strings.Builder
 	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &b, &b), cio.WithFIFODir(filepath.Join(r.Dir, "fifo"))))
 	if err != nil {

@@ -230,7 +230,11 @@ func (s hotStore) Busy() (why string, busy bool) {
 
 // BringHome implements [migrate.Host].
 func (s hotStore) BringHome(ctx context.Context, id string) error {
-	return s.homing.bring(ctx, id)
+	if err := s.homing.bring(ctx, id); err != nil {
+		return err
+	}
+	s.hot.Kick() // only what is at home can be divided into parts
+	return nil
 }
 
 // Settled implements [migrate.Host].

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
 )
@@ -297,6 +298,46 @@ func TestWriteBackResumes(t *testing.T) {
 	ids, err := s.IDs()
 	require.NoError(t, err)
 	require.Equal(t, map[string]bool{"7": true}, ids, "a temporary file is left")
+}
+
+// What was not cached is not cached afterwards, and what was still is.
+func TestWriteBackLeavesTheCacheAlone(t *testing.T) {
+	s := open(t)
+	from := s.Data(placement.NVM, "7")
+	require.NoError(t, os.MkdirAll(from, 0o755))
+	cached := func(name string, drop bool) uint64 {
+		f, err := os.Open(filepath.Join(from, name))
+		require.NoError(t, err)
+		defer f.Close()
+		if drop {
+			require.NoError(t, f.Sync())
+			require.NoError(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
+		}
+		var st unix.Cachestat_t
+		require.NoError(t, unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &st, 0))
+		return st.Cache
+	}
+	for _, name := range []string{"cold", "warm"} {
+		write(t, filepath.Join(from, name), strings.Repeat(name, 3*writeBackChunk))
+	}
+	if cached("cold", true) > 0 {
+		t.Skip("this filesystem keeps all its files cached")
+	}
+	warm := cached("warm", false)
+	require.Positive(t, warm)
+	f, err := os.Open(filepath.Join(from, "cold"))
+	require.NoError(t, err)
+	defer f.Close()
+	if _, err := unix.Preadv2(int(f.Fd()), [][]byte{make([]byte, 1)}, 0, unix.RWF_DONTCACHE); err != nil {
+		t.Skip("the kernel cannot read without caching: ", err)
+	}
+	_, err = s.WriteBack(t.Context(), "7", func(int) error { return nil })
+	require.NoError(t, err)
+	require.LessOrEqual(t, cached("cold", false), uint64(4))
+	require.Equal(t, warm, cached("warm", false))
+	b, err := os.ReadFile(filepath.Join(s.Data(placement.HDD, "7"), "cold"))
+	require.NoError(t, err)
+	require.Equal(t, strings.Repeat("cold", 3*writeBackChunk), string(b))
 }
 
 // An id whose transaction did not come to its end is given out again.
