@@ -21,7 +21,10 @@ const (
 	stateClosed = 1
 	stateOpen   = 2
 
-	incompatKnown = 1 // bit 0: volatile heap
+	// Bit 0 marks the heap of an unmodified program, whose content means nothing
+	// after the process ends: only scmlib/c makes and opens those.
+	incompatVolatile = 1
+	incompatKnown    = 0
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -100,6 +103,8 @@ func decode(b []byte, m *persist.Mem) (h header, err error) {
 	h.hostUSC, h.seen = le.Uint64(b[200:]), le.Uint64(b[208:])
 	copy(h.hostDev[:], b[216:])
 	switch err := h.check(); {
+	case h.incompat&incompatVolatile != 0:
+		return h, fmt.Errorf("%w: it is the heap of a program (libscm_preload), not data that outlive one; use another region, or make this one anew", ErrVersion)
 	case h.incompat&^incompatKnown != 0:
 		return h, fmt.Errorf("%w: unknown features %#x", ErrVersion, h.incompat&^incompatKnown)
 	case err != nil:

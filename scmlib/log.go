@@ -62,7 +62,7 @@ func (r *Region) readLane(lane uint32) ([]entry, error) {
 	gen := r.mem.Load64(base)
 	pos, end := base+line, base+uint64(r.laneSize)
 	var out []entry
-	for seq := uint32(0); end-pos >= line; seq++ {
+	for seq := uint32(0); pos < end && end-pos >= line; seq++ { // a hostile link may have led pos past end
 		n := uint64(le.Uint32(r.mem.Bytes(pos+4, 4)))
 		if n < recHead || n > end-pos {
 			break

@@ -132,7 +132,6 @@ func (r *Region) recover(staleA bool) (int, error) {
 	}
 	r.hdr.generation++
 	r.hdr.state, r.hdr.seen = stateOpen, r.hdr.hostUSC
-	r.hdr.base = uint64(uintptr(r.mem.Base()))
 	return n, writeHeader(r.mem, &r.hdr)
 }
 

@@ -293,4 +293,8 @@ func TestLinkEndsWithinLine(t *testing.T) {
 	if status != 0 {
 		t.Fatalf("status %d: %s", status, out)
 	}
+	if err := os.WriteFile(path, img, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	openGo(t, path, scmlib.Options{}).Close()
 }
