@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/log"
+
 	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/hif/plan"
 	"github.com/nhybrid/nhybrid/hif/profile"
@@ -73,17 +75,30 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 	if in.Layers, err = m.store.Layers(ctx); err != nil {
 		return err
 	}
-	home := map[string]bool{}
-	for _, l := range in.Layers {
-		home[l.ID] = l.Tier == placement.HDD && l.Fixed == ""
-	}
 	var wants []wanted
+	unclear := map[string]bool{} // ids of layers
 	for _, image := range images {
 		w, err := m.want(ctx, image)
-		if err != nil {
+		switch {
+		case err == nil:
+			wants = append(wants, w)
+		case ctx.Err() != nil:
 			return err
+		default:
+			// It must not keep the others from their plan, nor lose what it may need.
+			log.G(ctx).WithError(err).WithField("image", image.name()).Warn("what an image needs cannot be read; its layers stay as they are")
+			for _, id := range image.Chain {
+				unclear[id] = true
+			}
 		}
-		wants = append(wants, w)
+	}
+	home := map[string]bool{}
+	for i := range in.Layers {
+		l := &in.Layers[i]
+		if unclear[l.ID] && l.Fixed == "" {
+			l.Fixed = "what an image of it needs cannot be read"
+		}
+		home[l.ID] = l.Tier == placement.HDD && l.Fixed == ""
 	}
 	divisions := m.divisions(wants, home)
 	o := Overview{Layers: len(in.Layers), SettledLayers: map[string]bool{}}
@@ -110,15 +125,16 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 	}
 	m.mu.Lock()
 	m.last = o
-	hurry := m.hurry
 	m.mu.Unlock()
 	if m.engine == nil {
 		return nil
 	}
 	m.engine.Apply(o.Plan)
-	if hurry {
+	m.mu.Lock()
+	if m.hurry { // with the lock, so that Pause comes before or after
 		m.engine.Now()
 	}
+	m.mu.Unlock()
 	m.startDividing(divisions, o.Plan)
 	m.cool(wants, in.Layers)
 	return nil

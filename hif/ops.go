@@ -182,6 +182,18 @@ var ErrNoMigration = fmt.Errorf("files are not moved, by the configuration (hot.
 // Engine moves the files; nil if they are not moved.
 func (m *Manager) Engine() *migrate.Engine { return m.engine }
 
+// Pause stops all migration until it is resumed, also one without limits.
+func (m *Manager) Pause() error {
+	if m.engine == nil {
+		return ErrNoMigration
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.hurry = false // else the next plan would resume it
+	m.engine.Pause()
+	return nil
+}
+
 // MigrateNow makes a plan and has it carried out without limits.
 func (m *Manager) MigrateNow(ctx context.Context) error {
 	if m.engine == nil {

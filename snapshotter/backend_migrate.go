@@ -55,15 +55,18 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 
 // PauseMigration implements [control.HotBackend].
 func (s backend) PauseMigration(ctx context.Context) (*control.MigrationState, error) {
-	return s.steer(ctx, (*migrate.Engine).Pause)
+	m, err := s.manager()
+	if err == nil {
+		err = m.Pause()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.Migration(ctx)
 }
 
 // ResumeMigration implements [control.HotBackend].
 func (s backend) ResumeMigration(ctx context.Context) (*control.MigrationState, error) {
-	return s.steer(ctx, (*migrate.Engine).Resume)
-}
-
-func (s backend) steer(ctx context.Context, how func(*migrate.Engine)) (*control.MigrationState, error) {
 	m, err := s.manager()
 	if err != nil {
 		return nil, err
@@ -72,7 +75,7 @@ func (s backend) steer(ctx context.Context, how func(*migrate.Engine)) (*control
 	if engine == nil {
 		return nil, hif.ErrNoMigration
 	}
-	how(engine)
+	engine.Resume()
 	return s.Migration(ctx)
 }
 

@@ -1,0 +1,141 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package hif
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/hif/migrate"
+	"github.com/nhybrid/nhybrid/hif/plan"
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/placement/tier"
+)
+
+// shelf is a profile.Store in memory.
+type shelf struct {
+	mu sync.Mutex
+	m  map[digest.Digest][]byte
+}
+
+func (s *shelf) Get(image digest.Digest) ([]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.m[image], nil
+}
+
+func (s *shelf) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	data, err := change(s.m[image])
+	if err != nil {
+		return err
+	}
+	if s.m == nil {
+		s.m = map[digest.Digest][]byte{}
+	}
+	s.m[image] = data
+	if data == nil {
+		delete(s.m, image)
+	}
+	return nil
+}
+
+func (s *shelf) Each(f func(digest.Digest, []byte) error) error {
+	s.mu.Lock()
+	all := maps.Clone(s.m)
+	s.mu.Unlock()
+	for d, data := range all {
+		if err := f(d, data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// still is a Store and a migrate.Host of layers that stay as they are.
+type still struct {
+	Store
+	images []Image
+	layers []plan.Layer
+}
+
+func (s *still) Images(context.Context) ([]Image, error)             { return s.images, nil }
+func (s *still) Layers(context.Context) ([]plan.Layer, error)        { return slices.Clone(s.layers), nil }
+func (s *still) Files(context.Context, Image, func(File) bool) error { return nil }
+func (s *still) Space() (plan.Space, error)                          { return plan.Space{Free: 1 << 30, Total: 2 << 30}, nil }
+func (s *still) PartsPath(string) string                             { return "" }
+func (s *still) Busy() (string, bool)                                { return "", false }
+func (s *still) BringHome(context.Context, string) error             { return errors.New("not here") }
+func (s *still) Settled(context.Context, string, int64) error        { return nil }
+func (s *still) PartsChanged(context.Context, string) error          { return nil }
+
+func newManager(t *testing.T, s *still, profiles *shelf) *Manager {
+	t.Helper()
+	dir := t.TempDir()
+	tiers, err := tier.Open(filepath.Join(dir, "hdd"), filepath.Join(dir, "nvm"), filepath.Join(dir, "state"))
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, tiers.Close()) })
+	m, err := New(t.Context(), Config{Migrate: true}, s, s, tiers, Books{Profiles: profiles, Predictions: &shelf{}, Origins: &shelf{}})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	for _, l := range s.layers {
+		for _, on := range tier.Tiers {
+			require.NoError(t, os.MkdirAll(tiers.Data(on, l.ID), 0o700))
+			require.NoError(t, os.WriteFile(filepath.Join(tiers.Data(on, l.ID), "file"), []byte("hello"), 0o600))
+		}
+	}
+	return m
+}
+
+func imageOf(name, layer string) Image {
+	i := Image{Namespace: "default", Name: name, Chain: []string{layer}}
+	i.Digest, i.Layers = digest.FromString(name), []digest.Digest{digest.FromString(layer)}
+	return i
+}
+
+// A profile that cannot be read, of a later version say, stops neither the
+// others nor costs its image the files that it needs.
+func TestUnreadableProfileConcernsItsImageOnly(t *testing.T) {
+	good, bad := imageOf("good", "1"), imageOf("bad", "2")
+	s := &still{images: []Image{bad, good}, layers: []plan.Layer{
+		{ID: "1", Tier: placement.HDD, NVM: 8192, Used: time.Now()},
+		{ID: "2", Tier: placement.HDD, NVM: 8192, Used: time.Now()},
+	}}
+	m := newManager(t, s, &shelf{m: map[digest.Digest][]byte{bad.Digest: []byte(`{"schema": 4242}`)}})
+	require.NoError(t, m.apply(t.Context(), s.images))
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	require.NoError(t, m.engine.Wait(ctx))
+	at, err := m.tiers.Stands("/1/file")
+	require.NoError(t, err)
+	require.Equal(t, tier.Standing{NVM: -1, HDD: 5}, at, "nobody needs it")
+	at, err = m.tiers.Stands("/2/file")
+	require.NoError(t, err)
+	require.Equal(t, tier.Standing{NVM: 5, HDD: 5}, at, "nobody knows who needs it")
+}
+
+// A pause holds, also where everything was to be moved at once.
+func TestPauseEndsAHurry(t *testing.T) {
+	s := &still{}
+	m := newManager(t, s, &shelf{})
+	m.mu.Lock()
+	m.hurry = true // as MigrateNow leaves it
+	m.mu.Unlock()
+	require.NoError(t, m.apply(t.Context(), nil))
+	require.NoError(t, m.Pause())
+	require.NoError(t, m.apply(t.Context(), nil))
+	require.Eventually(t, func() bool { return m.engine.Reached() }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return m.engine.Progress().State == migrate.Paused }, 10*time.Second, time.Millisecond)
+}
