@@ -188,6 +188,9 @@ func (s *Snapshotter) nameOf(ctx context.Context, id string) (name string, err e
 	return name, err
 }
 
+// lookPrefix begins the names of directories on which images are mounted for a look.
+const lookPrefix = ".view-"
+
 // View implements [hif.Store].
 func (s hotStore) View(ctx context.Context, image hif.Image, fn func(dir string) error) (err error) {
 	name, err := s.nameOf(ctx, image.Top())
@@ -198,7 +201,7 @@ func (s hotStore) View(ctx context.Context, image hif.Image, fn func(dir string)
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp(s.state(), ".view-")
+	dir, err := os.MkdirTemp(s.state(), lookPrefix)
 	if err != nil {
 		return err
 	}

@@ -14,12 +14,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/containerd/v2/pkg/archive/compression"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
@@ -138,6 +140,7 @@ func (s *Snapshotter) recover(ctx context.Context) error {
 		s.detachTrees(ctx)
 	}
 	s.dropFormerState(ctx)
+	s.dropLooks(ctx, s.state())
 	s.divided.recover(ctx)
 	for _, id := range removed {
 		known[id] = true
@@ -311,6 +314,7 @@ func (s *Snapshotter) dropFormerState(ctx context.Context) {
 		return
 	}
 	dir := filepath.Join(filepath.Dir(s.tiers.State()), s.tiers.Former())
+	s.dropLooks(ctx, dir)
 	var err error
 	for _, sub := range []string{"i", "t", "p"} {
 		mounts, _ := filepath.Glob(filepath.Join(dir, sub, "*"))
@@ -323,6 +327,18 @@ func (s *Snapshotter) dropFormerState(ctx context.Context) {
 	}
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("cannot take down what was mounted for the lost NVM")
+	}
+}
+
+// dropLooks takes down images that were mounted to be looked at when the daemon
+// died ([hotStore.View]): they hold the space of what has left NVM since.
+func (s *Snapshotter) dropLooks(ctx context.Context, state string) {
+	dirs, err := filepath.Glob(filepath.Join(state, lookPrefix+"*"))
+	for _, dir := range dirs {
+		err = errors.Join(err, mount.UnmountAll(dir, unix.MNT_DETACH), os.Remove(dir))
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("cannot take down an image that was looked at")
 	}
 }
 

@@ -361,3 +361,22 @@ func TestRestoredDatabaseSparesTheUnknown(t *testing.T) {
 		return os.IsNotExist(err)
 	}, awaitFor, awaitEvery)
 }
+
+// An image that was being looked at when the daemon was killed stays mounted; the
+// next one takes it down.
+func TestKilledWhileLookingAtAnImage(t *testing.T) {
+	requireRoot(t)
+	dir, d := t.TempDir(), newDownloads(1000)
+	s := start(t, dir, func(c *Config) { c.Downloads = d })
+	name, id := storeLayer(t, s, d, "hello")
+	awaitRecord(t, s, id, func(r record) bool { return r.Durable })
+	lower, err := s.tree(t.Context(), name, id)
+	require.NoError(t, err)
+	look := s.state(lookPrefix + "1")
+	require.NoError(t, os.Mkdir(look, 0o700))
+	require.NoError(t, (&mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro"}, s.lowerOptions(lower, "")...)}).Mount(look))
+	t.Cleanup(func() { _ = mount.UnmountAll(look, 0) })
+	require.NoError(t, s.Close())
+	start(t, dir, func(c *Config) { c.Downloads = d })
+	require.NoDirExists(t, look)
+}
