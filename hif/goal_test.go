@@ -77,9 +77,11 @@ func (s *still) Files(context.Context, Image, func(File) bool) error { return ni
 func (s *still) Space() (plan.Space, error)                          { return plan.Space{Free: 1 << 30, Total: 2 << 30}, nil }
 func (s *still) PartsPath(string) string                             { return "" }
 func (s *still) Busy() (string, bool)                                { return "", false }
-func (s *still) BringHome(context.Context, string) error             { return errors.New("not here") }
-func (s *still) Settled(context.Context, string, int64) error        { return nil }
-func (s *still) PartsChanged(context.Context, string) error          { return nil }
+func (s *still) BringHome(context.Context, string, func(int) error) error {
+	return errors.New("not here")
+}
+func (s *still) Settled(context.Context, string, int64) error { return nil }
+func (s *still) PartsChanged(context.Context, string) error   { return nil }
 
 func newManager(t *testing.T, s *still, profiles *shelf) *Manager {
 	t.Helper()

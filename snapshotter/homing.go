@@ -117,7 +117,7 @@ func (h *homing) copyAll(ctx context.Context) error {
 		h.mu.Lock()
 		h.left, h.current = len(todo)-i, sn.ID
 		h.mu.Unlock()
-		if err := h.copyLayer(ctx, sn); err != nil {
+		if err := h.copyLayer(ctx, sn, h.pace(ctx)); err != nil {
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
@@ -130,7 +130,9 @@ func (h *homing) copyAll(ctx context.Context) error {
 // bring makes HDD the home of a layer: all its data are there, durably, and
 // what stands on NVM is a copy from then on. It returns an error that is
 // ErrUnavailable for a layer that is not durable yet.
-func (h *homing) bring(ctx context.Context, id string) error {
+//
+// pace is as for [tier.Store.WriteBack].
+func (h *homing) bring(ctx context.Context, id string, pace func(int) error) error {
 	r, err := h.s.db.record(ctx, id)
 	switch {
 	case err != nil:
@@ -140,7 +142,7 @@ func (h *homing) bring(ctx context.Context, id string) error {
 	case !r.Durable || r.Damaged != "":
 		return fmt.Errorf("layer id %s is not on its device yet: %w", id, errdefs.ErrUnavailable)
 	}
-	if err := h.copyLayer(ctx, snapshot{ID: id, record: r}); err != nil {
+	if err := h.copyLayer(ctx, snapshot{ID: id, record: r}, pace); err != nil {
 		return err
 	}
 	// A database restored from its copy must not take NVM for the place of files
@@ -164,7 +166,7 @@ func (h *homing) bring(ctx context.Context, id string) error {
 }
 
 // copyLayer copies a layer to HDD, unless that is done.
-func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
+func (h *homing) copyLayer(ctx context.Context, sn snapshot, pace func(int) error) error {
 	select {
 	case h.copying <- struct{}{}:
 		defer func() { <-h.copying }()
@@ -179,10 +181,6 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 	} else {
 		sn.record = r
 	}
-	limit := rate.NewLimiter(rate.Inf, 0)
-	if r := h.s.config.WriteBackRate; r > 0 {
-		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
-	}
 	start := time.Now()
 	if sn.Homing != h.s.config.BootID {
 		// Begun before the machine last went down, maybe: what is there may be torn.
@@ -194,16 +192,7 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 		}
 	}
 	failures := h.s.tiers.Failures(placement.HDD)
-	n, err := h.s.tiers.WriteBack(ctx, sn.ID, func(n int) error {
-		for h.s.placer.busy() {
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-time.After(yield):
-			}
-		}
-		return limit.WaitN(ctx, n)
-	})
+	n, err := h.s.tiers.WriteBack(ctx, sn.ID, pace)
 	if err == nil {
 		err = h.s.syncer.flush(ctx, placement.HDD)
 		if err == nil && h.s.tiers.Failures(placement.HDD) != failures {
@@ -229,6 +218,24 @@ func (h *homing) copyLayer(ctx context.Context, sn snapshot) error {
 	h.s.mirror.changed()
 	log.G(ctx).WithFields(log.Fields{"id": sn.ID, "bytes": n, "took": time.Since(start)}).Info("layer copied to HDD")
 	return nil
+}
+
+// pace lets a piece be copied when no pull is going on and the rate allows it.
+func (h *homing) pace(ctx context.Context) func(int) error {
+	limit := rate.NewLimiter(rate.Inf, 0)
+	if r := h.s.config.WriteBackRate; r > 0 {
+		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
+	}
+	return func(n int) error {
+		for h.s.placer.busy() {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(yield):
+			}
+		}
+		return limit.WaitN(ctx, n)
+	}
 }
 
 // setIdleIO puts the calling thread into the idle class of the I/O schedulers

@@ -15,6 +15,8 @@ import (
 	"github.com/nhybrid/nhybrid/placement"
 )
 
+func unpaced(int) error { return nil }
+
 // mirrored is a record as the copy of the database on HDD has it.
 func mirrored(t *testing.T, s *Snapshotter, id string) record {
 	t.Helper()
@@ -37,7 +39,7 @@ func TestBroughtHomeIsInTheCopyOfTheDatabase(t *testing.T) {
 	s := start(t, dir, func(c *Config) { c.Downloads = d })
 	name, id := storeLayer(t, s, d, "hello")
 	awaitRecord(t, s, id, func(r record) bool { return r.Durable })
-	require.NoError(t, s.homing.bring(t.Context(), id))
+	require.NoError(t, s.homing.bring(t.Context(), id, unpaced))
 	r := mirrored(t, s, id)
 	require.True(t, r.Home && r.Captured && r.Durable)
 	_, err := s.tiers.Demote("/" + id + "/file")
@@ -67,12 +69,12 @@ func TestBringCanBeStopped(t *testing.T) {
 	s.homing.copying <- struct{}{}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- s.homing.bring(ctx, id) }()
+	go func() { done <- s.homing.bring(ctx, id, unpaced) }()
 	cancel()
 	require.ErrorIs(t, <-done, context.Canceled)
 	<-s.homing.copying
-	require.NoError(t, s.homing.bring(t.Context(), id))
-	require.True(t, errdefs.IsNotFound(s.homing.bring(t.Context(), "4242")))
+	require.NoError(t, s.homing.bring(t.Context(), id, unpaced))
+	require.True(t, errdefs.IsNotFound(s.homing.bring(t.Context(), "4242", unpaced)))
 }
 
 // A file that the disk failed to write has its size all the same.
@@ -86,7 +88,7 @@ func TestErrorOfTheDiskBeginsACopyAnew(t *testing.T) {
 	require.NoError(t, mkdirs(filepath.Dir(torn)))
 	require.NoError(t, os.WriteFile(torn, make([]byte, len("hello")), 0o600))
 	s.condemn(t.Context(), placement.HDD, "the disk is bad")
-	require.NoError(t, s.homing.bring(t.Context(), id))
+	require.NoError(t, s.homing.bring(t.Context(), id, unpaced))
 	got, err := os.ReadFile(torn)
 	require.NoError(t, err)
 	require.Equal(t, "hello", string(got))
@@ -99,7 +101,7 @@ func TestSettledAsBeforeIsNoWork(t *testing.T) {
 	s := start(t, t.TempDir(), func(c *Config) { c.Downloads = d })
 	_, id := storeLayer(t, s, d, "hello")
 	awaitRecord(t, s, id, func(r record) bool { return r.Durable })
-	require.NoError(t, s.homing.bring(t.Context(), id))
+	require.NoError(t, s.homing.bring(t.Context(), id, unpaced))
 	require.NoError(t, hotStore{s}.Settled(t.Context(), id, 4096))
 	changes := s.mirror.want.Load()
 	require.NoError(t, hotStore{s}.Settled(t.Context(), id, 4096))

@@ -232,8 +232,8 @@ func (s hotStore) Busy() (why string, busy bool) {
 }
 
 // BringHome implements [migrate.Host].
-func (s hotStore) BringHome(ctx context.Context, id string) error {
-	if err := s.homing.bring(ctx, id); err != nil {
+func (s hotStore) BringHome(ctx context.Context, id string, pace func(int) error) error {
+	if err := s.homing.bring(ctx, id, pace); err != nil {
 		return err
 	}
 	s.hot.Kick() // only what is at home can be divided into parts

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// errReplaced ends a run whose goal is no longer the goal.
+// errReplaced ends a run whose goal is no longer the goal, or that is to begin anew.
 var errReplaced = errors.New("another plan was applied")
 
 // look is how long the engine waits before it looks again whether it may go on.
@@ -34,6 +34,8 @@ func (e *Engine) gate(ctx context.Context, g *goal, operations, bytes int, still
 		var pause time.Duration
 		state, reason, kind := Running, "", ""
 		switch {
+		case paused && e.homing:
+			return errReplaced // the host copies one layer at a time: others may go on
 		case paused:
 			state, kind = Paused, "pause"
 		case now:
@@ -43,7 +45,12 @@ func (e *Engine) gate(ctx context.Context, g *goal, operations, bytes int, still
 				e.disk.begun = sample{} // what the disk does meanwhile is of what we wait for
 				break
 			}
-			if pause = e.disk.listen(); pause > 0 {
+			// What is brought home is written out by the kernel when it likes, so the
+			// disk would be found busy with that; the idle I/O class has to do.
+			if !e.homing {
+				pause = e.disk.listen()
+			}
+			if pause > 0 {
 				if kind = "disk"; e.disk.busy {
 					state, reason = Waiting, fmt.Sprintf("others keep the HDD busy (%.0f %% of the time)", 100*e.disk.share)
 				}

@@ -53,14 +53,14 @@ func (h *host) failure(id string) error {
 	return h.fail[id]
 }
 
-func (h *host) BringHome(ctx context.Context, id string) error {
+func (h *host) BringHome(ctx context.Context, id string, pace func(int) error) error {
 	if err := h.failure(id); err != nil {
 		return err
 	}
 	if h.home(id) {
 		return nil
 	}
-	if _, err := h.tiers.WriteBack(ctx, id, func(int) error { return ctx.Err() }); err != nil {
+	if _, err := h.tiers.WriteBack(ctx, id, pace); err != nil {
 		return err
 	}
 	if err := h.tiers.Sync(placement.HDD); err != nil {

@@ -30,8 +30,10 @@ type Host interface {
 	// asked before each step, so it must be quick.
 	Busy() (reason string, busy bool)
 	// BringHome returns when all data of a layer stand on HDD, durably, and its
-	// record says so. ErrNotFound if the layer is gone.
-	BringHome(ctx context.Context, id string) error
+	// record says so. ErrNotFound if the layer is gone. It calls pace, in the same
+	// goroutine, before it copies a piece of so many bytes; an error of pace ends
+	// it, and the next call goes on where it ended.
+	BringHome(ctx context.Context, id string, pace func(int) error) error
 	// Settled tells how many bytes a layer occupies on NVM after it was changed.
 	// ErrNotFound if the layer is gone; the engine then removes what stands of it.
 	Settled(ctx context.Context, id string, nvmBytes int64) error
@@ -117,6 +119,8 @@ type Engine struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 
+	// homing: a layer is being brought home. Of the engine's goroutine alone.
+	homing bool
 	// settled are layers that were pruned and accounted for since something of
 	// them last left NVM. Of the engine's goroutine alone.
 	settled map[string]bool

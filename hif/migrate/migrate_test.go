@@ -79,6 +79,50 @@ func TestReachesThePlan(t *testing.T) {
 	require.Equal(t, st.Up, e.Stats().Up)
 }
 
+// homing is a host that tells of the first piece of a layer, which then has to wait.
+type homing struct {
+	*host
+	first chan struct{}
+	busy  atomic.Bool
+}
+
+func (h *homing) BringHome(ctx context.Context, id string, pace func(int) error) error {
+	h.busy.Store(true)
+	defer h.busy.Store(false)
+	return h.host.BringHome(ctx, id, func(n int) error {
+		select {
+		case h.first <- struct{}{}:
+			h.set("a container is starting")
+		default:
+		}
+		return pace(n)
+	})
+}
+
+// A layer is not brought home while a container starts, and who pauses the engine
+// then does not keep others from bringing home theirs.
+func TestPauseWhileALayerIsBroughtHome(t *testing.T) {
+	r := newRig(t)
+	p, want := scene(r)
+	h := &homing{host: r.host, first: make(chan struct{}, 1)}
+	e, err := New(Config{}, r.tiers, h)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = e.Close() })
+	soon := func(what func() bool) {
+		t.Helper()
+		require.Eventually(t, what, 10*time.Second, time.Millisecond)
+	}
+	e.Apply(p)
+	soon(func() bool { return e.Progress().State == Waiting })
+	require.True(t, h.busy.Load())
+	e.Pause()
+	soon(func() bool { return e.Progress().State == Paused })
+	require.False(t, h.busy.Load())
+	r.host.set("")
+	e.Resume()
+	r.reaches(e, want)
+}
+
 // Plans come once a minute, and name all layers that have hot files.
 func TestNothingToDoIsNoWork(t *testing.T) {
 	r := newRig(t)

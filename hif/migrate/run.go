@@ -231,7 +231,12 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 			return err
 		}
 		r.config.step("home")
-		if err := r.host.BringHome(ctx, d.Layer); err != nil {
+		r.homing = true
+		err := r.host.BringHome(ctx, d.Layer, func(n int) error {
+			return r.gate(ctx, r.goal, 0, n, func(next *goal) bool { return next.wants(d.Layer) })
+		})
+		r.homing = false
+		if err != nil {
 			if errdefs.IsNotFound(err) {
 				return r.gone(d.Layer)
 			}
