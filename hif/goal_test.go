@@ -69,14 +69,17 @@ type still struct {
 	Store
 	images []Image
 	layers []plan.Layer
+	used   int64
 }
 
 func (s *still) Images(context.Context) ([]Image, error)             { return s.images, nil }
 func (s *still) Layers(context.Context) ([]plan.Layer, error)        { return slices.Clone(s.layers), nil }
 func (s *still) Files(context.Context, Image, func(File) bool) error { return nil }
-func (s *still) Space() (plan.Space, error)                          { return plan.Space{Free: 1 << 30, Total: 2 << 30}, nil }
-func (s *still) PartsPath(string) string                             { return "" }
-func (s *still) Busy() (string, bool)                                { return "", false }
+func (s *still) Space() (plan.Space, error) {
+	return plan.Space{Free: 1<<30 - s.used, Total: 2 << 30}, nil
+}
+func (s *still) PartsPath(string) string { return "" }
+func (s *still) Busy() (string, bool)    { return "", false }
 func (s *still) BringHome(context.Context, string, func(int) error) error {
 	return errors.New("not here")
 }
@@ -140,4 +143,25 @@ func TestPauseEndsAHurry(t *testing.T) {
 	require.NoError(t, m.apply(t.Context(), nil))
 	require.Eventually(t, func() bool { return m.engine.Reached() }, 10*time.Second, time.Millisecond)
 	require.Eventually(t, func() bool { return m.engine.Progress().State == migrate.Paused }, 10*time.Second, time.Millisecond)
+}
+
+// An idle host does not read all profiles each minute.
+func TestNothingHappened(t *testing.T) {
+	s := &still{}
+	m := newManager(t, s, &shelf{})
+	require.False(t, m.still(), "nothing was looked at yet")
+	m.round()
+	require.True(t, m.still())
+	m.Kick()
+	require.False(t, m.still())
+	m.round()
+	require.Eventually(t, m.still, 10*time.Second, time.Millisecond)
+	s.used = 100 << 20
+	require.False(t, m.still(), "somebody has taken space")
+	m.round()
+	require.True(t, m.still())
+	m.mu.Lock()
+	m.looked = time.Now().Add(-2 * lookAnyway)
+	m.mu.Unlock()
+	require.False(t, m.still())
 }

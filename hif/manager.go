@@ -73,7 +73,8 @@ type Manager struct {
 	seen    uint64                // the kicks that the latest finished round knew of
 	planned chan struct{}         // closed and replaced after each round
 	last    Overview
-	hurry   bool // MigrateNow was called and is not done
+	looked  time.Time // when the latest round was made; zero: it failed
+	hurry   bool      // MigrateNow was called and is not done
 	// dividing: parts are being made; undivided: when they could not be, or had
 	// to go for want of space, by id of the top.
 	dividing  bool
@@ -87,8 +88,13 @@ type undivided struct {
 
 type counters struct{ recorded, incomplete atomic.Int64 }
 
-// replan is how often the manager looks at the space without being called.
-const replan = time.Minute
+const (
+	// replan is how often the manager looks at the space without being called.
+	replan = time.Minute
+	// lookAnyway is how often it looks at everything: what is used gets older, and
+	// names of images change without a word.
+	lookAnyway = 10 * time.Minute
+)
 
 // New makes a manager, which does nothing but trace before Start. Where the
 // kernel refuses fanotify it works without traces and says so once.
@@ -179,13 +185,39 @@ func (m *Manager) run() {
 	defer tick.Stop()
 	for {
 		m.round()
-		select {
-		case <-m.ctx.Done():
-			return
-		case <-m.wake:
-		case <-tick.C:
+		for rest := true; rest; {
+			select {
+			case <-m.ctx.Done():
+				return
+			case <-m.wake:
+				rest = false
+			case <-tick.C:
+				rest = m.still()
+			}
 		}
 	}
+}
+
+// still tells whether a round would find all as the last one did. Rounds read
+// every profile, which an idle host should not pay for each minute.
+func (m *Manager) still() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if time.Since(m.looked) > lookAnyway || m.kicks != m.seen || m.hurry || m.dividing {
+		return false
+	}
+	for _, u := range m.undivided {
+		if since := time.Since(u.at); since > partsRetry && since < partsRetry+2*replan {
+			return false // to be tried again
+		}
+	}
+	space, err := m.store.Space()
+	if err != nil {
+		return false
+	}
+	high, _ := m.config.Limits.Marks(space)
+	changed := max(space.Free-m.last.Space.Free, m.last.Space.Free-space.Free)
+	return space.Total == m.last.Space.Total && space.Total-space.Free <= high && changed < space.Total/100
 }
 
 // round looks at the store once: learns of new images, and tells the engine
@@ -202,6 +234,9 @@ func (m *Manager) round() {
 		m.mu.Unlock()
 		m.calm()
 	}()
+	m.mu.Lock()
+	m.looked = time.Time{}
+	m.mu.Unlock()
 	images, err := m.store.Images(m.ctx)
 	if err != nil {
 		if m.ctx.Err() == nil {
@@ -210,8 +245,14 @@ func (m *Manager) round() {
 		return
 	}
 	m.startLearning(images)
-	if err := m.apply(m.ctx, images); err != nil && m.ctx.Err() == nil {
+	err = m.apply(m.ctx, images)
+	if err != nil && m.ctx.Err() == nil {
 		log.L.WithError(err).Warn("no plan could be made; hot files stay as they are")
+	}
+	if err == nil {
+		m.mu.Lock()
+		m.looked = time.Now()
+		m.mu.Unlock()
 	}
 }
 
