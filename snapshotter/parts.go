@@ -51,6 +51,11 @@ func (d *divided) mounted(ctx context.Context, id string) string {
 	if _, err := os.Lstat(image); err != nil {
 		return ""
 	}
+	// Before the lock: while parts of another chain are mounted, whose files on HDD
+	// have to be found, nobody else waits.
+	if parts.Mounted(point) {
+		return point
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.unable != nil {
