@@ -31,8 +31,10 @@ help: ## Show this list.
 ## What is built ---------------------------------------------------------------------------------------------------
 
 .PHONY: build
-build: ## Build the daemon and nhybridctl into bin/.
+build: ## Build the daemon, nhybridctl and the hook for regions into bin/.
 	go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-nhybrid-grpc ./cmd/nhybridctl
+	# It runs at the start of each container, where no library of the host need be: static, and small.
+	CGO_ENABLED=0 go build $(STRIP) -o $(BIN)/ ./cmd/nhybrid-scm-hook
 
 .PHONY: scmlib-c
 scmlib-c: ## Build libscm for C and C++ and libscm_preload into out/scmlib-c (install: make -C scmlib/c install PREFIX=).

@@ -7,6 +7,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 
@@ -54,6 +55,7 @@ func (s backend) space(ctx context.Context) (out [2][]*control.Space, err error)
 			add("parts", filesIn(filepath.Join(s.tiers.Root(t), "p")))
 			add("cold", ofSettled[t]-hot)
 			add("pinned", pinned)
+			add("regions", blocksIn(filepath.Join(s.tiers.Root(t), "r")))
 		} else {
 			add("cold", ofSettled[t])
 			database = s.path(databaseFile)
@@ -78,6 +80,23 @@ func filesIn(dir string) (sum int64) {
 	for _, e := range entries {
 		if info, err := e.Info(); err == nil && info.Mode().IsRegular() {
 			sum += info.Size()
+		}
+	}
+	return sum
+}
+
+// blocksIn sums up what the regions below a store of them (docs/regions.md) take, those that are in the making or wait in the pool
+// included. A region has its blocks from the first day, a snapshot only those that are used.
+func blocksIn(store string) (sum int64) {
+	files, err := filepath.Glob(filepath.Join(store, "*", "*", "data"))
+	if err != nil {
+		return 0
+	}
+	for _, file := range files {
+		if info, err := os.Lstat(file); err == nil {
+			if st, ok := info.Sys().(*syscall.Stat_t); ok {
+				sum += st.Blocks * 512
+			}
 		}
 	}
 	return sum

@@ -122,11 +122,14 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	defer stopFollowing()
 	go func() { _ = watcher.Run(following) }() // it ends with its context, by whose error
 
+	scm := startRegions(ctx, c)
+	defer scm.stop() // before the snapshotter, whose filesystem it is
+
 	text, err := c.Marshal()
 	if err != nil {
 		return err
 	}
-	ctl := control.NewServer(sn.Control(), control.Info{Version: version, Address: c.Address, Config: text})
+	ctl := control.NewServer(withRegions{sn.Control(), scm}, control.Info{Version: version, Address: c.Address, Config: text})
 	srv := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(sn))
 	failed := make(chan error, 3)
@@ -157,14 +160,15 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	}
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	// A call that hangs must not keep the daemon from being replaced.
-	patience, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	waiting, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	ctl.Stop(patience)
+	ctl.Stop(waiting)
 	stopped := make(chan struct{})
-	go func() { srv.GracefulStop(); close(stopped) }()
+	// Regions first: a commit that is under way asks containerd, which asks us.
+	go func() { scm.stop(); srv.GracefulStop(); close(stopped) }()
 	select {
 	case <-stopped:
-	case <-patience.Done():
+	case <-waiting.Done():
 		srv.Stop()
 	}
 	return err

@@ -70,6 +70,9 @@ func (c Config) Check() error {
 	if err := c.Hot.check(); err != nil {
 		return err
 	}
+	if err := c.checkSCM(); err != nil {
+		return err
+	}
 	for _, d := range []struct {
 		key string
 		d   Duration

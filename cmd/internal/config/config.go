@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/nhybrid/nhybrid/scmlib/region/api"
 )
 
 const (
@@ -22,6 +24,8 @@ const (
 	Version = 1
 	// DefaultControlAddress is where nhybridctl looks for the daemon.
 	DefaultControlAddress = "/run/nhybrid/control.sock"
+	// DefaultSCMAddress is where the hook and nhybridctl scm look for it.
+	DefaultSCMAddress = api.Socket
 )
 
 // Config is the whole configuration. The zero value is not valid; begin with Default.
@@ -41,6 +45,7 @@ type Config struct {
 	Snapshot   Snapshot   `toml:"snapshot" comment:"Writable snapshots of containers."`
 	Background Background `toml:"background" comment:"Work that is done after containerd has its answer."`
 	Hot        Hot        `toml:"hot" comment:"Hot image files: what starts of containers need stays on NVM, the rest goes to HDD."`
+	SCM        SCM        `toml:"scm" comment:"Regions: persistent memory for containers, files on NVM that they map (docs/regions.md)."`
 }
 
 // Containerd says how to reach containerd.
@@ -86,6 +91,22 @@ type Hot struct {
 	Parts         Space    `toml:"parts" comment:"Of hot files from this size on only the parts that starts touch stay on NVM. \"0\": files stay whole.\nNeeds Linux 6.12, and an NVM filesystem without DAX."`
 }
 
+// SCM says what regions containers may have.
+type SCM struct {
+	Enabled bool   `toml:"enabled" comment:"true: regions are served. Nothing is made on NVM for it before somebody asks for a region."`
+	Address string `toml:"address" comment:"Unix socket, mode 0600, of the hook that brings regions into containers, and of nhybridctl scm."`
+	Limit   Space  `toml:"limit" comment:"Most that all regions may take of NVM: bytes, or a share of its size. \"0\": all but placement.nvm_reserve.\nWhat regions have, images do not: with less room for them, more of their files go to HDD."`
+	Quota   Space  `toml:"quota" comment:"Most that the regions of one namespace of containerd may take, in the same way. \"0\": no limit of its own."`
+	Regions int    `toml:"regions" comment:"Most regions of one namespace. 0: no limit."`
+	Quotas  List   `toml:"quotas" comment:"Quotas of single namespaces, which go before quota: \"team-a=20GiB, batch=5%\"."`
+	Pool    List   `toml:"pool" comment:"How many regions of a size wait, zeroed, so that containers with such a region start without delay: \"256m=4, 1g=2\".\nSizes are written as in the names of devices. They take their room on NVM, and give it up where a region needs it."`
+	Keep    bool   `toml:"keep" comment:"true: the region of a container becomes a volume when its container is removed. Else it goes with it."`
+	Rate    Rate   `toml:"rate" comment:"Most bytes a second that copies of regions and the filling of the pool move. \"0\": no limit."`
+	CDISpec string `toml:"cdi_spec" comment:"Where the CDI specification is written that lets containers ask for regions: a name that ends in .json in a directory\nwhere container runtimes look, /etc/cdi or /var/run/cdi. Empty: nowhere; then only processes of the host get regions."`
+	CDIKind string `toml:"cdi_kind" comment:"Kind of its devices, vendor/class. A second daemon on a machine needs a kind of its own."`
+	Hook    string `toml:"hook" comment:"Absolute path of nhybrid-scm-hook. Empty: beside the program of the daemon. Without it no specification is written."`
+}
+
 // Default is the configuration of a daemon that was told nothing.
 func Default() Config {
 	return Config{
@@ -113,6 +134,11 @@ func Default() Config {
 			Predict: "files", FetchProfiles: true,
 			Migrate: true, Rate: 50_000_000, Operations: 2000, HighWatermark: 90, LowWatermark: 80,
 			Parts: Space{Bytes: 1 << 20},
+		},
+		// On: a region is made only where somebody who may start containers asks for one, and half of NVM stays the images' whatever they ask.
+		SCM: SCM{
+			Enabled: true, Address: DefaultSCMAddress, Limit: Space{Percent: 50}, Rate: 200_000_000,
+			CDISpec: "/etc/cdi/nhybrid-scm.json", CDIKind: api.Kind,
 		},
 	}
 }

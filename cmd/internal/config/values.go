@@ -152,3 +152,47 @@ func (d *Duration) UnmarshalText(b []byte) error {
 	*d = Duration(v)
 	return nil
 }
+
+// Item is one of a List.
+type Item struct{ Name, Value string }
+
+func (i Item) count() (int, error) {
+	n, err := strconv.ParseUint(i.Value, 10, 31)
+	return int(n), err
+}
+
+// List is written as text, "name=value, name=value". No name is there twice.
+type List []Item
+
+func (l List) String() string {
+	var all []string
+	for _, i := range l {
+		all = append(all, i.Name+"="+i.Value)
+	}
+	return strings.Join(all, ", ")
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (l List) MarshalText() ([]byte, error) { return []byte(l.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (l *List) UnmarshalText(b []byte) error {
+	*l = nil
+	if strings.TrimSpace(string(b)) == "" {
+		return nil
+	}
+	seen := map[string]bool{}
+	for item := range strings.SplitSeq(string(b), ",") {
+		name, value, ok := strings.Cut(item, "=")
+		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
+		if !ok || name == "" || value == "" || strings.Contains(value, "=") {
+			return fmt.Errorf("%q is not name=value; give such pairs, separated by commas", strings.TrimSpace(item))
+		}
+		if seen[name] {
+			return fmt.Errorf("%q is there twice", name)
+		}
+		seen[name] = true
+		*l = append(*l, Item{name, value})
+	}
+	return nil
+}

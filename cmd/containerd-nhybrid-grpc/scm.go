@@ -1,0 +1,224 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/scmlib/region"
+	"github.com/nhybrid/nhybrid/scmlib/region/ctrd"
+	"github.com/nhybrid/nhybrid/scmlib/region/registry"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
+)
+
+// regions serves persistent memory to containers, beside the snapshotter: whatever fails here is a warning, and images go on.
+type regions struct {
+	cdi  *region.CDI // nil: none is asked for
+	stop func()
+
+	mu     sync.Mutex
+	store  *region.Store
+	failed error // why none are served
+	spec   error // why there is no CDI specification, or an old one
+	client *client.Client
+}
+
+// patience is how long the daemon waits for work that was told to end.
+const patience = 10 * time.Second
+
+// startRegions never fails: see warnings.
+func startRegions(ctx context.Context, c config.Config) *regions {
+	r := &regions{stop: func() {}}
+	if !c.SCM.Enabled {
+		return r
+	}
+	if err := r.start(ctx, c); err != nil {
+		r.fail(ctx, err)
+	}
+	return r
+}
+
+func (r *regions) fail(ctx context.Context, err error) {
+	log.G(ctx).WithError(err).Error("regions are not served; images are not concerned")
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = err
+}
+
+func (r *regions) start(ctx context.Context, c config.Config) (err error) {
+	connect := func() (*client.Client, error) { return r.containerd(c.Containerd.Address) }
+	o, err := options(c)
+	if err != nil {
+		return err
+	}
+	o.Identify = ctrd.Identify(connect)
+	if c.SCM.CDISpec != "" {
+		self, err := os.Executable()
+		if err != nil {
+			return fmt.Errorf("find own program: %w", err)
+		}
+		sizes := append(region.DefaultSizes(), slices.Collect(maps.Keys(o.Pool))...)
+		slices.Sort(sizes)
+		r.cdi = &region.CDI{Path: c.SCM.CDISpec, Hook: c.SCM.HookPath(self), Socket: c.SCM.Address, Sizes: slices.Compact(sizes), Kind: c.SCM.CDIKind}
+		o.Volumes = func(names []string) { r.writeSpec(ctx, names) }
+	}
+	spool, err := spool(c.Root)
+	if err != nil {
+		return err
+	}
+	l, err := control.Listen(c.SCM.Address)
+	if err != nil {
+		return err
+	}
+	store, err := region.Open(ctx, filepath.Join(c.NVMRoot, "r"), o)
+	if err != nil {
+		return errors.Join(err, l.Close())
+	}
+	srv := region.NewServer(store)
+	srv.Handle(ctrd.OpCommit, ctrd.Handler(connect, store))
+	registry.Handle(srv, store, registry.Remote{Spool: spool})
+
+	running, cancel := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	work.Go(func() { ctrd.Watch(running, connect, store) })
+	work.Go(func() {
+		if err := srv.Serve(running, l); err != nil && running.Err() == nil {
+			r.fail(ctx, err)
+		}
+	})
+	r.mu.Lock()
+	r.store = store
+	r.mu.Unlock()
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		done := make(chan struct{})
+		go func() { work.Wait(); close(done) }()
+		select {
+		case <-done:
+			if err := r.close(); err != nil {
+				log.G(ctx).WithError(err).Warn("regions")
+			}
+		case <-time.After(patience): // the store's lock goes with the process
+			log.G(ctx).Warn("work on a region does not end; the next start finishes or undoes it")
+		}
+	})
+	return nil
+}
+
+// options are those of the store, on the NVM that there is.
+func options(c config.Config) (o region.Options, err error) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(c.NVMRoot, &fs); err != nil {
+		return o, fmt.Errorf("ask for the size of NVM at %q: %w", c.NVMRoot, err)
+	}
+	total := int64(fs.Blocks) * fs.Bsize
+	o = region.Options{
+		// Regions keep to the reserve as layers do: what it is there for is not theirs either.
+		Limit: c.SCM.Limit.Of(total), Headroom: c.Placement.NVMReserve.Of(total),
+		Quota: region.Quota{Bytes: c.SCM.Quota.Of(total), Regions: c.SCM.Regions},
+		Rate:  int64(c.SCM.Rate), Keep: c.SCM.Keep,
+	}
+	if o.Quotas, err = c.SCM.QuotaOf(total); err != nil {
+		return o, err
+	}
+	o.Pool, err = c.SCM.PoolOf()
+	return o, err
+}
+
+// spool is where regions wait on their way to a registry: on the HDD, since /tmp is memory on many machines. What a crash has left is removed.
+func spool(root string) (string, error) {
+	dir := filepath.Join(root, "spool")
+	if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
+		return "", fmt.Errorf("make directory for regions on their way: %w", err)
+	}
+	return dir, nil
+}
+
+// containerd gives the one client for regions. It connects at the first call, again whenever that is needed.
+func (r *regions) containerd(address string) (*client.Client, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.client == nil {
+		c, err := client.New(address)
+		if err != nil {
+			return nil, fmt.Errorf("connect to containerd at %q: %w", address, err)
+		}
+		r.client = c
+	}
+	return r.client, nil
+}
+
+func (r *regions) close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := r.store.Close()
+	r.store = nil
+	if r.client != nil {
+		err = errors.Join(err, r.client.Close())
+	}
+	return err
+}
+
+// writeSpec keeps the specification as it was where the hook is missing: a device that cannot be brought is worse than none.
+func (r *regions) writeSpec(ctx context.Context, volumes []string) {
+	err := unix.Access(r.cdi.Hook, unix.X_OK)
+	if err != nil {
+		err = fmt.Errorf("%q cannot be run: %w; install it, or set scm.hook, or set scm.cdi_spec = \"\"", r.cdi.Hook, err)
+	} else {
+		err = r.cdi.Write(volumes)
+	}
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("containers cannot ask for regions")
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.spec = err
+}
+
+// warnings are for who looks after the daemon.
+func (r *regions) warnings() (all []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.failed != nil {
+		all = append(all, fmt.Sprintf("regions are not served: %v", r.failed))
+	}
+	if r.spec != nil {
+		all = append(all, fmt.Sprintf("containers cannot ask for regions: %v", r.spec))
+	}
+	if r.store != nil {
+		broken := r.store.Broken()
+		for _, key := range slices.Sorted(maps.Keys(broken)) {
+			all = append(all, broken[key].Error())
+		}
+	}
+	return all
+}
+
+// withRegions adds what is to be said of regions to what the snapshotter says.
+type withRegions struct {
+	control.Backend
+	regions *regions
+}
+
+// Status implements [control.Backend].
+func (b withRegions) Status(ctx context.Context) (*control.StatusResponse, error) {
+	s, err := b.Backend.Status(ctx)
+	if err == nil {
+		s.Warnings = append(s.Warnings, b.regions.warnings()...)
+	}
+	return s, err
+}
