@@ -73,7 +73,8 @@ func (a *app) migrateNow() *cobra.Command {
 				if err := a.printMigration(m); err != nil {
 					return err
 				}
-				if n := m.GetFailed() - before.GetFailed(); wait && n > 0 {
+				// What failed at first and was done then is not named any more.
+				if n := m.GetFailed() - before.GetFailed(); wait && n > 0 && m.GetLastError() != "" {
 					return fmt.Errorf("%d files could not be moved; the last: %s", n, m.GetLastError())
 				}
 				return nil
