@@ -367,6 +367,11 @@ func TestBook(t *testing.T) {
 	bad := &Book{Store: &memory{m: map[digest.Digest][]byte{image.Digest: []byte("{}")}}}
 	_, err = bad.Get(image.Digest)
 	require.ErrorContains(t, err, "stored profile")
+	_, err = bad.Record(next, start(9, "b"), listing{})
+	require.NoError(t, err, "it does not stand in the way of others")
+	bad = &Book{Store: &memory{m: map[digest.Digest][]byte{image.Digest: []byte(`{"schema": 4242, "repository": "` + image.Repository + `"}`)}}}
+	_, err = bad.Record(next, start(9, "b"), listing{})
+	require.NoError(t, err)
 
 	// Starts that end at the same time are all counted.
 	var wg sync.WaitGroup
