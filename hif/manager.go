@@ -65,6 +65,7 @@ type Manager struct {
 
 	learner learner
 	cooled  map[string]bool // ids of tops, see cool; of the loop alone
+	release release
 
 	mu      sync.Mutex
 	closed  bool
@@ -191,7 +192,10 @@ func (m *Manager) run() {
 				return
 			case <-m.wake:
 				rest = false
-			case <-tick.C:
+			case now := <-tick.C:
+				if m.engine != nil && m.release.due(m.engine.Progress().Pinned, now) {
+					m.store.LetGo(m.ctx)
+				}
 				rest = m.still()
 			}
 		}

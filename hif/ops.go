@@ -206,5 +206,8 @@ func (m *Manager) MigrateNow(ctx context.Context) error {
 	m.hurry = true
 	m.undivided = map[string]undivided{}
 	m.mu.Unlock()
+	if m.engine.Progress().Pinned > 0 {
+		m.store.LetGo(ctx)
+	}
 	return m.settle(ctx)
 }

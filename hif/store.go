@@ -78,6 +78,9 @@ type Store interface {
 	// PartsChanged tells that the file there is another one, or gone: who mounts
 	// the chain next shall see that.
 	PartsChanged(ctx context.Context, top string) error
+	// LetGo has running containers forget what they have cached of files that are
+	// not open: what has left NVM takes its space for as long.
+	LetGo(ctx context.Context)
 	// Space tells how much room NVM has.
 	Space() (plan.Space, error)
 }

@@ -252,6 +252,9 @@ func (s hotStore) Settled(ctx context.Context, id string, nvmBytes int64) error 
 	return err
 }
 
+// LetGo implements [hif.Store].
+func (s hotStore) LetGo(ctx context.Context) { s.letGo(ctx) }
+
 // letGo has the overlays of running containers forget what they have cached of
 // files that are not open: an unlinked file holds its space for as long.
 func (s *Snapshotter) letGo(ctx context.Context) {
