@@ -28,13 +28,13 @@ type mirror struct {
 const (
 	// mirrorDelay gathers the changes of one start into one copy.
 	mirrorDelay = 500 * time.Millisecond
-	// mirrorLatest bounds how long a pull, whose own writes to the disk go first,
-	// puts the copy off.
+	// mirrorLatest bounds how long pulls, whose own writes to the disk go first, and
+	// starts, which may wait for it, put the copy off.
 	mirrorLatest = 30 * time.Second
 )
 
 // newMirror copies db to path whenever it has changed and busy tells that no
-// pull is going on.
+// pull and no start is going on.
 func newMirror(db *database, path string, busy func() bool) *mirror {
 	m := &mirror{db: db, path: path, busy: busy, wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan error, 1)}
 	go m.run()
