@@ -37,6 +37,20 @@ type clone struct {
 	owners  []*Watch          // empty: not known yet
 	entries map[uint64]*entry // by inode
 	tries   int
+	pids    map[int32]bool // that opened files, as long as the owner is not known
+}
+
+// maxPids bounds the processes that are remembered of a clone.
+const maxPids = 256
+
+// executed tells whether a program was run through the clone.
+func (c *clone) executed() bool {
+	for _, e := range c.entries {
+		if e.exec {
+			return true
+		}
+	}
+	return false
 }
 
 // entry is one file as opened through one clone.
@@ -169,6 +183,12 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	}
 	if e.opens == 1 {
 		t.first(c, e, fd, ev.Pid)
+	}
+	if len(c.owners) == 0 && !c.foreign && len(c.pids) < maxPids {
+		if c.pids == nil {
+			c.pids = map[int32]bool{}
+		}
+		c.pids[ev.Pid] = true
 	}
 }
 

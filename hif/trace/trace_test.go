@@ -174,6 +174,37 @@ func TestMomentaryMount(t *testing.T) {
 	require.False(t, got.Files[0].Assumed)
 }
 
+// A container that was gone before it could be looked at leaves its opens to the watch that saw no other, and not to a
+// container that is known to run.
+func TestContainerThatWasGone(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
+	for _, f := range []string{"lives", "gone", "passwd"} {
+		s.put(placement.HDD, "3", f, []byte("x"))
+	}
+	tr := s.tracer(s.config())
+	lives, gone := s.container("7"), s.container("8")
+	lives.Layers, gone.Layers = []string{"3"}, []string{"3"}
+	a, b := watch(t, tr, lives), watch(t, tr, gone)
+	run(t, "chroot", lives.mount(), "/bin/sh", "-c", "cat /lives")
+	require.Eventually(t, func() bool { return a.Files() > 0 && tr.Stats().Opens[placement.HDD] >= 1 }, 10*time.Second, time.Millisecond)
+	release := hold(t, tr)
+	m := gone.mount()
+	run(t, "chroot", m, "/bin/sh", "-c", "cat /gone")
+	require.NoError(t, unix.Unmount(m, 0))
+	point := t.TempDir() // somebody only looks
+	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	run(t, "cat", filepath.Join(point, "passwd"))
+	require.NoError(t, unix.Unmount(point, 0))
+	release()
+	first, second := ready(a), ready(b)
+	require.Contains(t, paths(first), "lives")
+	require.Contains(t, paths(first), "passwd")
+	require.NotContains(t, paths(first), "gone")
+	require.Contains(t, paths(second), "gone")
+	require.NotContains(t, paths(second), "lives")
+}
+
 // Twenty containers of the same layers at once, each with a program of its own.
 func TestProfilesDoNotMix(t *testing.T) {
 	s := newStore(t)

@@ -192,6 +192,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		order = append(order, f)
 	}
 	var orphans []*clone
+	own := false // what the start executed came through its own mount
 	for _, c := range t.mounts {
 		i := slices.Index(c.owners, w)
 		if i < 0 {
@@ -200,6 +201,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 			}
 			continue
 		}
+		own = own || c.executed()
 		for _, e := range c.entries {
 			add(e, false)
 		}
@@ -209,6 +211,9 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		}
 	}
 	for _, c := range orphans {
+		if own && others(c, orphans) {
+			continue
+		}
 		for _, e := range c.entries {
 			if e.first >= w.opened && slices.Contains(w.start.Layers, e.layer) {
 				add(e, true)
@@ -250,6 +255,23 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		t.mu.Unlock()
 		close(w.done)
 	}()
+}
+
+// others tells whether a clone without a known owner is of another container
+// than those whose mounts are known: something was executed in it, or by a
+// process of it. Who looks users up in an image executes nothing.
+func others(c *clone, orphans []*clone) bool {
+	return c.executed() || slices.ContainsFunc(orphans, func(o *clone) bool {
+		if !o.executed() {
+			return false
+		}
+		for pid := range c.pids {
+			if o.pids[pid] {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 // file makes the record of an entry; what can be measured later is added by
