@@ -14,10 +14,12 @@ import (
 	"github.com/nhybrid/nhybrid/placement"
 )
 
-// cool takes the large files of images that were never started out of the page
-// cache, once for each image. They are there since the pull wrote them; only of
-// what is not can the trace of the first start tell which parts it touched
-// (cachestat(2)). Files on HDD are left: reading them again would take long.
+// cool takes large files out of the page cache of which it is not known what a
+// start touches of them: those of images that were never started, which are
+// cached since the pull wrote them, and those that the last start found cached,
+// once after each. Only of what is not cached can the trace of the next start
+// tell which parts it touched (cachestat(2)). Files on HDD are left: reading them
+// again would take long.
 func (m *Manager) cool(images []wanted, layers []plan.Layer) {
 	if m.config.PartsFrom <= 0 || m.tracer == nil || m.Busy() {
 		return
@@ -28,7 +30,7 @@ func (m *Manager) cool(images []wanted, layers []plan.Layer) {
 	}
 next:
 	for _, w := range images {
-		if m.cooled[w.Top()] || w.settled() {
+		if at, done := m.cooled[[2]string{w.Top(), w.Digest.String()}]; done && at.Equal(w.Updated) {
 			continue
 		}
 		for _, id := range w.Chain {
@@ -36,7 +38,15 @@ next:
 				continue next
 			}
 		}
-		m.cooled[w.Top()] = true
+		m.cooled[[2]string{w.Top(), w.Digest.String()}] = w.Updated
+		if w.settled() {
+			for _, h := range w.Hot {
+				if h.Touched < 0 && !h.Pinned && h.Size >= m.config.PartsFrom {
+					dropCache(filepath.Join(m.tiers.DataRoot(placement.NVM), w.redirect(h.Layer, h.Path)))
+				}
+			}
+			continue
+		}
 		err := m.store.Files(m.ctx, w.Image, func(f File) bool {
 			if f.Size >= m.config.PartsFrom {
 				dropCache(filepath.Join(m.tiers.DataRoot(placement.NVM), f.Redirect))

@@ -64,7 +64,7 @@ type Manager struct {
 	wake chan struct{}
 
 	learner learner
-	cooled  map[string]bool // ids of tops, see cool; of the loop alone
+	cooled  map[[2]string]time.Time // by id of the top and digest, see cool; of the loop alone
 	release release
 
 	mu      sync.Mutex
@@ -106,7 +106,7 @@ func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *t
 		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
-		learner: newLearner(), cooled: map[string]bool{}, starts: map[string]*openStart{},
+		learner: newLearner(), cooled: map[[2]string]time.Time{}, starts: map[string]*openStart{},
 	}
 	if c.Trace {
 		var roots [2]string

@@ -185,10 +185,10 @@ func TestSmallNVM(t *testing.T) {
 // An image is removed while its files come up, and while they leave.
 func TestImageRemovedWhileFilesMove(t *testing.T) {
 	t.Parallel()
-	ctx := soon(t)
 	for _, up := range []bool{true, false} {
 		t.Run(fmt.Sprintf("up=%v", up), func(t *testing.T) {
 			t.Parallel()
+			ctx := soon(t)
 			policy := map[bool]string{true: "hdd", false: "nvm"}[up]
 			r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy="+policy, "--set", "hot.predict=off", "--set", "hot.operations=20")})
 			bulk(t, r, "app:1", 60)

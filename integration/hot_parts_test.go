@@ -173,3 +173,25 @@ func found(t *testing.T, r *rig.Rig, word string) (paths []string) {
 	}
 	return paths
 }
+
+// A start right after the pull finds all of the image cached, and cannot tell what of a large file it needs. The next one can.
+func TestPartsAfterAWarmStart(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy=nvm")})
+	k := knownImage(t, 20, 8<<20+77)
+	k.push(t, r, "app:1")
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	awaitCool(t, r, "app:1", "app/large1")
+	data := filepath.Join(r.NVM, "d", inspect(t, r, "app:1")[2].SnapshotID, "app/large1")
+	_, err := os.ReadFile(data)
+	require.NoError(t, err)
+	sum := run(t, r, "app:1", "sh", "-c", pieces)
+	awaitMigration(t, r, 1)
+	require.EqualValues(t, 8<<20+77, hotFiles(t, r, "app:1")["app/large1"].NVMBytes)
+	awaitCool(t, r, "app:1", "app/large1")
+	require.Equal(t, sum, run(t, r, "app:1", "sh", "-c", pieces))
+	awaitMigration(t, r, 2)
+	require.Less(t, inParts(t, r, "app:1", "app/large1"), int64(4<<20))
+	k.check(t, r, "app:1")
+}
