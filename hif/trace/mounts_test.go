@@ -23,3 +23,21 @@ func TestOverlayOf(t *testing.T) {
 		require.Equal(t, want, [2]string{o.tree, o.upper}, options)
 	}
 }
+
+// What containerd reads before it starts a program does not end the watch.
+func TestQuietBeforeAnythingWasExecuted(t *testing.T) {
+	w := &Watch{t: &Tracer{cfg: Config{Quiet: 1, Max: 100, Unused: 50}}, opened: 5}
+	due := func(want int, why Reason) {
+		t.Helper()
+		at, reason := w.due()
+		require.EqualValues(t, want, at)
+		require.Equal(t, why, reason)
+	}
+	due(55, EndUnused)
+	w.touch(10)
+	due(14, EndQuiet)
+	w.executed = true
+	due(11, EndQuiet)
+	w.touch(110)
+	due(110, EndMax)
+}

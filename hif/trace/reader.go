@@ -184,6 +184,11 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	if e.opens == 1 {
 		t.first(c, e, fd, ev.Pid)
 	}
+	if e.exec {
+		for _, w := range c.owners {
+			w.executed = true
+		}
+	}
 	if len(c.owners) == 0 && !c.foreign && len(c.pids) < maxPids {
 		if c.pids == nil {
 			c.pids = map[int32]bool{}

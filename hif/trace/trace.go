@@ -41,7 +41,8 @@ type Config struct {
 	// Roots are the data roots, by tier. Their filesystems are marked while
 	// a watch is open.
 	Roots [2]string
-	// Quiet ends a watch when for so long no file was opened for the first time.
+	// Quiet ends a watch when for so long no file was opened for the first time,
+	// or four times as long before anything was executed.
 	Quiet time.Duration
 	// Max ends a watch so long after its first open.
 	Max time.Duration

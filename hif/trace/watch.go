@@ -24,6 +24,7 @@ type Watch struct {
 	opened    time.Duration // of the watch, since t.epoch
 	used      time.Duration // first open; 0: none yet
 	newest    time.Duration // latest first open of a file
+	executed  bool          // something of it was executed
 	ready     bool          // Ready was called
 	drained   bool          // and the queue was asked once more since
 	overflows uint64        // t's counters when the watch was opened
@@ -123,12 +124,21 @@ func (w *Watch) touch(now time.Duration) {
 	w.newest = now
 }
 
+// patience is how many quiet periods a watch lasts in which nothing was executed.
+const patience = 4
+
 // due says when the watch ends if nothing more happens, and why.
 func (w *Watch) due() (time.Duration, Reason) {
 	if w.used == 0 {
 		return w.opened + w.t.cfg.Unused, EndUnused
 	}
-	if q, m := w.newest+w.t.cfg.Quiet, w.used+w.t.cfg.Max; q < m {
+	quiet := w.t.cfg.Quiet
+	if !w.executed {
+		// containerd reads /etc/passwd of an image, and then sets up namespaces and
+		// cgroups: on a host that starts many at once that takes its time.
+		quiet *= patience
+	}
+	if q, m := w.newest+quiet, w.used+w.t.cfg.Max; q < m {
 		return q, EndQuiet
 	} else {
 		return m, EndMax
