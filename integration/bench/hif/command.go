@@ -68,7 +68,8 @@ func Command() *cobra.Command {
 	f.StringVar(&o.cache, "cache", "", "directory of built images (default: $NHYBRID_CACHE, or out/cache of the repository)")
 	f.StringVar(&o.logs, "logs", "", "directory for the daemon's log of every image (default: none are kept)")
 	f.StringSliceVar(&o.images, "images", nil, "images to measure (default all)")
-	f.StringSliceVar(&o.first, "first", []string{"redis", "nginx", "httpd", "postgres", "rabbitmq", "php"}, "images for first starts with what is known of them")
+	f.StringSliceVar(&o.first, "first", []string{"postgres", "mariadb", "php", "tomcat", "django", "zookeeper"},
+		"images for first starts with what is known of them; those with their largest layer below are on NVM whatever is known")
 	f.StringSliceVar(&o.many, "many", []string{"redis", "memcached", "influxdb", "nginx", "httpd", "haproxy", "registry", "eclipse-mosquitto", "debian", "postgres"},
 		"images that are started at once, one container each")
 	f.StringVar(&o.twenty, "twenty", "nginx", "image of which many containers are started at once")

@@ -144,7 +144,7 @@ func (b *bench) atOnce(ctx context.Context, s *stand, variant string, names []st
 		count[name]++
 	}
 	for i := range names {
-		if err := s.daemon.ready(ctx, containers[i]); err != nil {
+		if err := s.daemon.ready(ctx, containers[i].id); err != nil {
 			return total, err
 		}
 	}
@@ -219,9 +219,7 @@ func (b *bench) alone(ctx context.Context, s *stand, name string, p *profile.Pro
 	crowd := v.inodes(p, 0)
 	for _, path := range used {
 		inodes[files[path].inode] = true
-	}
-	for inode := range inodes {
-		if !crowd[inode] {
+		if !crowd[files[path].inode] {
 			m.Lacking++
 		}
 	}

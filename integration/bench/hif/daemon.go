@@ -41,10 +41,17 @@ func await(ctx context.Context, ask func(context.Context) error) error {
 	return rig.Await(ctx, ask)
 }
 
-// settled waits until no work of the snapshotter itself is left: captures, trees, removals. Copying home is the
-// migration's.
+// settled waits until no work of the snapshotter itself is left: captures, trees, removals, and starts that are watched.
+// Copying home is the migration's.
 func (d *daemon) settled(ctx context.Context) error {
 	return await(ctx, func(ctx context.Context) error {
+		starts, err := d.watched(ctx)
+		if err != nil {
+			return err
+		}
+		if len(starts) > 0 {
+			return fmt.Errorf("the start of %s is watched", starts[0].GetContainer())
+		}
 		s, err := d.client.Status(ctx, &control.StatusRequest{})
 		if err != nil {
 			return fmt.Errorf("ask the daemon for its status: %w", err)
@@ -94,9 +101,9 @@ func (d *daemon) starts(ctx context.Context, image string) (int, error) {
 	return p.Starts + p.Incomplete, nil
 }
 
-// ready ends the watch of a start.
-func (d *daemon) ready(ctx context.Context, s *started) error {
-	_, err := d.client.Ready(ctx, &control.ReadyRequest{Container: s.id, Namespace: d.rig.Namespace})
+// ready ends the watch of a start, of which it gets the container or the snapshot.
+func (d *daemon) ready(ctx context.Context, id string) error {
+	_, err := d.client.Ready(ctx, &control.ReadyRequest{Container: id, Namespace: d.rig.Namespace})
 	if err == nil {
 		return nil
 	}
@@ -104,12 +111,12 @@ func (d *daemon) ready(ctx context.Context, s *started) error {
 	if err = errgrpc.ToNative(err); errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
 		return nil
 	}
-	return fmt.Errorf("end the watch of container %s: %w", s.id, err)
+	return fmt.Errorf("end the watch of container %s: %w", id, err)
 }
 
 // recorded ends the watch of a start and waits until it is in the book as the one with the given number.
 func (d *daemon) recorded(ctx context.Context, s *started, image string, number int) (p *profile.Profile, err error) {
-	if err := d.ready(ctx, s); err != nil {
+	if err := d.ready(ctx, s.id); err != nil {
 		return nil, err
 	}
 	err = await(ctx, func(ctx context.Context) (err error) {
@@ -176,19 +183,28 @@ func (d *daemon) migrate(ctx context.Context) (migration, error) {
 	return m, err
 }
 
-// counts says if the watch of a container has so many files.
-func (d *daemon) counts(ctx context.Context, container string, files int) error {
+// watched are the starts that are under way.
+func (d *daemon) watched(ctx context.Context) ([]*control.OpenStart, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := d.client.Top(ctx, &control.TopRequest{})
 	if err != nil {
-		return err
+		return nil, err
 	}
 	sample, err := stream.Recv()
 	if err != nil {
-		return fmt.Errorf("ask for open starts: %w", err)
+		return nil, fmt.Errorf("ask for open starts: %w", err)
 	}
-	for _, s := range sample.GetStarts() {
+	return sample.GetStarts(), nil
+}
+
+// counts says if the watch of a container has so many files.
+func (d *daemon) counts(ctx context.Context, container string, files int) error {
+	starts, err := d.watched(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range starts {
 		if s.GetContainer() == container {
 			if s.GetFiles() < int64(files) {
 				return fmt.Errorf("the watch of container %s has %d of %d files", container, s.GetFiles(), files)

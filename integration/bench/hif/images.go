@@ -202,17 +202,7 @@ func (t *trial) migration(ctx context.Context) (err error) {
 	if t.row.Migration, err = t.daemon.migrate(ctx); err != nil {
 		return err
 	}
-	want, err := t.places[overlayNVM].view(ctx, t.img, t.stand.dir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, want.close(ctx)) }()
-	got, err := t.places[hybrid].view(ctx, t.img, t.stand.dir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, got.close(ctx)) }()
-	if t.row.Integrity, err = compare(ctx, want.dir, got.dir); err != nil {
+	if t.row.Integrity, err = t.compare(ctx); err != nil {
 		return err
 	}
 	if err := t.running.remove(ctx); err != nil {
@@ -224,6 +214,22 @@ func (t *trial) migration(ctx context.Context) (err error) {
 	// Blocks that the container held are free only now.
 	t.row.Space.Migrated, err = t.grown(hybrid, t.before)
 	return err
+}
+
+// compare holds the image as nhybrid shows it against the layers as overlayfs does.
+func (t *trial) compare(ctx context.Context) (_ *integrity, err error) {
+	want, err := t.places[overlayNVM].view(ctx, t.img, t.stand.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, want.close(ctx)) }()
+	got, err := t.places[hybrid].view(ctx, t.img, t.stand.dir)
+	if err != nil {
+		return nil, err
+	}
+	// What was read here is no start.
+	defer func() { err = errors.Join(err, t.daemon.ready(ctx, got.key), got.close(ctx)) }()
+	return compare(ctx, want.dir, got.dir)
 }
 
 // secondStarts measures the variants in turn, each round in another order. overlayfs on HDD, which takes long and varies

@@ -84,6 +84,10 @@ func picture(r *curveRow) []byte {
 			fmt.Fprintf(&points, "%.1f,%.1f ", x.at(p.S), y.at(float64(p.Bytes)/1e6))
 		}
 		fmt.Fprintf(&b, `<polyline fill="none" stroke="%s" stroke-width="2" points="%s"/>`+"\n", c.colour, strings.TrimSpace(points.String()))
+		if n := len(c.Samples); n > 0 && c.Samples[n-1].S < x.max { // nothing more was done, and so nothing changes
+			last := y.at(float64(c.Samples[n-1].Bytes) / 1e6)
+			line(x.at(c.Samples[n-1].S), last, x.to, last, fmt.Sprintf(`stroke="%s" stroke-width="1" stroke-dasharray="6 4"`, c.colour))
+		}
 		at := marginLeft + float64(i)*240
 		line(at, 36, at+24, 36, fmt.Sprintf(`stroke="%s" stroke-width="2"`, c.colour))
 		text(at+30, 40, "", "%s", c.name)

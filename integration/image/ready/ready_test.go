@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -139,22 +140,22 @@ func TestAwaitIsInTheNamespace(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("entering a network namespace needs root")
 	}
-	asked := 0
+	var asked atomic.Int32
 	port := serve(t, func(c net.Conn) {
-		if asked++; asked < 3 {
+		if asked.Add(1) < 3 {
 			return
 		}
 		fixed(1, "yes\n")(c)
 	})
 	require.NoError(t, Await(within(t), os.Getpid(), Line(port, "?", "yes"), time.Millisecond))
-	require.Equal(t, 3, asked)
+	require.EqualValues(t, 3, asked.Load())
 
 	child := newNetwork(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	err := Await(ctx, child, Line(port, "?", "yes"), time.Millisecond)
 	require.ErrorIs(t, err, context.DeadlineExceeded)
-	require.Equal(t, 3, asked)
+	require.EqualValues(t, 3, asked.Load())
 }
 
 // newNetwork starts a process in a network namespace of its own.
