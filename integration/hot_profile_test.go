@@ -165,13 +165,16 @@ func TestImportOfProfiles(t *testing.T) {
 		}
 		return out.String(), nil
 	}
-	// changed is the good profile with some of it replaced; in the last file, with "file".
+	// changed is the good profile with some of it replaced; with "file", in that of top/c.
 	changed := func(what map[string]any) string {
 		var p map[string]any
 		require.NoError(t, json.Unmarshal([]byte(good), &p))
 		if file, ok := what["file"].(map[string]any); ok {
-			files := p["files"].([]any)
-			maps.Copy(files[len(files)-1].(map[string]any), file)
+			for _, f := range p["files"].([]any) {
+				if f := f.(map[string]any); f["path"] == "top/c" {
+					maps.Copy(f, file)
+				}
+			}
 		} else {
 			maps.Copy(p, what)
 		}
