@@ -42,6 +42,7 @@ func main() {
 type app struct {
 	out, errs io.Writer
 	address   string
+	regions   string // socket, where the user names one
 	namespace string
 	json      bool
 	bytes     bool
@@ -101,7 +102,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.namespace, "namespace", "n", os.Getenv("CONTAINERD_NAMESPACE"), "containerd namespace")
 	f.BoolVar(&a.json, "json", false, "print JSON")
 	f.BoolVar(&a.bytes, "bytes", false, "print sizes as bytes")
-	c.AddCommand(a.status(), a.ls(), a.inspect(), a.why(), a.du(), a.watch(), a.top(), a.profile(), a.migrate(), a.doctor(), a.simulate(), a.config(), a.version())
+	c.AddCommand(a.status(), a.ls(), a.inspect(), a.why(), a.du(), a.watch(), a.top(), a.profile(), a.migrate(), a.scm(), a.doctor(), a.simulate(), a.config(), a.version())
 	return c
 }
 
