@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/scmlib/region"
 )
 
 func file(t *testing.T, content string) string {
@@ -101,6 +103,22 @@ func TestBadFile(t *testing.T) {
 		"[snapshot]\nupper_tier = 'ssd'":                        `snapshot.upper_tier: "ssd" is neither`,
 		"[snapshot]\nsync_remove = 'no'":                        "snapshot.sync_remove: the value is of type string and should be of type bool",
 		"[background]\nworkers = 0":                             "background.workers: 0 is too few",
+		"[scm]\naddress = 'scm.sock'":                           `scm.address: "scm.sock" is relative`,
+		"[scm]\naddress = '/run/nhybrid/control.sock'":          "scm.address: is the socket of control_address",
+		"[scm]\nlimit = 'all'":                                  `:2: scm.limit: size "all"`,
+		"[scm]\nregions = -1":                                   "scm.regions: -1 is negative",
+		"[scm]\nquotas = 'team-a'":                              `:2: scm.quotas: "team-a" is not name=value`,
+		"[scm]\nquotas = 'a=1GiB, a=2GiB'":                      `scm.quotas: "a" is there twice`,
+		"[scm]\nquotas = 'a=much'":                              `scm.quotas: a: size "much"`,
+		"[scm]\nquotas = 'a/b=1GiB'":                            `scm.quotas: "a/b" is not the name of a namespace`,
+		"[scm]\npool = 'big=1'":                                 `scm.pool: size "big"`,
+		"[scm]\npool = '256m=many'":                             "scm.pool: 256m=many: give a number of regions",
+		"[scm]\npool = '1g=1, 1024m=1'":                         "scm.pool: 1024m is there twice",
+		"[scm]\nrate = 'fast'":                                  `scm.rate: rate "fast"`,
+		"[scm]\ncdi_spec = 'scm.json'":                          `scm.cdi_spec: "scm.json" is not the absolute path`,
+		"[scm]\ncdi_spec = '/etc/cdi/scm'":                      `scm.cdi_spec: "/etc/cdi/scm" is not`,
+		"[scm]\ncdi_kind = 'scm'":                               `scm.cdi_kind: "scm" is not a vendor and a class`,
+		"[scm]\nhook = 'nhybrid-scm-hook'":                      `scm.hook: "nhybrid-scm-hook" is relative`,
 		"\x00":                                                  ":1: ",
 	} {
 		_, err := Load(file(t, content), nil, nil)
@@ -152,6 +170,14 @@ func TestMarshalRoundTrip(t *testing.T) {
 	c.Background = Background{Workers: 5, WriteBackRate: 1 << 20}
 	c.Snapshot = Snapshot{UpperTier: "hdd", SyncRemove: true}
 	c.MetricsAddress = "127.0.0.1:9100"
+	c.SCM.Pool, c.SCM.Quotas = List{{"256m", "4"}, {"1g", "2"}}, List{{"team-a", "20GiB"}, {"batch", "5%"}}
+	pool, err := c.SCM.PoolOf()
+	require.NoError(t, err)
+	require.Equal(t, map[int64]int{256 << 20: 4, 1 << 30: 2}, pool)
+	quotas, err := c.SCM.QuotaOf(1000)
+	require.NoError(t, err)
+	require.Equal(t, map[string]region.Quota{"team-a": {Bytes: 20 << 30}, "batch": {Bytes: 50}}, quotas)
+	require.Equal(t, "/usr/bin/nhybrid-scm-hook", c.SCM.HookPath("/usr/bin/containerd-nhybrid-grpc"))
 	b, err := c.Marshal()
 	require.NoError(t, err)
 	back, err := Parse("x", b)

@@ -39,7 +39,9 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 	}
 	name = proxy(f, file, whole, c, name)
 	unpack(f, file, whole, name)
-	cri(f, file, whole, name)
+	if cri(f, file, whole, name) {
+		cdi(f, file, whole, c)
+	}
 	address(f, file, whole, raw, c)
 	metadata(f, whole, sync)
 	return f.all
@@ -129,11 +131,12 @@ func unpack(f *findings, file string, t Table, name string) {
 	}
 }
 
-func cri(f *findings, file string, t Table, name string) {
+// cri tells whether there is any.
+func cri(f *findings, file string, t Table, name string) bool {
 	disabled := t.texts("disabled_plugins")
 	if slices.Contains(disabled, pluginCRI) || slices.Contains(disabled, "cri") || slices.Contains(disabled, pluginImages) {
 		f.ok("CRI is disabled: no Kubernetes on this containerd")
-		return
+		return false
 	}
 	section, images := pluginImages, t.at("plugins", pluginImages)
 	runtimes := t.at("plugins", pluginRuntime, "containerd", "runtimes")
@@ -158,6 +161,7 @@ func cri(f *findings, file string, t Table, name string) {
 	if images.truth("discard_unpacked_layers") {
 		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: discard_unpacked_layers = false", file, section), "CRI throws blobs away once they are unpacked: after a crash or the loss of NVM, layers cannot be rebuilt from them")
 	}
+	return true
 }
 
 // address compares the socket of containerd with the one that the daemon asks about downloads.

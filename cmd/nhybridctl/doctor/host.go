@@ -30,6 +30,9 @@ func Host(c config.Config) []Finding {
 	nvm, nvmFound := tier("nvm", c.NVMRoot, c)
 	hdd, hddFound := tier("hdd", c.Root, c)
 	all := append(nvmFound, hddFound...)
+	if nvm != nil && !nvm.ReadOnly {
+		all = append(all, Regions(*nvm, c)...)
+	}
 	if nvm != nil && hdd != nil {
 		all = append(all, Trace(*nvm, *hdd)...)
 		t := &findings{area: "tiers"}
