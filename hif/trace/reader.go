@@ -37,16 +37,32 @@ type clone struct {
 	owners  []*Watch          // empty: not known yet
 	entries map[uint64]*entry // by inode
 	tries   int
-	pids    map[int32]bool // that opened files, as long as the owner is not known
+	// pids are of processes that opened files through it, and whether they
+	// executed something through it.
+	pids map[int32]bool
+	ran  bool // one of them did
 }
 
 // maxPids bounds the processes that are remembered of a clone.
-const maxPids = 256
+const maxPids = 4096
 
-// executed tells whether a program was run through the clone.
-func (c *clone) executed() bool {
-	for _, e := range c.entries {
-		if e.exec {
+// by keeps who opened a file. Processes that are not in a namespace of ours are all 0.
+func (c *clone) by(pid int32, executes bool) {
+	if pid <= 0 || len(c.pids) >= maxPids {
+		return
+	}
+	if c.pids == nil {
+		c.pids = map[int32]bool{}
+	}
+	c.pids[pid] = c.pids[pid] || executes
+}
+
+// akin tells whether a process that executed something through o opened files
+// through c: they are of one container. Who looks at containers from outside
+// executes nothing in them.
+func (c *clone) akin(o *clone) bool {
+	for pid := range c.pids {
+		if o.pids[pid] {
 			return true
 		}
 	}
@@ -176,7 +192,9 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 		}
 	}
 	e.opens++
-	e.exec = e.exec || ev.Mask&unix.FAN_OPEN_EXEC != 0
+	execs := ev.Mask&unix.FAN_OPEN_EXEC != 0
+	e.exec, c.ran = e.exec || execs, c.ran || execs
+	c.by(ev.Pid, execs)
 	t.stats.Opens[e.tier]++
 	if e.parts {
 		t.stats.Parts++
@@ -188,12 +206,6 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 		for _, w := range c.owners {
 			w.executed = true
 		}
-	}
-	if len(c.owners) == 0 && !c.foreign && len(c.pids) < maxPids {
-		if c.pids == nil {
-			c.pids = map[int32]bool{}
-		}
-		c.pids[ev.Pid] = true
 	}
 }
 
@@ -265,6 +277,10 @@ func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t, gone bool) bool 
 		return false
 	}
 	for i := range t.roots {
+		// A start must not wait for the HDD to say that a file of NVM is not there.
+		if !gone && t.roots[i].dev != devOf(st) {
+			continue
+		}
 		var at unix.Statx_t
 		if err := unix.Statx(t.roots[i].fd, name, unix.AT_SYMLINK_NOFOLLOW, statxMask, &at); err != nil {
 			continue

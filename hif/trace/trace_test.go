@@ -4,6 +4,7 @@
 package trace
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -179,7 +180,8 @@ func TestMomentaryMount(t *testing.T) {
 func TestContainerThatWasGone(t *testing.T) {
 	s := newStore(t)
 	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
-	for _, f := range []string{"lives", "gone", "passwd"} {
+	s.put(placement.NVM, "3", "fast", []byte("x"))
+	for _, f := range []string{"lives", "gone", "late", "passwd"} {
 		s.put(placement.HDD, "3", f, []byte("x"))
 	}
 	tr := s.tracer(s.config())
@@ -190,7 +192,7 @@ func TestContainerThatWasGone(t *testing.T) {
 	require.Eventually(t, func() bool { return a.Files() > 0 && tr.Stats().Opens[placement.HDD] >= 1 }, 10*time.Second, time.Millisecond)
 	release := hold(t, tr)
 	m := gone.mount()
-	run(t, "chroot", m, "/bin/sh", "-c", "cat /gone")
+	run(t, "chroot", m, "/bin/sh", "-c", "cat /gone /fast")
 	require.NoError(t, unix.Unmount(m, 0))
 	point := t.TempDir() // somebody only looks
 	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
@@ -202,7 +204,35 @@ func TestContainerThatWasGone(t *testing.T) {
 	require.Contains(t, paths(first), "passwd")
 	require.NotContains(t, paths(first), "gone")
 	require.Contains(t, paths(second), "gone")
+	require.Contains(t, paths(second), "fast")
 	require.NotContains(t, paths(second), "lives")
+}
+
+// The mount of a container is known on one tier when it goes, and not yet on the other: one process has used both.
+func TestHalfOfAMountIsKnown(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
+	s.put(placement.HDD, "3", "late", []byte("x"))
+	tr := s.tracer(s.config())
+	c, other := s.container("7"), s.container("8")
+	c.Layers, other.Layers = []string{"3"}, []string{"3"}
+	a, b := watch(t, tr, c), watch(t, tr, other)
+	m := c.mount()
+	read, write, err := os.Pipe()
+	require.NoError(t, err)
+	cmd := exec.Command("chroot", m, "/bin/sh", "-c", "read x; exec cat /late")
+	cmd.Stdin = read
+	require.NoError(t, cmd.Start())
+	require.Eventually(t, func() bool { return a.Files() > 0 }, 10*time.Second, time.Millisecond)
+	release := hold(t, tr)
+	_, err = write.WriteString("go\n")
+	require.NoError(t, err)
+	require.NoError(t, errors.Join(cmd.Wait(), read.Close(), write.Close()))
+	require.NoError(t, unix.Unmount(m, 0))
+	release()
+	first := ready(a)
+	require.Contains(t, paths(first), "late")
+	require.NotContains(t, paths(ready(b)), "late")
 }
 
 // Twenty containers of the same layers at once, each with a program of its own.

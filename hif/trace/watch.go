@@ -202,7 +202,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		order = append(order, f)
 	}
 	var orphans []*clone
-	own := false // what the start executed came through its own mount
+	mine := map[*clone]bool{}
 	for _, c := range t.mounts {
 		i := slices.Index(c.owners, w)
 		if i < 0 {
@@ -211,7 +211,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 			}
 			continue
 		}
-		own = own || c.executed()
+		mine[c] = true
 		for _, e := range c.entries {
 			add(e, false)
 		}
@@ -221,7 +221,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		}
 	}
 	for _, c := range orphans {
-		if own && others(c, orphans) {
+		if !t.mayBeOf(c, mine) {
 			continue
 		}
 		for _, e := range c.entries {
@@ -267,21 +267,29 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 	}()
 }
 
-// others tells whether a clone without a known owner is of another container
-// than those whose mounts are known: something was executed in it, or by a
-// process of it. Who looks users up in an image executes nothing.
-func others(c *clone, orphans []*clone) bool {
-	return c.executed() || slices.ContainsFunc(orphans, func(o *clone) bool {
-		if !o.executed() {
+// mayBeOf tells whether a clone without a known owner may belong to the start
+// that has the clones that are mine. Somebody who looks users up in an image
+// executes nothing; whose process executed something through another clone is a
+// container: this one, one that is known, or, where the start has executed
+// through mounts of its own, one that is not.
+func (t *Tracer) mayBeOf(c *clone, mine map[*clone]bool) bool {
+	ran, others := false, c.ran
+	for o := range mine {
+		if o.ran && c.akin(o) {
+			return true
+		}
+		ran = ran || o.ran
+	}
+	for _, o := range t.mounts {
+		if o == c || !o.ran || mine[o] || !c.akin(o) {
+			continue
+		}
+		if o.foreign || len(o.owners) > 0 {
 			return false
 		}
-		for pid := range c.pids {
-			if o.pids[pid] {
-				return true
-			}
-		}
-		return false
-	})
+		others = true
+	}
+	return !ran || !others
 }
 
 // file makes the record of an entry; what can be measured later is added by
