@@ -38,12 +38,17 @@ func (s *Store) Unprestage(t placement.Tier, name string) error {
 }
 
 // Stage gives a prestaged directory to a snapshot, by one rename. What a
-// transaction that did not come to its end left under the same id goes first.
+// transaction that did not come to its end left there under the same id goes
+// first. The other tier is not looked at: a start would wait for the HDD.
 func (s *Store) Stage(id string, t placement.Tier, name string) error {
-	if err := s.Unstage(id); err != nil {
-		return fmt.Errorf("clear staging directory of %q: %w", id, err)
+	err := os.Rename(s.Staging(t, name), s.Staging(t, id))
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) || errors.Is(err, unix.ENOTDIR) {
+		if err := s.Unstage(id); err != nil {
+			return fmt.Errorf("clear staging directory of %q: %w", id, err)
+		}
+		err = os.Rename(s.Staging(t, name), s.Staging(t, id))
 	}
-	if err := os.Rename(s.Staging(t, name), s.Staging(t, id)); err != nil {
+	if err != nil {
 		return fmt.Errorf("give snapshot %q its staging directory: %w", id, err)
 	}
 	return nil
