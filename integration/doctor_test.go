@@ -70,7 +70,9 @@ func TestDoctor(t *testing.T) {
 	good := examine(t, r, config)
 	require.Greater(t, len(good), 12)
 	// What the rig's emulated NVM may lack.
-	usual := slices.DeleteFunc(troubles(good), func(s string) bool { return strings.Contains(s, "project quotas") || strings.Contains(s, "survives a process crash") })
+	usual := slices.DeleteFunc(troubles(good), func(s string) bool {
+		return strings.Contains(s, "project quotas") || strings.Contains(s, "survives a process crash")
+	})
 	require.Empty(t, usual)
 	require.Equal(t, before, print(t, r.NVM, r.HDD), "what the trials made is gone")
 
