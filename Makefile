@@ -30,10 +30,10 @@ help: ## Show this list.
 
 ## What is built ---------------------------------------------------------------------------------------------------
 
+# The hook runs at the start of each container with a region: static and small.
 .PHONY: build
 build: ## Build the daemon, nhybridctl and the hook for regions into bin/.
 	go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/containerd-nhybrid-grpc ./cmd/nhybridctl
-	# It runs at the start of each container, where no library of the host need be: static, and small.
 	CGO_ENABLED=0 go build $(STRIP) -o $(BIN)/ ./cmd/nhybrid-scm-hook
 
 .PHONY: scmlib-c

@@ -38,6 +38,8 @@ func (a *app) scm() *cobra.Command {
 	return c
 }
 
+var errOff = errors.New("the daemon gives no regions: set scm.enabled = true in its configuration")
+
 // regionSocket finds the socket of regions.
 func (a *app) regionSocket(ctx context.Context) (string, error) {
 	if a.regions != "" {
@@ -61,7 +63,7 @@ func (a *app) regionSocket(ctx context.Context) (string, error) {
 	case err != nil:
 		return "", err
 	case !c.SCM.Enabled:
-		return "", errors.New("the daemon gives no regions: set scm.enabled = true in its configuration")
+		return "", errOff
 	case c.SCM.Address == "":
 		return "", errors.New("the daemon is older than nhybridctl and knows no regions")
 	}

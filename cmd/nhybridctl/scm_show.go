@@ -4,6 +4,8 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -143,6 +145,21 @@ func (a *app) scmSpace() *cobra.Command {
 			return a.table(list)
 		},
 	}
+}
+
+// printRegionUsage says below the table of du what of NVM is not the images'.
+func (a *app) printRegionUsage(ctx context.Context) error {
+	var s region.Space
+	_, err := a.ask(ctx, region.OpBooks, region.Args{}, &s)
+	switch {
+	case errors.Is(err, errOff):
+		return nil
+	case err != nil:
+		_, err = fmt.Fprintf(a.out, "\nregions on NVM are not known: %s\n", plain(err))
+	default:
+		_, err = fmt.Fprintf(a.out, "\nregions on NVM: %s, and %s that wait in the pool; nhybridctl scm df tells more\n", a.size(s.Promised+s.Making), a.size(s.Pool))
+	}
+	return err
 }
 
 func (a *app) scmCheck() *cobra.Command {

@@ -282,6 +282,8 @@ func TestRegionSocket(t *testing.T) {
 	code, out, errs := ctl(t, "scm", "create", "a", "--size", "1m", "--address", serve(t, &backend{}, c))
 	require.Zero(t, code, errs)
 	require.Contains(t, out, "volume a")
+	_, out, _ = ctl(t, "du", "--address", serve(t, &backend{}, c))
+	require.Contains(t, out, "\nregions on NVM: 1.05 MB, and 0 B that wait in the pool")
 	c.SCM.Enabled = false
 	off := serve(t, &backend{}, c)
 	for _, x := range []struct {

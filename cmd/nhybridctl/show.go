@@ -291,7 +291,10 @@ func (a *app) du() *cobra.Command {
 				if a.json {
 					return a.printMessage(r)
 				}
-				return a.printUsage(r)
+				if err := a.printUsage(r); err != nil {
+					return err
+				}
+				return a.printRegionUsage(c.Context())
 			})
 		},
 	}
