@@ -70,6 +70,7 @@ type Manager struct {
 	mu      sync.Mutex
 	closed  bool
 	starts  map[string]*openStart // by snapshot id
+	images  []Image               // as the latest round saw them
 	kicks   uint64                // that were asked for
 	seen    uint64                // the kicks that the latest finished round knew of
 	planned chan struct{}         // closed and replaced after each round
@@ -242,6 +243,9 @@ func (m *Manager) round() {
 	m.looked = time.Time{}
 	m.mu.Unlock()
 	images, err := m.store.Images(m.ctx)
+	m.mu.Lock()
+	m.images = images
+	m.mu.Unlock()
 	if err != nil {
 		if m.ctx.Err() == nil {
 			log.L.WithError(err).Debug("images cannot be listed; hot files stay as they are")

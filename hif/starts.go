@@ -38,8 +38,9 @@ type openStart struct {
 }
 
 // askAgain are the moments after the beginning of a watch at which containerd
-// is asked which container it is: its record is made between the first call
-// for the snapshot's mounts and the start of its task, and goes with it.
+// is asked which container it is, if several images have its layers: its record is
+// made between the first call for the snapshot's mounts and the start of its
+// task, and goes with it.
 var askAgain = []time.Duration{50 * time.Millisecond, 250 * time.Millisecond, time.Second, 4 * time.Second}
 
 // Mounted has a start traced. It is called with every answer to a request for
@@ -62,13 +63,30 @@ func (m *Manager) Mounted(start Start) {
 		return
 	}
 	o := &openStart{Start: start, watch: w, began: time.Now(), recorded: make(chan struct{})}
+	m.guess(o)
 	m.starts[start.Snapshot] = o
 	m.wg.Go(func() { m.follow(o) })
 }
 
+// guess knows the image of a start without asking where only one has its
+// layers. Called with mu held.
+func (m *Manager) guess(o *openStart) {
+	of := func(i Image) bool { return i.Namespace == o.Namespace && slices.Equal(i.Chain, o.Layers) }
+	first := slices.IndexFunc(m.images, of)
+	if first >= 0 && !slices.ContainsFunc(m.images[first+1:], of) {
+		o.image, o.name = m.images[first].Digest, m.images[first].name()
+	}
+}
+
 // follow waits for the end of a start and records it.
 func (m *Manager) follow(o *openStart) {
+	m.mu.Lock()
+	known := o.image != ""
+	m.mu.Unlock()
 	for _, after := range askAgain {
+		if known {
+			break
+		}
 		select {
 		case <-o.watch.Done():
 		case <-time.After(time.Until(o.began.Add(after))):
