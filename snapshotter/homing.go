@@ -21,7 +21,8 @@ import (
 )
 
 // homing copies layers that stand on NVM only to HDD, the home of all data,
-// so that the loss of NVM loses no image. It yields to pulls.
+// so that the loss of NVM loses no image. It yields to pulls, and for a while to
+// starts.
 type homing struct {
 	s      *Snapshotter
 	wake   chan struct{}
@@ -40,8 +41,13 @@ type homing struct {
 // homingRetry is when copying that failed is tried again.
 const homingRetry = time.Minute
 
-// yield is how long homing waits before it looks again whether a pull is over.
-const yield = time.Second
+const (
+	// yield is how long homing waits before it looks again whether a pull or start is over.
+	yield = time.Second
+	// yieldToStarts bounds that for starts, at each piece: where one follows on the
+	// other all day, images must come home all the same.
+	yieldToStarts = 5 * time.Second
+)
 
 func newHoming(s *Snapshotter) *homing {
 	return &homing{s: s, wake: make(chan struct{}, 1), done: make(chan struct{}), copying: make(chan struct{}, 1)}
@@ -227,7 +233,7 @@ func (h *homing) pace(ctx context.Context) func(int) error {
 		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
 	}
 	return func(n int) error {
-		for h.s.placer.busy() {
+		for since := time.Now(); h.s.placer.busy() || (h.s.starting() && time.Since(since) < yieldToStarts); {
 			select {
 			case <-ctx.Done():
 				return ctx.Err()

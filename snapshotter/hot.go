@@ -225,7 +225,7 @@ func (s hotStore) Busy() (why string, busy bool) {
 	switch {
 	case s.placer.busy():
 		return "a pull is being stored", true
-	case s.hot.Busy():
+	case s.starting():
 		return "a container is starting", true
 	}
 	return "", false
@@ -365,3 +365,6 @@ func (s *Snapshotter) kickHot() {
 		s.hot.Kick()
 	}
 }
+
+// starting tells whether the start of a container is under way.
+func (s *Snapshotter) starting() bool { return s.hot != nil && s.hot.Busy() }

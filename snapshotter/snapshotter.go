@@ -157,7 +157,7 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.rates, err = loadRates(ctx, s.db); err != nil {
 		return nil, errors.Join(err, s.db.ms.Close())
 	}
-	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.busy() || (s.hot != nil && s.hot.Busy()) })
+	s.mirror = newMirror(s.db, s.path(databaseFile), func() bool { return s.placer.busy() || s.starting() })
 	s.quota = newQuotas(ctx, s.tiers)
 	s.syncer = newSyncer(s)
 	s.homing = newHoming(s)
