@@ -63,6 +63,7 @@ func TestPartsOfALargeFile(t *testing.T) {
 	k := knownImage(t, 20, 8<<20+77)
 	k.push(t, r, "app:1")
 	require.NoError(t, r.Pull(ctx, "app:1"))
+	settled(t, r) // copying home reads the files, too
 	awaitCool(t, r, "app:1", "app/large1")
 	sum := run(t, r, "app:1", "sh", "-c", pieces)
 	awaitMigration(t, r, 1)
@@ -182,6 +183,7 @@ func TestPartsAfterAWarmStart(t *testing.T) {
 	k := knownImage(t, 20, 8<<20+77)
 	k.push(t, r, "app:1")
 	require.NoError(t, r.Pull(ctx, "app:1"))
+	settled(t, r)
 	awaitCool(t, r, "app:1", "app/large1")
 	data := filepath.Join(r.NVM, "d", inspect(t, r, "app:1")[2].SnapshotID, "app/large1")
 	_, err := os.ReadFile(data)
