@@ -159,6 +159,7 @@ func (m *Manager) record(ctx context.Context, o *openStart, tr trace.Trace) erro
 		}
 		log.G(ctx).WithFields(fields).WithField("image", image.Name).WithField("starts", p.Starts).WithField("foreign", foreign).Info("start recorded")
 	}
+	m.Kick() // before the start is counted: who sees the count shall see that there is something to do
 	m.counters.recorded.Add(1)
 	if !tr.Complete {
 		m.counters.incomplete.Add(1)
