@@ -45,7 +45,10 @@ func (a *app) scmAttach() *cobra.Command {
 			if err := mountAlone(int(got[0].Fd()), api.Device); err != nil {
 				return fmt.Errorf("attach: %w", err)
 			}
-			if err := syscall.Exec(program, command, append(os.Environ(), "SCM_REGION="+api.Device)); err != nil {
+			if err := os.Setenv("SCM_REGION", api.Device); err != nil { // not twice in the environment, of which programs take either
+				return fmt.Errorf("attach: %w", err)
+			}
+			if err := syscall.Exec(program, command, os.Environ()); err != nil {
 				return fmt.Errorf("attach: run %q: %w", program, err)
 			}
 			return nil

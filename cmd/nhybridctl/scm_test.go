@@ -241,7 +241,7 @@ func TestAttach(t *testing.T) {
 	good(t, socket, "create", "a", "--size", "1m")
 	attach := func(args ...string) *exec.Cmd {
 		c := exec.Command(os.Args[0], append([]string{"scm", "--scm-address", socket, "attach"}, args...)...)
-		c.Env = append(os.Environ(), asProgram+"=1")
+		c.Env = append(os.Environ(), asProgram+"=1", "SCM_REGION=/elsewhere")
 		c.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 		return c
 	}
