@@ -6,6 +6,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -70,24 +71,34 @@ func (a *app) regionSocket(ctx context.Context) (string, error) {
 	return c.SCM.Address, nil
 }
 
-// ask does one operation. The daemon ends it when ctx does.
+// ask does one operation, which the daemon ends when this process does. files are closed once it is over, or on its way to be.
 func (a *app) ask(ctx context.Context, op string, args, result any, files ...*os.File) ([]*os.File, error) {
 	socket, err := a.regionSocket(ctx)
 	if err != nil {
+		api.CloseAll(files)
 		return nil, err
 	}
 	type answer struct {
-		files []*os.File
-		err   error
+		result json.RawMessage // not result itself, which is the caller's again once this returns
+		files  []*os.File
+		err    error
 	}
 	done := make(chan answer, 1)
 	go func() {
-		got, err := api.Call(socket, op, args, result, files...)
-		done <- answer{got, region.ErrorOf(err)}
+		var got answer
+		got.files, got.err = api.Call(socket, op, args, &got.result, files...)
+		api.CloseAll(files) // not before: nobody else may get their numbers
+		done <- got
 	}()
 	select {
 	case got := <-done:
-		return got.files, got.err
+		if got.err == nil && result != nil {
+			if err := json.Unmarshal(got.result, result); err != nil {
+				api.CloseAll(got.files)
+				return nil, fmt.Errorf("answer of the daemon: %w; use the nhybridctl that came with it", err)
+			}
+		}
+		return got.files, region.ErrorOf(got.err)
 	case <-ctx.Done(): // the connection ends with the process, and with it what was asked for
 		return nil, fmt.Errorf("%s was interrupted", op)
 	}

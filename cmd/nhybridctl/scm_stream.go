@@ -62,14 +62,15 @@ func (a *app) export(ctx context.Context, q region.Args, to io.Writer) (stats st
 	done := make(chan error, 1)
 	go func() {
 		_, err := a.ask(ctx, region.OpExport, q, &stats, w)
-		done <- errors.Join(err, w.Close()) // our own end, without which the reader would wait for more
+		if ctx.Err() != nil {
+			_ = r.Close() // nobody wants more of it
+		}
+		done <- err
 	}()
 	_, copyErr := io.Copy(to, r)
-	if err := r.Close(); err != nil {
-		return stats, err
-	}
+	_ = r.Close() // twice, perhaps
 	err = <-done
-	if copyErr != nil { // what the daemon says then follows from it
+	if copyErr != nil && ctx.Err() == nil { // what the daemon says then follows from it
 		return stats, fmt.Errorf("write region: %w", copyErr)
 	}
 	return stats, err
@@ -113,11 +114,8 @@ func (a *app) feed(ctx context.Context, q region.Args, from io.Reader) (rec regi
 		copied <- err // first, so that it is known when the daemon complains of the end
 		_ = w.Close() // of a pipe
 	}()
-	_, err = a.ask(ctx, region.OpImport, q, &rec, r)
-	if closeErr := r.Close(); err == nil {
-		err = closeErr // without our own end the writer ends, whatever is left
-	}
-	if ctx.Err() != nil { // the input may be one that waits for ever
+	_, err = a.ask(ctx, region.OpImport, q, &rec, r) // and closes it, so that the writer ends, whatever is left
+	if ctx.Err() != nil {                            // the input may be one that waits for ever
 		return rec, err
 	}
 	select {
