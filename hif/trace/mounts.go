@@ -28,13 +28,15 @@ type overlay struct {
 const partsSlot = 2
 
 // wants tells whether w is the watch of this overlay. An overlay without an
-// upper directory is a view, or what containerd mounts for a moment to look
-// into a rootfs: it serves every start on the tree.
+// upper directory is a view, which serves every start on the tree, or what
+// containerd mounts for a moment to look into a rootfs: a view, or the snapshot
+// read-only, with the upper directory in front of the lower ones
+// (mount.WithReadonlyTempMount).
 func (o *overlay) wants(w *Watch) bool {
 	if o.upper != "" {
 		return o.upper == w.start.Upper
 	}
-	return o.tree != "" && o.tree == w.start.Tree
+	return o.tree != "" && (o.tree == w.start.Tree || o.tree == w.start.Upper)
 }
 
 // mountTable is our own mountinfo, read again only when it changed.

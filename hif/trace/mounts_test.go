@@ -24,6 +24,20 @@ func TestOverlayOf(t *testing.T) {
 	}
 }
 
+// containerd looks users up in the snapshot of a container before it starts, mounted
+// read-only with the upper directory as the first of the lower ones.
+func TestMountToLookIntoASnapshot(t *testing.T) {
+	w := &Watch{start: Start{Upper: "/nvm/s/8/fs", Tree: "/run/t/7"}}
+	for options, want := range map[string]bool{
+		"ro,lowerdir=/nvm/s/8/fs:/run/t/7::/nvm/d::/hdd/d": true,
+		"ro,lowerdir=/nvm/s/9/fs:/run/t/7::/nvm/d::/hdd/d": false,
+		"ro,lowerdir=/run/t/7::/nvm/d::/hdd/d":             true,
+		"ro,lowerdir=/run/t/8::/nvm/d::/hdd/d":             false,
+	} {
+		require.Equal(t, want, overlayOf(&mountinfo.Info{VFSOptions: options}).wants(w), options)
+	}
+}
+
 // What containerd reads before it starts a program does not end the watch.
 func TestQuietBeforeAnythingWasExecuted(t *testing.T) {
 	w := &Watch{t: &Tracer{cfg: Config{Quiet: 1, Max: 100, Unused: 50}}, opened: 5}
