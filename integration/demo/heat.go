@@ -80,7 +80,9 @@ func (rep *report) cool(ctx context.Context, client control.Client, r *rig.Rig) 
 
 func (rep *report) printHeat() {
 	h := rep.Heat
-	share := func(n int64) string { return fmt.Sprintf("%s (%.0f %%)", placement.FormatBytes(n), 100*float64(n)/float64(h.Stored)) }
+	share := func(n int64) string {
+		return fmt.Sprintf("%s (%.0f %%)", placement.FormatBytes(n), 100*float64(n)/float64(h.Stored))
+	}
 	fmt.Printf("It opened %d files. On NVM: %s after the pull, %s now.\n", h.Files, share(h.NVMBefore), share(h.NVMAfter))
 	fmt.Printf("The second start's first output came %d ms after `ctr run` began.\n", h.Again.ReadyMS)
 }
