@@ -6,11 +6,13 @@ package hif
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/hif/plan"
+	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 )
@@ -69,12 +72,20 @@ type still struct {
 	Store
 	images []Image
 	layers []plan.Layer
+	files  []File
 	used   int64
+	rounds atomic.Int64
 }
 
-func (s *still) Images(context.Context) ([]Image, error)             { return s.images, nil }
-func (s *still) Layers(context.Context) ([]plan.Layer, error)        { return slices.Clone(s.layers), nil }
-func (s *still) Files(context.Context, Image, func(File) bool) error { return nil }
+func (s *still) Images(context.Context) ([]Image, error) { return s.images, nil }
+func (s *still) Layers(context.Context) ([]plan.Layer, error) {
+	s.rounds.Add(1)
+	return slices.Clone(s.layers), nil
+}
+func (s *still) Files(ctx context.Context, i Image, yield func(File) bool) error {
+	return files{all: s.files}.Files(ctx, i, yield)
+}
+func (s *still) LetGo(context.Context) {}
 func (s *still) Space() (plan.Space, error) {
 	return plan.Space{Free: 1<<30 - s.used, Total: 2 << 30}, nil
 }
@@ -143,6 +154,34 @@ func TestPauseEndsAHurry(t *testing.T) {
 	require.NoError(t, m.apply(t.Context(), nil))
 	require.Eventually(t, func() bool { return m.engine.Reached() }, 10*time.Second, time.Millisecond)
 	require.Eventually(t, func() bool { return m.engine.Progress().State == migrate.Paused }, 10*time.Second, time.Millisecond)
+}
+
+// Moving everything at once ends, also where the engine needs longer to look at
+// its plan than the manager to make it.
+func TestHurryEnds(t *testing.T) {
+	const many = 5000
+	image := imageOf("many", "1")
+	s := &still{images: []Image{image}, layers: []plan.Layer{{ID: "1", Tier: placement.HDD, NVM: 1, Used: time.Now()}}}
+	m := newManager(t, s, &shelf{})
+	for i := range many {
+		f := File{Path: fmt.Sprint("/", i), Redirect: fmt.Sprint("/1/", i), Size: 1}
+		s.files = append(s.files, f)
+		for _, on := range tier.Tiers {
+			require.NoError(t, os.WriteFile(filepath.Join(m.tiers.DataRoot(on), f.Redirect), []byte("x"), 0o600))
+		}
+	}
+	_, matched, err := m.SetRule(t.Context(), image, profile.Rule{Glob: "**", Action: profile.Pin})
+	require.NoError(t, err)
+	require.Len(t, matched, many)
+	m.Start()
+	require.NoError(t, m.MigrateNow(t.Context()))
+	require.Eventually(t, func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return !m.hurry
+	}, 20*time.Second, time.Millisecond)
+	require.True(t, m.engine.Reached())
+	require.Less(t, s.rounds.Load(), int64(10), "rounds, each of which reads every profile")
 }
 
 // An idle host does not read all profiles each minute.

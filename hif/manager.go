@@ -188,9 +188,16 @@ func (m *Manager) run() {
 	for {
 		m.round()
 		for rest := true; rest; {
+			// Whether a hurry is over is only looked at: another round would hand the
+			// engine its plan again, and so never see it done.
+			var soon <-chan time.Time
+			if !m.calm() {
+				soon = time.After(yield)
+			}
 			select {
 			case <-m.ctx.Done():
 				return
+			case <-soon:
 			case <-m.wake:
 				rest = false
 			case now := <-tick.C:
@@ -237,7 +244,6 @@ func (m *Manager) round() {
 		close(m.planned)
 		m.planned = make(chan struct{})
 		m.mu.Unlock()
-		m.calm()
 	}()
 	m.mu.Lock()
 	m.looked = time.Time{}
@@ -272,15 +278,13 @@ func (m *Manager) Settling() bool {
 	return m.kicks != m.seen || m.dividing || m.learner.busy
 }
 
-// calm ends a hurry when all is done.
-func (m *Manager) calm() {
+// calm ends a hurry when all is done, and tells whether there is none (any more).
+func (m *Manager) calm() bool {
 	done := m.engine == nil || !m.Settling() && m.engine.Reached()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.hurry && !done {
-		m.kickAfter(yield)
-	}
 	m.hurry = m.hurry && !done
+	return !m.hurry
 }
 
 // settle waits until a round has been made that began after the call.

@@ -14,10 +14,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -106,10 +108,13 @@ func print(t *testing.T, dirs ...string) string {
 // reboot takes the mounts away that would not survive one. Daemon and containers must have ended.
 func reboot(t *testing.T, r *rig.Rig) {
 	t.Helper()
-	for _, dir := range treesOf(t, r) {
-		require.NoError(t, unix.Unmount(dir, 0))
+	state := filepath.Join(r.Dir, "state")
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(state))
+	require.NoError(t, err)
+	for _, m := range slices.Backward(mounts) { // trees, parts, what looked at an image
+		require.NoError(t, unix.Unmount(m.Mountpoint, 0), m.Mountpoint)
 	}
-	require.NoError(t, os.RemoveAll(filepath.Join(r.Dir, "state")))
+	require.NoError(t, os.RemoveAll(state))
 }
 
 // oneTree is the path of the only tree image of a rig.

@@ -16,6 +16,20 @@ var errReplaced = errors.New("another plan was applied")
 // look is how long the engine waits before it looks again whether it may go on.
 const look = 200 * time.Millisecond
 
+// patience is how long the engine makes way for others without a break where NVM
+// is short. On a host where one start or pull follows on the other all day, or
+// the HDD is never quiet, nothing would leave NVM else, and pulls would fail.
+const patience = time.Minute
+
+// overdue tells, each time that the engine would make way, whether it has done
+// that for long enough.
+func (e *Engine) overdue(pressure bool) bool {
+	if e.held.IsZero() {
+		e.held = time.Now()
+	}
+	return pressure && time.Since(e.held) > e.config.patience
+}
+
 // gate lets a piece of work through: n bytes or operations, when neither a pause
 // nor others nor the limits are in the way. still tells whether a piece of an
 // old goal belongs to the next one too.
@@ -40,15 +54,22 @@ func (e *Engine) gate(ctx context.Context, g *goal, operations, bytes int, still
 			state, kind = Paused, "pause"
 		case now:
 		default:
-			if why, busy := e.host.Busy(); busy {
+			why, busy := e.host.Busy()
+			if busy && !e.overdue(goal.Pressure) {
 				state, reason, kind, pause = Waiting, why, "busy", look
 				e.disk.begun = sample{} // what the disk does meanwhile is of what we wait for
 				break
 			}
 			// What is brought home is written out by the kernel when it likes, so the
 			// disk would be found busy with that; the idle I/O class has to do.
-			if !e.homing {
+			if !busy && !e.homing {
 				pause = e.disk.listen()
+				if e.disk.busy && e.overdue(goal.Pressure) {
+					pause = 0
+				}
+				if !e.disk.busy && pause == 0 {
+					e.held = time.Time{}
+				}
 			}
 			if pause > 0 {
 				if kind = "disk"; e.disk.busy {

@@ -47,8 +47,9 @@ type Config struct {
 	// without stopping the engine; 0 is [DefaultDisk], 1 never stops it.
 	Disk float64
 
-	step  func(string)  // tests: before each step
-	retry time.Duration // tests: first pause after a failure
+	step     func(string)  // tests: before each step
+	retry    time.Duration // tests: first pause after a failure
+	patience time.Duration // tests
 }
 
 // DefaultDisk is the share of time that others may use the HDD in peace.
@@ -121,6 +122,9 @@ type Engine struct {
 
 	// homing: a layer is being brought home. Of the engine's goroutine alone.
 	homing bool
+	// held is since when the engine makes way for others without a break; zero: it
+	// does not. Of the engine's goroutine alone.
+	held time.Time
 	// settled are layers that were pruned and accounted for since something of
 	// them last left NVM. Of the engine's goroutine alone.
 	settled map[string]bool
@@ -153,6 +157,9 @@ func New(config Config, tiers *tier.Store, host Host) (*Engine, error) {
 	}
 	if config.retry == 0 {
 		config.retry = firstRetry
+	}
+	if config.patience == 0 {
+		config.patience = patience
 	}
 	if config.step == nil {
 		config.step = func(string) {}
@@ -226,11 +233,12 @@ func (e *Engine) Resume() { e.change(func() { e.paused = false }) }
 // ends with the run.
 func (e *Engine) Now() {
 	e.change(func() {
-		e.paused, e.now = false, true
+		e.paused = false
 		for _, f := range e.failing {
 			f.until = time.Time{}
 			e.goal.reached = false
 		}
+		e.now = !e.goal.reached // else the next plan would be hurried, which nobody asked for
 	})
 }
 

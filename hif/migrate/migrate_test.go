@@ -364,6 +364,25 @@ func TestPauseResumeNowAndBusy(t *testing.T) {
 	require.False(t, e.Progress().Now)
 	e.Pause()
 	waitState(t, e, Paused)
+	// With nothing to do it hurries nobody later.
+	e.Now()
+	require.False(t, e.Progress().Now)
+}
+
+// Where NVM is short and starts follow on each other all day, cold files leave
+// all the same.
+func TestOthersNeverEnd(t *testing.T) {
+	r := newRig(t)
+	p, want := scene(r)
+	r.host.set("a container is starting")
+	e := r.engine(Config{patience: 300 * time.Millisecond})
+	e.Apply(p)
+	waitState(t, e, Waiting)
+	require.Never(t, func() bool { return e.Reached() }, time.Second, 50*time.Millisecond, "NVM is not short")
+	p.Pressure = true
+	e.Apply(p)
+	r.reaches(e, want)
+	require.Positive(t, e.Stats().Waited["busy"])
 }
 
 // Another plan takes effect at once; the file that is being copied is finished if it is still wanted.
