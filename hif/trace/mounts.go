@@ -157,8 +157,26 @@ func rootOf(pid int32) (*overlay, int, error) {
 // probe finds the private clone through which an overlay opens a file: it marks
 // the data file in a group of its own, opens the file through the overlay, and
 // looks at the event of that open. The answer is exact; 0 if the overlay has no
-// such file. dir is the root of the overlay, data a descriptor of the data file.
-func (t *Tracer) probe(dir, data int, path string) (uint64, error) {
+// such file. dir is the root of the overlay, or -1 (see try), data a descriptor of the data file.
+func (t *Tracer) probe(o *overlay, dir, data int, path string) (uint64, error) {
+	if dir < 0 {
+		// A mount of our own of the same overlay: whoever wants to unmount the one at
+		// that path would find it busy, and containerd, which mounts a rootfs for a
+		// moment to look up users, tries again after 50 ms only (mount.Unmount).
+		fd, err := unix.OpenTree(unix.AT_FDCWD, o.point, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+		if err != nil {
+			return 0, nil // unmounted since
+		}
+		defer unix.Close(fd)
+		var st unix.Statx_t
+		if err := statx(fd, &st); err != nil || devOf(&st) != o.dev {
+			return 0, err
+		}
+		dir = fd
+	}
+	if t.probing != nil {
+		t.probing(o)
+	}
 	group, err := unix.FanotifyInit(unix.FAN_CLASS_NOTIF|unix.FAN_CLOEXEC|unix.FAN_NONBLOCK, eventFlags)
 	if err != nil {
 		return 0, fmt.Errorf("open probe group: %w", err)

@@ -359,25 +359,24 @@ func (t *Tracer) watched(o *overlay) bool {
 	return false
 }
 
-// try asks whether an overlay made the clone, and remembers the answer.
+// try asks whether an overlay made the clone, and remembers the answer. dir is
+// its root; -1: it is mounted at a path of ours.
 func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
-	if dir < 0 {
-		fd, err := unix.Open(o.point, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return false // unmounted since
-		}
-		defer unix.Close(fd)
-		dir = fd
-	}
 	var st unix.Statx_t
-	if statx(dir, &st) != nil || devOf(&st) != o.dev {
-		return false // hidden by another mount
+	var err error
+	if dir < 0 {
+		err = unix.Statx(unix.AT_FDCWD, o.point, unix.AT_SYMLINK_NOFOLLOW, statxMask, &st)
+	} else {
+		err = statx(dir, &st)
+	}
+	if err != nil || devOf(&st) != o.dev {
+		return false // unmounted since, or hidden by another mount
 	}
 	if known := t.overs[st.Mnt_id]; known != nil {
 		o = known
 	}
 	if o.clones[e.slot()] == 0 {
-		id, err := t.probe(dir, data, e.path)
+		id, err := t.probe(o, dir, data, e.path)
 		if err != nil {
 			log.L.WithError(err).Debug("probe of an overlay failed")
 		}

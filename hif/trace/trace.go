@@ -181,6 +181,8 @@ type Tracer struct {
 	roots [2]root
 	own   mountTable
 
+	probing func(*overlay) // tests
+
 	mu      sync.Mutex // guards what follows
 	stats   Stats
 	closed  bool

@@ -175,6 +175,25 @@ func TestMomentaryMount(t *testing.T) {
 	require.False(t, got.Files[0].Assumed)
 }
 
+// containerd's mount for a moment goes when containerd is done with it, also
+// while it is being looked at: what finds it busy waits 50 ms.
+func TestMomentaryMountIsNotHeld(t *testing.T) {
+	s := newStore(t)
+	s.put(placement.NVM, "3", "etc/passwd", []byte("root"))
+	tr := s.tracer(s.config())
+	c := s.container("7")
+	w := watch(t, tr, c)
+	looked := make(chan error, 10)
+	tr.mu.Lock()
+	tr.probing = func(o *overlay) { looked <- unix.Unmount(o.point, 0) }
+	tr.mu.Unlock()
+	run(t, "cat", c.mount()+"/etc/passwd")
+	require.NoError(t, <-looked)
+	got := ready(w)
+	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.False(t, got.Files[0].Assumed, "it was found out whose it was")
+}
+
 // A container that was gone before it could be looked at leaves its opens to the watch that saw no other, and not to a
 // container that is known to run.
 func TestContainerThatWasGone(t *testing.T) {
