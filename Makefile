@@ -23,6 +23,8 @@ DEB_BUILD := ca-certificates gcc libc6-dev pkg-config libseccomp-dev
 DEB_RUN   := attr busybox-static containernetworking-plugins e2fsprogs erofs-utils iproute2 iptables mmdebstrap \
              mount strace util-linux xfsprogs
 DEB_GEN   := protobuf-compiler
+# What bench-scm compares with, and builds its programs with.
+DEB_SCM   := gcc libc6-dev binutils libpmemobj-dev libsqlite3-dev redis-server redis-tools
 
 .PHONY: help
 help: ## Show this list.
@@ -130,7 +132,7 @@ demo-clean: ## Take down what make demo KEEP=1 has left.
 	go run ./integration/demo -clean
 
 .PHONY: bench
-bench: bench-deploy bench-hif ## Run every benchmark; figures go to out/NAME.json.
+bench: bench-deploy bench-hif bench-scm ## Run every benchmark; figures go to out/NAME.json.
 
 .PHONY: bench-deploy
 bench-deploy: deps tools build ## Measure deployment against the overlayfs snapshotter.
@@ -139,6 +141,12 @@ bench-deploy: deps tools build ## Measure deployment against the overlayfs snaps
 .PHONY: bench-hif
 bench-hif: deps tools build ## Measure hot image files: NVM saved, second cold starts, traces, profiles.
 	go run ./integration/bench hif --svg docs/nvm-occupancy.svg
+
+# Debian's redis-server would start with its package; the benchmark starts its own.
+.PHONY: bench-scm
+bench-scm: deps tools build ## Measure persistent memory in containers: the paper's figures, PMDK, bbolt, SQLite, Redis, crash tests.
+	@tools/deps $(DEB_SCM)
+	go run ./integration/bench scm --svg docs/scm-bench.svg
 
 .PHONY: clean
 clean: ## Remove bin/ and out/, the image cache in it included.

@@ -50,7 +50,9 @@ func TestTenUpdatesThreeFences(t *testing.T) {
 	if err := r.Update(func(tx *scmlib.Tx) error { return bump(tx, c, 1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9) }); err != nil {
 		t.Fatal(err)
 	}
-	if n := tr.Fences(); n != 3 {
+	n := tr.Fences()
+	t.Logf("tx10_fences=%d", n)
+	if n != 3 {
 		t.Errorf("%d fences, want 3", n)
 	}
 	tr.Mark()

@@ -17,6 +17,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/deploy"
 	"github.com/nhybrid/nhybrid/integration/bench/hif"
 	"github.com/nhybrid/nhybrid/integration/bench/result"
+	"github.com/nhybrid/nhybrid/integration/bench/scm"
 )
 
 func main() {
@@ -24,7 +25,7 @@ func main() {
 		Use: "bench", Short: "Measure nhybrid against containerd's overlayfs snapshotter",
 		SilenceUsage: true, SilenceErrors: true,
 	}
-	root.AddCommand(deploy.Command(), hif.Command(), report())
+	root.AddCommand(deploy.Command(), hif.Command(), scm.Command(), report())
 	// What is mounted and running is taken down on these; a second signal ends the program at once.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	context.AfterFunc(ctx, stop)

@@ -1,0 +1,221 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package scm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// contender is a worker that takes part in some workloads.
+type contender struct {
+	name     string // "c container", unique
+	language string
+	place    place
+	size     string // of its region
+	program  string
+	args     []string
+	env      []string
+	ops      []string
+	// shares names the contender whose worker does the work, by other operations.
+	shares string
+	as     map[string]string
+}
+
+func (c *contender) worker() string {
+	if c.shares != "" {
+		return c.shares
+	}
+	return c.name
+}
+
+func (c *contender) op(workload string) string {
+	if op := c.as[workload]; op != "" {
+		return op
+	}
+	return workload
+}
+
+// Workloads, in the order of the paper's figures.
+var (
+	plainOps  = []string{"update", "copy", "scale", "add", "triad", "btree"}
+	workloads = append(plainOps[:len(plainOps):len(plainOps)], "update-sync", "tx10", "tx10-single", "btree-tx", "persist")
+)
+
+// operations that a slice has where the memory is mapped; elsewhere as many as fit into the time of a slice, at most these.
+var operations = map[string]int{
+	"update": 2_000_000, "update-sync": 200_000, "copy": 2, "scale": 2, "add": 2, "triad": 2, "btree": 10_000,
+	"tx10": 15_000, "tx10-single": 8_000, "btree-tx": 8_000, "persist": 200_000,
+}
+
+const (
+	cRegion  = "512m"
+	goRegion = "256m"
+)
+
+func (b *bench) contenders() (all []contender) {
+	o := b.options
+	cpu, array, elements, stream := strconv.Itoa(o.cpu), strconv.Itoa(o.array), strconv.Itoa(o.elements), strconv.Itoa(o.stream)
+	c := append(slices.Clone(plainOps), "update-sync", "tx10", "btree-tx")
+	g := []string{"update", "btree", "update-sync", "tx10", "tx10-single", "btree-tx"}
+	goArgs := []string{"--cpu", cpu, "--n", array, "--elements", elements, "--rows", strconv.Itoa(o.rows)}
+	for _, p := range places {
+		all = append(all, contender{
+			name: "C " + string(p), language: "C", place: p, size: cRegion, program: cWorker, args: []string{cpu, array, elements, stream}, ops: c,
+		})
+		ops := g
+		if p == onHost {
+			ops = append(slices.Clone(g), "persist")
+		}
+		all = append(all, contender{name: "Go " + string(p), language: "Go", place: p, size: goRegion, program: goWorker, args: goArgs, ops: ops})
+	}
+	all = append(all, contender{
+		name: "assembly", language: "assembly", place: onHost, shares: "Go host", ops: []string{"persist"}, as: map[string]string{"persist": "persist-asm"},
+	})
+	for p, at := range map[place]string{inVolume: volumePath + "/plain", inStorage: "/plain"} {
+		all = append(all, contender{
+			name: "file " + string(p), language: "Go", place: p, size: goRegion, program: goWorker, args: append(slices.Clone(goArgs), "--kind", "file", "--file", at),
+			ops: []string{"update", "update-sync", "tx10"},
+		})
+	}
+	all = append(all, contender{
+		name: "PMDK", language: "C", place: onMemory, program: pmdkWorker, env: []string{"PMEM_IS_PMEM_FORCE=1"},
+		args: []string{cpu, array, elements, "0", filepath.Join(b.stand.bytesDir(), "pmdk"), strconv.Itoa(512 << 20)}, ops: []string{"update-sync", "tx10", "btree-tx"},
+	})
+	for p, dir := range map[place]string{onMemory: b.stand.bytesDir(), onFiles: b.stand.filesDir()} {
+		ops := []string{"tx10", "btree-tx"}
+		all = append(all,
+			contender{
+				name: "bbolt " + string(p), language: "Go", place: p, program: goWorker,
+				args: append(slices.Clone(goArgs), "--kind", "bolt", "--file", filepath.Join(dir, "bolt")), ops: ops,
+			},
+			contender{
+				name: "SQLite " + string(p), language: "C", place: p, program: sqliteWorker,
+				args: []string{cpu, strconv.Itoa(o.rows), elements, filepath.Join(dir, "sqlite")}, ops: ops,
+			})
+	}
+	slices.SortStableFunc(all, func(a, b contender) int { return strings.Compare(a.name, b.name) })
+	return all
+}
+
+// micro measures the workloads of all contenders.
+func (b *bench) micro(ctx context.Context) error {
+	for round := range b.options.rounds {
+		if err := b.microRound(ctx, round); err != nil {
+			return fmt.Errorf("round %d: %w", round+1, err)
+		}
+	}
+	return nil
+}
+
+// microRound starts all contenders anew, in another order each time, since what memory they get depends on it.
+func (b *bench) microRound(ctx context.Context, round int) (err error) {
+	all := b.contenders()
+	rnd := rand.New(rand.NewPCG(uint64(round), 1))
+	rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	workers := map[string]*worker{}
+	defer func() {
+		for _, name := range b.started {
+			err = errors.Join(err, workers[name].stop())
+		}
+		for _, clean := range slices.Backward(b.cleanups) {
+			err = errors.Join(err, clean())
+		}
+		b.started, b.cleanups = nil, nil
+	}()
+	for i, c := range all {
+		if c.shares != "" {
+			continue
+		}
+		id := fmt.Sprintf("w%d-%d", round, i)
+		cmd, cleanup, err := b.stand.command(ctx, c.place, id, c.size, c.env, nil, append([]string{c.program}, c.args...)...)
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		b.cleanups = append(b.cleanups, cleanup)
+		w, err := launch(c.name, cmd)
+		if err != nil {
+			return err
+		}
+		workers[c.name] = w
+		b.started = append(b.started, c.name)
+	}
+	for _, op := range workloads {
+		var in []contender
+		for _, c := range all {
+			if slices.Contains(c.ops, op) {
+				in = append(in, c)
+			}
+		}
+		began := time.Now()
+		if err := b.slices(ctx, round, op, in, workers, rnd); err != nil {
+			return err
+		}
+		b.say("round %d of %d: %s, %d contenders, %s", round+1, b.options.rounds, op, len(in), time.Since(began).Round(100*time.Millisecond))
+	}
+	return nil
+}
+
+// slices gives each contender its turn in each slice, in another order each time.
+func (b *bench) slices(ctx context.Context, round int, op string, in []contender, workers map[string]*worker, rnd *rand.Rand) error {
+	counts := map[string]int{}
+	for _, c := range in {
+		n, err := b.calibrate(workers[c.worker()], c, op)
+		if err != nil {
+			return err
+		}
+		counts[c.name] = n
+		s := b.micros.get(op, c.name)
+		if s == nil {
+			h := workers[c.worker()].hello
+			s = &series{
+				Workload: op, Contender: c.name, Language: c.language, Place: c.place, Granularity: h.Granularity, Durability: h.Durability, Why: h.Why, Mount: h.Mount,
+			}
+			b.micros = append(b.micros, s)
+		}
+		s.N, s.NS = n, append(s.NS, nil)
+	}
+	for range b.options.slices {
+		rnd.Shuffle(len(in), func(i, j int) { in[i], in[j] = in[j], in[i] })
+		for _, c := range in {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			n := counts[c.name]
+			ns, err := workers[c.worker()].do(c.op(op), n, max(1, n/20))
+			if err != nil {
+				return err
+			}
+			s := b.micros.get(op, c.name)
+			s.NS[round] = append(s.NS[round], ns)
+		}
+	}
+	return nil
+}
+
+// mapped tells whether a contender updates memory without any system call: it gets the same number of operations as the others of its kind.
+func (c *contender) mapped() bool {
+	return c.place == onHost || c.place == inMapping || c.place == inDRAM || c.name == "PMDK"
+}
+
+// calibrate says how many operations make a slice.
+func (b *bench) calibrate(w *worker, c contender, op string) (int, error) {
+	most := max(1, operations[op]/b.options.shrink)
+	probe := min(most, 20)
+	if c.mapped() {
+		probe = max(1, most/20)
+	}
+	ns, err := w.do(c.op(op), probe, 1)
+	if err != nil || c.mapped() {
+		return most, err
+	}
+	return min(most, max(1, int(float64(b.options.slice.Nanoseconds())/ns))), nil
+}
