@@ -21,6 +21,7 @@ import (
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/scmlib/region"
 	"github.com/nhybrid/nhybrid/scmlib/region/ctrd"
+	"github.com/nhybrid/nhybrid/scmlib/region/nri"
 	"github.com/nhybrid/nhybrid/scmlib/region/registry"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
@@ -28,6 +29,7 @@ import (
 // regions serves persistent memory to containers, beside the snapshotter: whatever fails here is a warning, and images go on.
 type regions struct {
 	cdi  *region.CDI // nil: none is asked for
+	nri  *nri.Plugin // nil: likewise
 	stop func()
 
 	mu     sync.Mutex
@@ -66,11 +68,11 @@ func (r *regions) start(ctx context.Context, c config.Config) (err error) {
 		return err
 	}
 	o.Identify = ctrd.Identify(connect)
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find own program: %w", err)
+	}
 	if c.SCM.CDISpec != "" {
-		self, err := os.Executable()
-		if err != nil {
-			return fmt.Errorf("find own program: %w", err)
-		}
 		sizes := append(region.DefaultSizes(), slices.Collect(maps.Keys(o.Pool))...)
 		slices.Sort(sizes)
 		r.cdi = &region.CDI{Path: c.SCM.CDISpec, Hook: c.SCM.HookPath(self), Socket: c.SCM.Address, Sizes: slices.Compact(sizes), Kind: c.SCM.CDIKind}
@@ -100,8 +102,13 @@ func (r *regions) start(ctx context.Context, c config.Config) (err error) {
 			r.fail(ctx, err)
 		}
 	})
+	plugin := &nri.Plugin{Socket: c.SCM.NRISocket, Hook: c.SCM.HookPath(self), Daemon: c.SCM.Address, Foresee: store.Foresee}
 	r.mu.Lock()
 	r.store = store
+	if c.SCM.NRI {
+		r.nri = plugin
+		work.Go(func() { plugin.Run(running) })
+	}
 	r.mu.Unlock()
 	r.stop = sync.OnceFunc(func() {
 		cancel()
@@ -198,6 +205,11 @@ func (r *regions) warnings() (all []string) {
 	}
 	if r.spec != nil {
 		all = append(all, fmt.Sprintf("containers cannot ask for regions: %v", r.spec))
+	}
+	if r.nri != nil {
+		if err := r.nri.Failed(); err != nil {
+			all = append(all, fmt.Sprintf("annotations of pods ask for regions in vain: %v", err))
+		}
 	}
 	if r.store != nil {
 		broken := r.store.Broken()

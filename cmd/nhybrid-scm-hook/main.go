@@ -31,6 +31,7 @@ func main() {
 	socket := flag.String("socket", api.Socket, "socket of the daemon")
 	flag.Int64Var(&a.Size, "size", 0, "size of the region in bytes")
 	flag.StringVar(&a.Volume, "volume", "", "name of a volume")
+	flag.StringVar(&a.Tenant, "tenant", "", "namespace whose quota counts and that has the volume, if not that of the container")
 	flag.BoolVar(&a.FromImage, "image", false, "size and content of the region that the image carries")
 	flag.Parse()
 	if err := run(*socket, a, os.Stdin); err != nil {

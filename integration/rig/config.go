@@ -21,7 +21,7 @@ imports = []
 {{- if not .CRI}}
 disabled_plugins = ['io.containerd.grpc.v1.cri', 'io.containerd.cri.v1.runtime', 'io.containerd.cri.v1.images', 'io.containerd.podsandbox.controller.v1.podsandbox', 'io.containerd.nri.v1.nri']
 {{- else}}
-disabled_plugins = ['io.containerd.nri.v1.nri']
+disabled_plugins = []
 {{- end}}
 
 [debug]
@@ -65,6 +65,11 @@ disabled_plugins = ['io.containerd.nri.v1.nri']
     runtime_type = 'io.containerd.runc.v2'
     [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
       Root = '{{.Dir}}/runc'
+[plugins.'io.containerd.nri.v1.nri']
+  # Its own socket, and none of the machine's plugins.
+  socket_path = '{{.Dir}}/nri.sock'
+  plugin_path = '{{.Dir}}/nri'
+  plugin_config_path = '{{.Dir}}/nri'
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   bin_dirs = ['/usr/lib/cni']
   conf_dir = '{{.Dir}}/cni'

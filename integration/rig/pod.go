@@ -12,9 +12,13 @@ import (
 	"path/filepath"
 )
 
-// Pod starts a pod in the host's network (so that no CNI network is needed) and returns its id.
-func (r *Rig) Pod(ctx context.Context, name string) (string, error) {
-	config, err := r.writeJSON("pod-"+name, r.podConfig(name))
+// Pod starts a pod in the host's network (so that no CNI network is needed) and returns its id. It is of namespace "default", and has the annotations.
+func (r *Rig) Pod(ctx context.Context, name string, annotations ...map[string]string) (string, error) {
+	pod := r.podConfig(name)
+	for _, a := range annotations {
+		pod["annotations"] = a
+	}
+	config, err := r.writeJSON("pod-"+name, pod)
 	if err != nil {
 		return "", err
 	}
@@ -27,7 +31,7 @@ func (r *Rig) Container(ctx context.Context, pod, podName, name, ref string, com
 		"metadata": map[string]any{"name": name},
 		"image":    map[string]any{"image": ref},
 		"command":  command,
-		"log_path": name + ".log",
+		"log_path": pod + "-" + name + ".log",
 		"linux":    map[string]any{},
 	})
 	if err != nil {
@@ -56,7 +60,12 @@ func (r *Rig) RunPod(ctx context.Context, ref string, command ...string) (_ stri
 		_, removeErr := r.Crictl(ctx, "rmp", "-f", pod)
 		err = errors.Join(err, removeErr)
 	}()
-	id, err := r.Container(ctx, pod, name, name, ref, command...)
+	return r.PodRun(ctx, pod, name, name, ref, command...)
+}
+
+// PodRun runs a command in a container of the pod until it ends, and returns what it wrote. The pod is named as for Pod.
+func (r *Rig) PodRun(ctx context.Context, pod, podName, name, ref string, command ...string) (string, error) {
+	id, err := r.Container(ctx, pod, podName, name, ref, command...)
 	if err != nil {
 		return "", err
 	}

@@ -294,7 +294,7 @@ func (r *Rig) defineProcesses() {
 			filepath.Join(r.bin, "containerd-nhybrid-grpc"), "--config", filepath.Join(r.Dir, "nhybrid.toml"),
 			"--address", r.DaemonSocket(), "--root", r.HDD, "--nvm-root", r.NVM, "--log-level", "debug",
 			// Runtimes look for CDI specifications in directories of the whole machine.
-			"--set", "scm.address=" + r.RegionSocket(), "--set", "scm.cdi_spec=",
+			"--set", "scm.address=" + r.RegionSocket(), "--set", "scm.cdi_spec=", "--set", "scm.nri_socket=" + r.NRISocket(),
 		}, r.options.DaemonArgs...),
 		logPath: filepath.Join(r.Dir, "log", "nhybrid.log"),
 		ready:   func(ctx context.Context) error { return serving(ctx, r.ControlSocket()) },
@@ -329,6 +329,9 @@ func (r *Rig) ControlSocket() string { return filepath.Join(r.Dir, "ctl.sock") }
 
 // RegionSocket is the path of the socket of regions.
 func (r *Rig) RegionSocket() string { return filepath.Join(r.Dir, "scm.sock") }
+
+// NRISocket is the path of the socket on which containerd waits for plugins of NRI, with CRI.
+func (r *Rig) NRISocket() string { return filepath.Join(r.Dir, "nri.sock") }
 
 // Client is a client of containerd, the same for all callers, that the rig closes.
 func (r *Rig) Client() (*client.Client, error) {

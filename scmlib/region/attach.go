@@ -5,6 +5,7 @@ package region
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -37,14 +38,19 @@ func (s *Store) Attach(ctx context.Context, a api.Attach, image *os.File) (_ *os
 			return nil, r, fmt.Errorf("region for container %s of namespace %q: %w", a.Container, a.Namespace, err)
 		}
 	}
+	if a.Tenant != "" {
+		if err := checkIdentifier("namespace", a.Tenant); err != nil {
+			return nil, r, err
+		}
+	}
 	if a.Volume != "" {
-		ref.Kind, ref.Name = Volume, a.Volume
+		ref = Ref{Volume, cmp.Or(a.Tenant, a.Namespace), a.Volume}
 	}
 	return s.give(ctx, ref, func() (Record, error) {
 		if a.Volume != "" {
 			return s.attachVolume(ref, user)
 		}
-		return s.attachOwn(ctx, Record{Ref: ref, Instance: instance, Users: []User{user}}, a, image)
+		return s.attachOwn(ctx, Record{Ref: ref, Tenant: a.Tenant, Instance: instance, Users: []User{user}}, a, image)
 	})
 }
 
@@ -86,7 +92,7 @@ func (s *Store) give(ctx context.Context, ref Ref, find func() (Record, error)) 
 func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
 	r, err := s.get(ref)
 	if errdefs.IsNotFound(err) {
-		return r, fmt.Errorf("%w; make it by nhybridctl scm create", err)
+		return r, missing(ref, err)
 	}
 	if err != nil {
 		return r, err

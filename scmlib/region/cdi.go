@@ -24,6 +24,26 @@ type CDI struct {
 	Kind   string  // of the devices; "": nhybrid.io/scm
 }
 
+// HookTimeout is how many seconds the hook may take: a region that is not in the pool is written first.
+const HookTimeout = 300
+
+// HookArgs is how a runtime has to call the hook, so that it asks the daemon at socket for what a describes. Container and Pid are told by the runtime.
+func HookArgs(hook, socket string, a api.Attach) []string {
+	args := []string{filepath.Base(hook), "-socket", socket}
+	switch {
+	case a.Volume != "":
+		args = append(args, "-volume", a.Volume)
+	case a.FromImage:
+		args = append(args, "-image")
+	default:
+		args = append(args, "-size", fmt.Sprint(a.Size))
+	}
+	if a.Tenant != "" {
+		args = append(args, "-tenant", a.Tenant)
+	}
+	return args
+}
+
 // DefaultSizes are the powers of two from 1 MiB to 16 GiB.
 func DefaultSizes() (sizes []int64) {
 	for n := int64(1 << 20); n <= 16<<30; n *= 2 {
@@ -62,16 +82,16 @@ func (c CDI) Write(volumes []string) error {
 		return fmt.Errorf("write CDI specification: the path of the hook, %q, is not absolute", c.Hook)
 	}
 	spec := cdiSpec{Version: "0.6.0", Kind: cmp.Or(c.Kind, api.Kind)}
-	add := func(name string, args ...string) {
-		hook := cdiHook{Name: "createRuntime", Path: c.Hook, Args: append([]string{filepath.Base(c.Hook), "-socket", c.Socket}, args...), Timeout: 300}
+	add := func(name string, a api.Attach) {
+		hook := cdiHook{Name: "createRuntime", Path: c.Hook, Args: HookArgs(c.Hook, c.Socket, a), Timeout: HookTimeout}
 		spec.Devices = append(spec.Devices, cdiDevice{name, cdiEdits{[]string{"SCM_REGION=" + api.Device}, []cdiHook{hook}}})
 	}
 	for _, n := range c.Sizes {
-		add(FormatSize(n), "-size", fmt.Sprint(n))
+		add(FormatSize(n), api.Attach{Size: n})
 	}
-	add("image", "-image")
+	add("image", api.Attach{FromImage: true})
 	for _, v := range volumes {
-		add(v, "-volume", v)
+		add(v, api.Attach{Volume: v})
 	}
 	b, err := json.MarshalIndent(spec, "", " ")
 	if err != nil {

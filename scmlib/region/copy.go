@@ -213,8 +213,8 @@ func (s *Store) Snapshot(ctx context.Context, ref Ref, name string) (Record, err
 		return Record{}, err
 	}
 	defer i.Close()
-	r := Record{Ref: to, Size: i.Record.Size, Used: i.used, Origin: ref.String()}
-	done, err := s.reserve(want{namespace: to.Namespace, size: i.used, regions: 1, have: i.used})
+	r := Record{Ref: to, Size: i.Record.Size, Used: i.used, Origin: ref.String(), Tenant: i.Record.Tenant}
+	done, err := s.reserve(want{namespace: r.Owner(), size: i.used, regions: 1, have: i.used})
 	if err != nil {
 		return r, fmt.Errorf("snapshot %s: %w", ref, err)
 	}

@@ -40,7 +40,7 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 	case size == r.Size:
 		return r, nil
 	}
-	done, err := s.reserve(want{namespace: ref.Namespace, size: size - r.Size})
+	done, err := s.reserve(want{namespace: r.Owner(), size: size - r.Size})
 	if err != nil {
 		return r, fmt.Errorf("resize %s: %w", ref, err)
 	}

@@ -48,7 +48,7 @@ func (s *Store) make(ctx context.Context, r Record, p plan) (_ Record, err error
 			err = errors.Join(err, s.discard(dir))
 		}
 	}()
-	release, err := s.reserve(want{namespace: r.Namespace, size: r.Size, regions: 1, have: have})
+	release, err := s.reserve(want{namespace: r.Owner(), size: r.Size, regions: 1, have: have})
 	if err != nil {
 		return r, fmt.Errorf("make region %s: %w", r.Ref, err)
 	}
@@ -272,8 +272,8 @@ func (s *Store) Release(ctx context.Context, namespace, container string) error 
 // becomeVolume turns a container's region into a volume. The caller holds it. The directory alone says what it is: see readMeta.
 func (s *Store) becomeVolume(r Record) error {
 	old := r
-	r.Ref = Ref{Volume, r.Namespace, r.Name}
-	r.Origin, r.Instance, r.Keep, r.Users = "container "+old.Name, "", false, nil
+	r.Ref = Ref{Volume, r.Owner(), r.Name}
+	r.Origin, r.Tenant, r.Instance, r.Keep, r.Users = "container "+old.Name, "", "", false, nil
 	s.guard.forget(s.data(old.Ref))
 	s.mu.Lock()
 	_, taken := s.regs[r.key()]

@@ -5,6 +5,7 @@ package region
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,6 +35,8 @@ type Record struct {
 	Origin  string    `json:"origin,omitempty"` // what it is a copy of
 	// Used is what a snapshot takes of the NVM; other regions take all their size.
 	Used int64 `json:"used,omitempty"`
+	// Tenant is the namespace whose quota it counts for, if not its own: many tenants have their containers in the one namespace of Kubernetes.
+	Tenant string `json:"tenant,omitempty"`
 	// Instance tells a container from another of the same id that lived before.
 	Instance string `json:"instance,omitempty"`
 	// Keep makes a volume of the region when its container is removed.
@@ -54,6 +57,9 @@ type User struct {
 	Container string `json:"container"`
 	Process
 }
+
+// Owner is the namespace whose quota the region counts for.
+func (r *Record) Owner() string { return cmp.Or(r.Tenant, r.Namespace) }
 
 func (r *Record) charge() int64 {
 	if r.Kind == Snapshot {

@@ -218,8 +218,8 @@ func (s *Store) books() (Books, error) {
 	}
 	b.Free = int64(fs.Bavail) * fs.Bsize
 	for _, r := range s.regs {
-		u := b.Namespaces[r.Namespace]
-		b.Namespaces[r.Namespace] = Usage{u.Bytes + r.charge(), u.Regions + 1}
+		u := b.Namespaces[r.Owner()]
+		b.Namespaces[r.Owner()] = Usage{u.Bytes + r.charge(), u.Regions + 1}
 		b.Promised += r.charge()
 	}
 	for ns, m := range s.making {
@@ -249,6 +249,17 @@ type want struct {
 	pool      bool  // it is for the pool, which does not give up anything for itself
 }
 
+// quota of a namespace, none for "".
+func (s *Store) quota(namespace string) Quota {
+	if q, own := s.o.Quotas[namespace]; own {
+		return q
+	}
+	if namespace == "" {
+		return Quota{}
+	}
+	return s.o.Quota
+}
+
 // reserve promises bytes until release is called, when they are in the books by other means, or not needed. The pool gives up what is missing.
 func (s *Store) reserve(w want) (release func(), err error) {
 	s.mu.Lock()
@@ -257,13 +268,7 @@ func (s *Store) reserve(w want) (release func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	q, own := s.o.Quotas[w.namespace]
-	if !own {
-		q = s.o.Quota
-	}
-	if w.namespace == "" {
-		q = Quota{}
-	}
+	q := s.quota(w.namespace)
 	give := b.Pool
 	if w.pool {
 		give = 0

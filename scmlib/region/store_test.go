@@ -194,6 +194,65 @@ func TestQuotaLimitRoom(t *testing.T) {
 	require.Zero(t, b.Making)
 }
 
+// What a container has counts for its tenant, who is another namespace than the one that all containers of Kubernetes are in.
+func TestTenants(t *testing.T) {
+	ctx := t.Context()
+	dir := filesystem(t, "tmpfs", 64*mib)
+	o := Options{Quotas: map[string]Quota{"shop.k8s.io": {Bytes: 8 * mib}, "k8s.io": {Bytes: mib}}}
+	s, err := Open(ctx, filepath.Join(dir, "r"), o)
+	require.NoError(t, err)
+	p := sleeper(t)
+	attach := func(a api.Attach) error {
+		t.Helper()
+		a.Namespace, a.Pid = "k8s.io", p.Process.Pid
+		foreseen := s.Foresee(a)
+		f, _, err := s.Attach(ctx, a, nil)
+		if foreseen != nil {
+			require.ErrorContains(t, err, foreseen.Error())
+		}
+		if err == nil {
+			require.NoError(t, f.Close())
+		}
+		return err
+	}
+	require.NoError(t, attach(api.Attach{Container: "c1", Size: 6 * mib, Tenant: "shop.k8s.io"}))
+	require.ErrorContains(t, attach(api.Attach{Container: "c2", Size: 3 * mib, Tenant: "shop.k8s.io"}), `namespace "shop.k8s.io" has 6m in regions`)
+	require.NoError(t, attach(api.Attach{Container: "c2", Size: 3 * mib, Tenant: "bank.k8s.io"}))
+	require.ErrorContains(t, attach(api.Attach{Container: "c3", Size: 2 * mib}), `namespace "k8s.io" has 0 in regions`)
+	require.Error(t, attach(api.Attach{Container: "c3", Size: mib, Tenant: "../x"}))
+	require.Error(t, attach(api.Attach{Container: "c3", Size: 5, Tenant: "bank.k8s.io"}))
+
+	// Volumes are the tenant's own.
+	_, err = s.Create(ctx, "bank.k8s.io", "gold", CreateOptions{Size: mib})
+	require.NoError(t, err)
+	require.ErrorContains(t, attach(api.Attach{Container: "c4", Volume: "gold", Tenant: "shop.k8s.io"}), "scm create -n shop.k8s.io gold")
+	require.ErrorContains(t, attach(api.Attach{Container: "c4", Volume: "gold"}), "scm create -n k8s.io gold")
+	require.NoError(t, attach(api.Attach{Container: "c4", Volume: "gold", Tenant: "bank.k8s.io"}))
+
+	end(p)
+
+	// It is known after a restart, and to what is made of the region.
+	_, err = s.Snapshot(ctx, Ref{Container, "k8s.io", "c1"}, "then")
+	require.NoError(t, err)
+	require.NoError(t, s.SetKeep(ctx, Ref{Container, "k8s.io", "c1"}, true))
+	require.NoError(t, s.Close())
+	s = open(t, dir, o)
+	usage := func(ns string) Usage {
+		t.Helper()
+		b, err := s.Books()
+		require.NoError(t, err)
+		return b.Namespaces[ns]
+	}
+	require.Equal(t, 2, usage("shop.k8s.io").Regions)
+	require.GreaterOrEqual(t, usage("shop.k8s.io").Bytes, int64(6*mib))
+	require.Zero(t, usage("k8s.io"))
+	require.NoError(t, s.Release(ctx, "k8s.io", "c1"))
+	r, err := s.Inspect(Ref{Volume, "shop.k8s.io", "c1"})
+	require.NoError(t, err)
+	require.Empty(t, r.Tenant)
+	require.Equal(t, 2, usage("shop.k8s.io").Regions)
+}
+
 // Many ask at once for what only some can get: the books are never overdrawn.
 func TestConcurrentAdmission(t *testing.T) {
 	s := newStore(t, Options{Limit: 10 * mib})

@@ -105,6 +105,9 @@ type SCM struct {
 	CDISpec string `toml:"cdi_spec" comment:"Where the CDI specification is written that lets containers ask for regions: a name that ends in .json in a directory\nwhere container runtimes look, /etc/cdi or /var/run/cdi. Empty: nowhere; then only processes of the host get regions."`
 	CDIKind string `toml:"cdi_kind" comment:"Kind of its devices, vendor/class. A second daemon on a machine needs a kind of its own."`
 	Hook    string `toml:"hook" comment:"Absolute path of nhybrid-scm-hook. Empty: beside the program of the daemon. Without it no specification is written."`
+
+	NRI       bool   `toml:"nri" comment:"true: annotations scm.nhybrid.io/… of pods ask for regions, where containerd has NRI (docs/regions.md)."`
+	NRISocket string `toml:"nri_socket" comment:"Unix socket on which containerd waits for plugins of NRI."`
 }
 
 // Default is the configuration of a daemon that was told nothing.
@@ -139,6 +142,7 @@ func Default() Config {
 		SCM: SCM{
 			Enabled: true, Address: DefaultSCMAddress, Limit: Space{Percent: 50}, Rate: 200_000_000,
 			CDISpec: "/etc/cdi/nhybrid-scm.json", CDIKind: api.Kind,
+			NRI: true, NRISocket: "/var/run/nri/nri.sock",
 		},
 	}
 }

@@ -119,6 +119,7 @@ func TestBadFile(t *testing.T) {
 		"[scm]\ncdi_spec = '/etc/cdi/scm'":                      `scm.cdi_spec: "/etc/cdi/scm" is not`,
 		"[scm]\ncdi_kind = 'scm'":                               `scm.cdi_kind: "scm" is not a vendor and a class`,
 		"[scm]\nhook = 'nhybrid-scm-hook'":                      `scm.hook: "nhybrid-scm-hook" is relative`,
+		"[scm]\nnri_socket = 'nri.sock'":                        `scm.nri_socket: "nri.sock" is relative`,
 		"\x00":                                                  ":1: ",
 	} {
 		_, err := Load(file(t, content), nil, nil)

@@ -5,6 +5,7 @@ package config
 
 import (
 	"cmp"
+	"errors"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -22,7 +23,7 @@ const maxPool = 10_000
 
 func (c Config) checkSCM() error {
 	s := c.SCM
-	if err := checkSocket("scm.address", s.Address); err != nil {
+	if err := errors.Join(checkSocket("scm.address", s.Address), checkSocket("scm.nri_socket", s.NRISocket)); err != nil {
 		return err
 	}
 	for _, other := range []struct{ key, path string }{

@@ -41,6 +41,7 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 	unpack(f, file, whole, name)
 	if cri(f, file, whole, name) {
 		cdi(f, file, whole, c)
+		nri(f, file, whole, c)
 	}
 	address(f, file, whole, raw, c)
 	metadata(f, whole, sync)

@@ -115,6 +115,36 @@ func specification(f *findings, c config.Config) {
 	}
 }
 
+// pluginNRI is the Node Resource Interface of containerd.
+const pluginNRI = "io.containerd.nri.v1.nri"
+
+// nri looks whether the annotations of pods reach the daemon.
+func nri(f *findings, file string, t Table, c config.Config) {
+	if !c.SCM.Enabled || !c.SCM.NRI {
+		return
+	}
+	section, plugin := "[plugins.'"+pluginNRI+"']", t.at("plugins", pluginNRI)
+	socket := plugin.text("socket_path")
+	if socket == "" {
+		socket = config.Default().SCM.NRISocket
+	}
+	// containerd 1.7, whose configurations are of version 2, has it turned off unless told otherwise, containerd 2 not.
+	off, said := plugin["disable"].(bool)
+	const without, or = "CRI: annotations of pods get no regions, ", ", or nhybrid's scm.nri = false"
+	switch {
+	case off || slices.Contains(t.texts("disabled_plugins"), pluginNRI):
+		f.add(Warn, fmt.Sprintf("in %s, %s: disable = false, and not in disabled_plugins", file, section)+or, without+"NRI is turned off")
+	case plugin.truth("disable_connections"):
+		f.add(Warn, fmt.Sprintf("in %s, %s: disable_connections = false", file, section)+or, without+"NRI takes no plugins from outside")
+	case strings.TrimPrefix(socket, "/var") != strings.TrimPrefix(c.SCM.NRISocket, "/var"): // the one is a link to the other
+		f.add(Warn, fmt.Sprintf("set scm.nri_socket = %q in nhybrid's configuration", socket), without+"NRI is at %q and nhybrid looks at %q", socket, c.SCM.NRISocket)
+	case plugin.at("default_validator").truth("enable") && plugin.at("default_validator").truth("reject_oci_hook_adjustment"):
+		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s'.default_validator]: reject_oci_hook_adjustment = false", file, pluginNRI)+or, without+"NRI refuses the hook that brings them")
+	case said || t.number("version") >= 3:
+		f.ok("CRI: annotations of pods get regions, by NRI at %s", socket)
+	}
+}
+
 // cdi looks whether pods can ask, too. ctr and nerdctl look in the usual directories, whatever CRI is told.
 func cdi(f *findings, file string, t Table, c config.Config) {
 	if !c.SCM.Enabled || c.SCM.CDISpec == "" {

@@ -82,6 +82,36 @@ func TestSpecification(t *testing.T) {
 	require.Contains(t, look(), "warn containers cannot ask for regions")
 }
 
+func TestPodsAndNRI(t *testing.T) {
+	const nri = "\n[plugins.'io.containerd.nri.v1.nri']\n"
+	const validator = "\n[plugins.'io.containerd.nri.v1.nri'.default_validator]\n"
+	for more, want := range map[string]string{
+		"":                                        "",
+		nri + "disable = true":                    "NRI is turned off",
+		nri + "disable = false":                   "",
+		nri + "disable_connections = true":        "NRI takes no plugins from outside",
+		nri + "socket_path = '/run/other.sock'":   `NRI is at "/run/other.sock" and nhybrid looks at "/var/run/nri/nri.sock"`,
+		nri + "socket_path = '/run/nri/nri.sock'": "",
+		validator + "enable = true\nreject_oci_hook_adjustment = true":  "NRI refuses the hook",
+		validator + "enable = false\nreject_oci_hook_adjustment = true": "",
+		validator + "enable = true\nrequired_plugins = ['nhybrid-scm']": "",
+	} {
+		found := strings.Join(bad(t, look(t, write(t, good+more))), "\n")
+		if want == "" {
+			require.Empty(t, found, more)
+		} else {
+			require.Contains(t, found, "warn CRI: annotations of pods get no regions, "+want)
+		}
+	}
+	off := strings.Replace(good, "version = 4", "version = 4\ndisabled_plugins = ['io.containerd.nri.v1.nri']", 1)
+	require.Contains(t, strings.Join(bad(t, look(t, write(t, off))), "\n"), "NRI is turned off")
+	ok := false
+	for _, f := range look(t, write(t, good)) {
+		ok = ok || f.Text == "CRI: annotations of pods get regions, by NRI at /var/run/nri/nri.sock"
+	}
+	require.True(t, ok)
+}
+
 func TestPodsAndCDI(t *testing.T) {
 	const runtime = "\n[plugins.'io.containerd.cri.v1.runtime']\n"
 	for more, want := range map[string]string{

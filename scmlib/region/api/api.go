@@ -49,7 +49,7 @@ type Reply struct {
 }
 
 // Attach asks for the region of a container that is being created. The file, if any, is the region that its image carries. The reply has one file: the
-// detached mount. One of Size, Volume and FromImage is set.
+// detached mount. One of Size, Volume and FromImage is set. Tenant is the namespace whose quota counts and in which the volume is, if not that of the container.
 type Attach struct {
 	Namespace string `json:"namespace"`
 	Container string `json:"container"`
@@ -57,6 +57,7 @@ type Attach struct {
 	Size      int64  `json:"size,omitempty"`
 	Volume    string `json:"volume,omitempty"`
 	FromImage bool   `json:"from_image,omitempty"`
+	Tenant    string `json:"tenant,omitempty"`
 }
 
 // OpAttach is the Op of Attach.
