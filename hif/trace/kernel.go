@@ -105,9 +105,24 @@ func (t *Tracer) pathOf(fd int) (string, error) {
 	return string(t.linkbuf[:n]), nil
 }
 
+// errDAX says that a file has no page cache.
+var errDAX = errors.New("the file is mapped straight from its device")
+
 // cached is how many bytes of a part of a file are in the page cache, and how
 // many were there and have been evicted. Length 0 means to the end.
+//
+// Of a DAX file it must not be asked, which is errDAX: what the kernel keeps in
+// place of pages then, cachestat(2) takes for traces of evicted ones, and follows
+// them to nowhere. Linux 6.12 dies of it (mm/filemap.c, filemap_cachestat), and
+// with it whoever holds a lock of ours.
 func cached(fd int, off, length int64) (in, evicted int64, err error) {
+	var stx unix.Statx_t
+	if err := statx(fd, &stx); err != nil {
+		return 0, 0, err
+	}
+	if stx.Attributes&unix.STATX_ATTR_DAX != 0 {
+		return 0, 0, errDAX
+	}
 	var st unix.Cachestat_t
 	r := unix.CachestatRange{Off: uint64(off), Len: uint64(length)}
 	if err := unix.Cachestat(uint(fd), &r, &st, 0); err != nil {

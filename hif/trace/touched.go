@@ -6,6 +6,7 @@ package trace
 import (
 	"debug/elf"
 	"encoding/binary"
+	"errors"
 	"regexp"
 
 	"golang.org/x/sys/unix"
@@ -122,9 +123,9 @@ func join(ranges []Range, limit int) []Range {
 
 // isSharedObject looks at the ELF header, if it is in the page cache: who
 // mapped the file has read it. The cache is asked first, since a read with
-// RWF_NOWAIT starts the read-ahead of what is not there.
+// RWF_NOWAIT starts the read-ahead of what is not there. On DAX there is none.
 func isSharedObject(fd int) bool {
-	if in, _, err := cached(fd, 0, 1); err != nil || in == 0 {
+	if in, _, err := cached(fd, 0, 1); !errors.Is(err, errDAX) && (err != nil || in == 0) {
 		return false
 	}
 	var head [18]byte

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -127,6 +128,14 @@ func (g *guest) startDaemon(ctx context.Context) (err error) {
 
 // dumpLogs copies the logs and the kernel's messages to the console, which the host keeps.
 func (g *guest) dumpLogs() {
+	if g.daemon != nil {
+		// What a daemon that hangs waits for.
+		_ = g.daemon.cmd.Process.Signal(syscall.SIGQUIT)
+		select {
+		case <-g.daemon.done:
+		case <-time.After(10 * time.Second):
+		}
+	}
 	names, err := filepath.Glob(filepath.Join(logDir, "*"))
 	if err != nil {
 		return
