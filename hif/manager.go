@@ -75,8 +75,9 @@ type Manager struct {
 	seen    uint64                // the kicks that the latest finished round knew of
 	planned chan struct{}         // closed and replaced after each round
 	last    Overview
-	looked  time.Time // when the latest round was made; zero: it failed
-	hurry   bool      // MigrateNow was called and is not done
+	looked  time.Time       // when the latest round was made; zero: it failed
+	hurry   bool            // MigrateNow was called and is not done
+	ahead   map[string]bool // tops of the images that are being read ahead
 	// dividing: parts are being made; undivided: when they could not be, or had
 	// to go for want of space, by id of the top.
 	dividing  bool
@@ -108,6 +109,7 @@ func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *t
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
 		learner: newLearner(), cooled: map[[2]string]time.Time{}, starts: map[string]*openStart{},
+		ahead: map[string]bool{},
 	}
 	if c.Trace {
 		var roots [2]string

@@ -65,6 +65,9 @@ func (m *Manager) Mounted(start Start) {
 	o := &openStart{Start: start, watch: w, began: time.Now(), recorded: make(chan struct{})}
 	m.guess(o)
 	m.starts[start.Snapshot] = o
+	if o.image != "" && len(start.Layers) > 0 {
+		m.readAhead(start.Layers, o.image)
+	}
 	m.wg.Go(func() { m.follow(o) })
 }
 

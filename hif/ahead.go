@@ -1,0 +1,103 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package hif
+
+import (
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/hif/profile"
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+const (
+	// aheadWeight is the share of starts that must have used a file for the next one
+	// to be expected to.
+	aheadWeight = 0.5
+	// aheadBytes bounds what is read for one start.
+	aheadBytes = 256 << 20
+	// aheadUnknown is the size up to which a file is read whole of which it is not
+	// known what starts touch. Of larger ones the trace could not tell any more
+	// (package trace).
+	aheadUnknown = 256 << 10
+)
+
+// readAhead brings what starts of an image have used from NVM into the page
+// cache, in the order of its use, while the runtime is still making the
+// container: that takes runc some 60 ms, in which NVM has nothing to do. One
+// reader is enough for all containers of an image that start at once. Called
+// with mu held.
+//
+// Files of which only parts are on NVM are left to the start: to read them
+// through EROFS costs so much of the processor that runc was late by more than
+// the program was early.
+func (m *Manager) readAhead(layers []string, image digest.Digest) {
+	top := layers[len(layers)-1]
+	if m.ahead[top] {
+		return
+	}
+	m.ahead[top] = true
+	m.wg.Go(func() {
+		defer func() {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			delete(m.ahead, top)
+		}()
+		p, _, err := m.known(image)
+		if err != nil {
+			log.L.WithError(err).WithField("image", image).Debug("nothing is read ahead")
+			return
+		}
+		root, err := unix.Open(m.tiers.DataRoot(placement.NVM), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			log.L.WithError(err).Debug("nothing is read ahead")
+			return
+		}
+		defer unix.Close(root)
+		left := int64(aheadBytes)
+		for i := range p.Files {
+			if f := &p.Files[i]; f.Layer < len(layers) {
+				left -= willNeed(root, layers[f.Layer]+"/"+string(f.Path), expected(f))
+			}
+			if left <= 0 || m.ctx.Err() != nil {
+				return
+			}
+		}
+	})
+}
+
+// expected is what the next start is expected to read of a file.
+func expected(f *profile.File) []profile.Range {
+	switch {
+	case f.Weight < aheadWeight:
+		return nil
+	case len(f.Ranges) > 0:
+		return f.Ranges
+	case f.Size <= aheadUnknown:
+		return []profile.Range{{Offset: 0, Length: f.Size}}
+	}
+	return nil
+}
+
+// willNeed has the kernel read ranges of a file below root, if it is there. It
+// returns how many bytes. The name may come from a registry.
+func willNeed(root int, name string, ranges []profile.Range) (bytes int64) {
+	if len(ranges) == 0 {
+		return 0
+	}
+	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV}
+	fd, err := unix.Openat2(root, name, &how)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	for _, r := range ranges {
+		if unix.Fadvise(fd, r.Offset, r.Length, unix.FADV_WILLNEED) == nil {
+			bytes += r.Length
+		}
+	}
+	return bytes
+}
