@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/integration/image"
 	"github.com/nhybrid/nhybrid/integration/rig"
 )
 
@@ -161,6 +162,28 @@ func TestCommitWithRegion(t *testing.T) {
 	require.Equal(t, "precious\nfile", out)
 	_, err = r.Ctr(soon(t), "task", "kill", "-s", "9", "web")
 	require.NoError(t, err)
+}
+
+// Room that is kept for regions is not the images', and a region finds it whatever was pulled.
+func TestRoomKeptForRegions(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, rig.Options{NVMSize: 256 << 20, DaemonArgs: []string{"--set", "scm.limit=100MiB", "--set", "scm.reserve=100MiB", "--set", "placement.policy=nvm", "--set", "hot.migrate=false"}})
+	pull := func(name string, seed uint64, bytes int64) string {
+		t.Helper()
+		_, err := r.PushTiny(soon(t), name, image.TinySpec{Seed: seed, Layers: []int64{bytes}})
+		require.NoError(t, err)
+		require.NoError(t, r.Pull(soon(t), name))
+		return tiers(inspect(t, r, name))
+	}
+	require.Equal(t, "n", pull("first:1", 1, 2<<20))
+	require.Equal(t, "h", pull("large:1", 2, 25<<20), "there is room, but not beside what is kept")
+	_, err := r.Nhybridctl(soon(t), "scm", "create", "orders", "--size", "90m")
+	require.NoError(t, err)
+	require.Equal(t, "n", pull("second:1", 3, 5<<20), "what regions have of it is not kept a second time")
+	_, err = r.Nhybridctl(soon(t), "scm", "create", "more", "--size", "10m")
+	require.NoError(t, err, "nor lost to anybody else")
+	_, err = r.Nhybridctl(soon(t), "scm", "create", "beyond", "--size", "1m")
+	require.ErrorContains(t, err, "all regions together may have 100m")
 }
 
 // Whatever is wrong with regions, images and containers go on, and the operator is told.

@@ -71,6 +71,25 @@ func (s backend) space(ctx context.Context) (out [2][]*control.Space, err error)
 	return out, nil
 }
 
+// PromisedNVM tells how many bytes of NVM are promised to layers that are being stored, or will be at once. Some of them may be there already.
+func (s *Snapshotter) PromisedNVM() (sum int64) {
+	p := s.placer
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	add := func(e *extract) {
+		if e.tier() == placement.NVM {
+			sum += placement.Footprint(e.decision.Input.Layers[e.decision.Input.Index].Size())
+		}
+	}
+	for _, e := range p.active {
+		add(e)
+	}
+	for e := range p.planned {
+		add(e)
+	}
+	return sum
+}
+
 // filesIn sums up the files of a directory, 0 if it cannot be read.
 func filesIn(dir string) (sum int64) {
 	entries, err := os.ReadDir(dir)

@@ -96,13 +96,14 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	if err := upper.UnmarshalText([]byte(c.Snapshot.UpperTier)); err != nil {
 		return err
 	}
+	scm := &regions{stop: func() {}}
 	watcher := pull.New(c.Containerd.Address, pull.WithTimeout(time.Duration(c.Containerd.Timeout)))
 	sn, err := snapshotter.New(ctx, snapshotter.Config{
 		Root:          c.Root,
 		NVMRoot:       c.NVMRoot,
 		State:         c.State,
 		Policy:        policy,
-		Reserve:       c.Placement.NVMReserve.Of,
+		Reserve:       func(total int64) int64 { return c.Placement.NVMReserve.Of(total) + scm.held(c, total) },
 		HDDRate:       float64(c.Placement.HDDRate),
 		Poll:          time.Duration(c.Placement.PollInterval),
 		UpperTier:     upper,
@@ -122,7 +123,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	defer stopFollowing()
 	go func() { _ = watcher.Run(following) }() // it ends with its context, by whose error
 
-	scm := startRegions(ctx, c)
+	scm.begin(ctx, c, sn.PromisedNVM)
 	defer scm.stop() // before the snapshotter, whose filesystem it is
 
 	text, err := c.Marshal()

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -31,6 +32,8 @@ type regions struct {
 	cdi  *region.CDI // nil: none is asked for
 	nri  *nri.Plugin // nil: likewise
 	stop func()
+	// books is the store for who must not wait: it stays after the end.
+	books atomic.Pointer[region.Store]
 
 	mu     sync.Mutex
 	store  *region.Store
@@ -42,16 +45,25 @@ type regions struct {
 // patience is how long the daemon waits for work that was told to end.
 const patience = 10 * time.Second
 
-// startRegions never fails: see warnings.
-func startRegions(ctx context.Context, c config.Config) *regions {
-	r := &regions{stop: func() {}}
+// begin never fails: see warnings. layers tells what of NVM is promised to them.
+func (r *regions) begin(ctx context.Context, c config.Config, layers func() int64) {
 	if !c.SCM.Enabled {
-		return r
+		return
 	}
-	if err := r.start(ctx, c); err != nil {
+	if err := r.start(ctx, c, layers); err != nil {
 		r.fail(ctx, err)
 	}
-	return r
+}
+
+// held is what layers have to leave to regions on an NVM of total bytes. It waits for nothing but a look at the books: see region.Options.Others.
+func (r *regions) held(c config.Config, total int64) int64 {
+	if !c.SCM.Enabled {
+		return 0
+	}
+	if s := r.books.Load(); s != nil {
+		return s.Held()
+	}
+	return c.SCM.Reserve.Of(total) // what regions have of it is not known
 }
 
 func (r *regions) fail(ctx context.Context, err error) {
@@ -61,13 +73,13 @@ func (r *regions) fail(ctx context.Context, err error) {
 	r.failed = err
 }
 
-func (r *regions) start(ctx context.Context, c config.Config) (err error) {
+func (r *regions) start(ctx context.Context, c config.Config, layers func() int64) (err error) {
 	connect := func() (*client.Client, error) { return r.containerd(c.Containerd.Address) }
 	o, err := options(c)
 	if err != nil {
 		return err
 	}
-	o.Identify = ctrd.Identify(connect)
+	o.Identify, o.Others = ctrd.Identify(connect), layers
 	self, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find own program: %w", err)
@@ -105,6 +117,7 @@ func (r *regions) start(ctx context.Context, c config.Config) (err error) {
 	plugin := &nri.Plugin{Socket: c.SCM.NRISocket, Hook: c.SCM.HookPath(self), Daemon: c.SCM.Address, Foresee: store.Foresee}
 	r.mu.Lock()
 	r.store = store
+	r.books.Store(store)
 	if c.SCM.NRI {
 		r.nri = plugin
 		work.Go(func() { plugin.Run(running) })
@@ -135,9 +148,12 @@ func options(c config.Config) (o region.Options, err error) {
 	total := int64(fs.Blocks) * fs.Bsize
 	o = region.Options{
 		// Regions keep to the reserve as layers do: what it is there for is not theirs either.
-		Limit: c.SCM.Limit.Of(total), Headroom: c.Placement.NVMReserve.Of(total),
+		Limit: c.SCM.Limit.Of(total), Reserve: c.SCM.Reserve.Of(total), Headroom: c.Placement.NVMReserve.Of(total),
 		Quota: region.Quota{Bytes: c.SCM.Quota.Of(total), Regions: c.SCM.Regions},
 		Rate:  int64(c.SCM.Rate), Keep: c.SCM.Keep,
+	}
+	if o.Limit > 0 && o.Reserve > o.Limit {
+		return o, fmt.Errorf("scm.reserve is %s of this NVM and scm.limit %s: what is kept for regions cannot be more than they may have", c.SCM.Reserve, c.SCM.Limit)
 	}
 	if o.Quotas, err = c.SCM.QuotaOf(total); err != nil {
 		return o, err

@@ -39,7 +39,8 @@ func node(t *testing.T) config.Config {
 
 func serveRegions(t *testing.T, c config.Config) *regions {
 	t.Helper()
-	r := startRegions(t.Context(), c)
+	r := &regions{stop: func() {}}
+	r.begin(t.Context(), c, func() int64 { return 0 })
 	t.Cleanup(func() { r.stop() })
 	return r
 }

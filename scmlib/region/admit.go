@@ -19,7 +19,9 @@ type Quota struct {
 type Books struct {
 	Limit    int64 `json:"limit"`    // bytes of all regions; 0: what the filesystem has
 	Headroom int64 `json:"headroom"` // bytes of the filesystem that stay free
+	Reserve  int64 `json:"reserve"`  // bytes that others leave to regions
 	Free     int64 `json:"free"`     // bytes of the filesystem
+	Others   int64 `json:"others"`   // bytes promised to others, which Free may still count
 
 	Promised   int64            `json:"promised"` // bytes of all regions
 	Pool       int64            `json:"pool"`     // bytes that wait in the pool: not promised to anyone
@@ -47,9 +49,17 @@ func admit(b Books, q Quota, namespace string, size int64, regions int, fromPool
 			FormatSize(b.Promised+b.Making), errdefs.ErrResourceExhausted)
 	case size > room(b)+fromPool:
 		return fmt.Errorf("%s asked for, but NVM has room for %s (%s free, of which %s stay free and %s are promised): %w", FormatSize(size),
-			FormatSize(max(0, room(b)+fromPool)), FormatSize(b.Free), FormatSize(b.Headroom), FormatSize(b.Making), errdefs.ErrResourceExhausted)
+			FormatSize(max(0, room(b)+fromPool)), FormatSize(b.Free), FormatSize(b.Headroom), FormatSize(b.Making+b.Others), errdefs.ErrResourceExhausted)
 	}
 	return nil
 }
 
-func room(b Books) int64 { return b.Free - b.Headroom - b.Making }
+// room is what the filesystem has for regions. Of what others were promised they may have written some, which Free does not count any more: so their promises
+// count in full where regions ask for more than was kept for them, and not at all for that.
+func room(b Books) int64 {
+	free := b.Free - b.Headroom - b.Making
+	return max(free-b.Others, min(free, b.unclaimed()))
+}
+
+// unclaimed is what of the reserve no region has; negative where they have more.
+func (b Books) unclaimed() int64 { return b.Reserve - b.Promised - b.Pool - b.Making }

@@ -37,13 +37,11 @@ func (s *Store) Foresee(a api.Attach) error {
 	if err := stream.CheckSize(a.Size); err != nil {
 		return err
 	}
+	others := s.others()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b, err := s.books()
-	if err != nil {
-		return err
-	}
-	return admit(b, s.quota(owner), owner, a.Size, 1, b.Pool)
+	_, err := s.admits(want{namespace: owner, size: a.Size, regions: 1}, others)
+	return err
 }
 
 func missing(ref Ref, err error) error {

@@ -34,6 +34,7 @@ import (
 type Options struct {
 	Limit    int64            // bytes of all regions together; 0: what the filesystem has
 	Headroom int64            // bytes of the filesystem that regions leave free
+	Reserve  int64            // bytes that others leave to regions; see Held and Others
 	Quota    Quota            // of each namespace
 	Quotas   map[string]Quota // of the namespaces that have one of their own
 
@@ -45,6 +46,10 @@ type Options struct {
 	Identify func(ctx context.Context, namespace, container string) (string, error)
 	// Volumes is told the names of all volumes, at the start and after each change, in order.
 	Volumes func(names []string)
+
+	// Others tells how many bytes of the filesystem are promised to others, who may not have written all of them yet. It may wait for a call of Held that is
+	// under way. nil: none.
+	Others func() int64
 
 	step func(string) // tests: a place where the daemon may die
 }
@@ -62,6 +67,8 @@ type Store struct {
 	done   sync.WaitGroup
 	fill   chan struct{}
 	taken  atomic.Bool // something was taken from the pool
+
+	admission sync.Mutex // before mu
 
 	mu      sync.Mutex
 	regs    map[string]Record
@@ -211,12 +218,18 @@ func (s *Store) remember(r Record) {
 
 // books adds up what is promised. s.mu is held.
 func (s *Store) books() (Books, error) {
-	b := Books{Limit: s.o.Limit, Headroom: s.o.Headroom, Namespaces: map[string]Usage{}}
+	b := Books{Limit: s.o.Limit, Headroom: s.o.Headroom, Reserve: s.o.Reserve, Namespaces: map[string]Usage{}}
 	var fs unix.Statfs_t
 	if err := unix.Statfs(s.root, &fs); err != nil {
 		return b, fmt.Errorf("ask for room below %q: %w", s.root, err)
 	}
 	b.Free = int64(fs.Bavail) * fs.Bsize
+	s.promises(&b)
+	return b, nil
+}
+
+// promises adds up what regions have. s.mu is held.
+func (s *Store) promises(b *Books) {
 	for _, r := range s.regs {
 		u := b.Namespaces[r.Owner()]
 		b.Namespaces[r.Owner()] = Usage{u.Bytes + r.charge(), u.Regions + 1}
@@ -230,14 +243,33 @@ func (s *Store) books() (Books, error) {
 	for size, dirs := range s.pool {
 		b.Pool += size * int64(len(dirs))
 	}
-	return b, nil
+}
+
+// Held is what others have to leave free for regions: what of the reserve none has yet, or what those in the making will take.
+func (s *Store) Held() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := Books{Reserve: s.o.Reserve, Namespaces: map[string]Usage{}}
+	s.promises(&b)
+	return max(b.Making, b.unclaimed()+b.Making)
 }
 
 // Books tells what is promised and what there is.
 func (s *Store) Books() (Books, error) {
+	others := s.others()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.books()
+	b, err := s.books()
+	b.Others = others
+	return b, err
+}
+
+// others must not be called with s.mu held: see Options.
+func (s *Store) others() int64 {
+	if s.o.Others == nil {
+		return 0
+	}
+	return s.o.Others()
 }
 
 // want is what is asked of the books.
@@ -261,37 +293,65 @@ func (s *Store) quota(namespace string) Quota {
 }
 
 // reserve promises bytes until release is called, when they are in the books by other means, or not needed. The pool gives up what is missing.
+//
+// Others look at what is held before they promise anything, with a lock that s.o.Others takes too. So what is asked for goes into the books first, and theirs are
+// looked at then: of two who ask at the same time at least one sees the other.
 func (s *Store) reserve(w want) (release func(), err error) {
+	s.admission.Lock()
+	defer s.admission.Unlock()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	b, err := s.books()
+	_, err = s.admits(w, 0)
+	if err == nil {
+		s.enter(w, 1)
+	}
+	s.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	q := s.quota(w.namespace)
-	give := b.Pool
-	if w.pool {
-		give = 0
-	}
-	b.Free += w.have
-	if err := admit(b, q, w.namespace, w.size, w.regions, give); err != nil {
+	others := s.others()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.enter(w, -1)
+	full, err := s.admits(w, others)
+	if err != nil {
 		return nil, err
 	}
-	if admit(b, q, w.namespace, w.size, w.regions, 0) != nil {
+	if full {
 		s.emptyPool()
 	}
-	m := s.making[w.namespace]
-	s.making[w.namespace] = Usage{m.Bytes + w.size, m.Regions + w.regions}
+	s.enter(w, 1)
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		m := s.making[w.namespace]
-		if m = (Usage{m.Bytes - w.size, m.Regions - w.regions}); m == (Usage{}) {
-			delete(s.making, w.namespace)
-		} else {
-			s.making[w.namespace] = m
-		}
+		s.enter(w, -1)
 	}), nil
+}
+
+// admits decides on what is asked, with so much promised to others, and tells whether the pool is in the way. s.mu is held.
+func (s *Store) admits(w want, others int64) (full bool, err error) {
+	b, err := s.books()
+	if err != nil {
+		return false, err
+	}
+	b.Free, b.Others = b.Free+w.have, others
+	give, q := b.Pool, s.quota(w.namespace)
+	if w.pool {
+		give = 0
+	}
+	if err := admit(b, q, w.namespace, w.size, w.regions, give); err != nil {
+		return false, err
+	}
+	return admit(b, q, w.namespace, w.size, w.regions, 0) != nil, nil
+}
+
+// enter enters what is wanted into what is in the making, or with -1 takes it out. s.mu is held.
+func (s *Store) enter(w want, sign int) {
+	m := s.making[w.namespace]
+	if m = (Usage{m.Bytes + int64(sign)*w.size, m.Regions + sign*w.regions}); m == (Usage{}) {
+		delete(s.making, w.namespace)
+	} else {
+		s.making[w.namespace] = m
+	}
 }
 
 // List returns the regions of a namespace, or of all for "", in order.

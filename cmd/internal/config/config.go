@@ -96,6 +96,7 @@ type SCM struct {
 	Enabled bool   `toml:"enabled" comment:"true: regions are served. Nothing is made on NVM for it before somebody asks for a region."`
 	Address string `toml:"address" comment:"Unix socket, mode 0600, of the hook that brings regions into containers, and of nhybridctl scm."`
 	Limit   Space  `toml:"limit" comment:"Most that all regions may take of NVM: bytes, or a share of its size. \"0\": all but placement.nvm_reserve.\nWhat regions have, images do not: with less room for them, more of their files go to HDD."`
+	Reserve Space  `toml:"reserve" comment:"Room of NVM that is kept for regions, whatever images need: bytes, or a share of its size. What regions have counts against it.\n\"0\": regions take what images have left, of all that limit allows."`
 	Quota   Space  `toml:"quota" comment:"Most that the regions of one namespace of containerd may take, in the same way. \"0\": no limit of its own."`
 	Regions int    `toml:"regions" comment:"Most regions of one namespace. 0: no limit."`
 	Quotas  List   `toml:"quotas" comment:"Quotas of single namespaces, which go before quota: \"team-a=20GiB, batch=5%\"."`
