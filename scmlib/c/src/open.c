@@ -90,17 +90,19 @@ static int open_file(const char *path, const struct scm_options *o, int *fd, boo
 	return prepare(*fd, path, o, grown);
 }
 
+/* The address is a hint, which the kernel follows where there is room. MAP_FIXED_NOREPLACE would say it better, but it is not
+ * among the flags that MAP_SHARED_VALIDATE knows (Linux mm/mmap.c, LEGACY_MAP_MASK): with it MAP_SYNC is refused on DAX, too. */
 static void *map_at(uintptr_t hint, uint64_t size, int fd, bool ro, bool *map_sync)
 {
-	int prot = PROT_READ | PROT_WRITE, fixed = hint ? MAP_FIXED_NOREPLACE : 0;
+	int prot = PROT_READ | PROT_WRITE;
 	void *p = MAP_FAILED;
 	if (!ro) {
-		p = mmap((void *)hint, size, prot, MAP_SHARED_VALIDATE | MAP_SYNC | fixed, fd, 0);
+		p = mmap((void *)hint, size, prot, MAP_SHARED_VALIDATE | MAP_SYNC, fd, 0);
 		*map_sync = p != MAP_FAILED;
 	}
 	if (p == MAP_FAILED)
-		p = mmap((void *)hint, size, prot, (ro ? MAP_PRIVATE : MAP_SHARED) | fixed, fd, 0);
-	if (p != MAP_FAILED && hint && p != (void *)hint) { /* a kernel before 4.17 takes the address as a hint only */
+		p = mmap((void *)hint, size, prot, ro ? MAP_PRIVATE : MAP_SHARED, fd, 0);
+	if (p != MAP_FAILED && hint && p != (void *)hint) { /* something else is there */
 		munmap(p, size);
 		p = MAP_FAILED;
 	}
