@@ -53,15 +53,17 @@ func file(name, data string) entry {
 }
 
 // layers of the test image: the first goes to HDD and the others to NVM under the policy of the guest (boundary=1). Each has
-// the same probe, so that a program from either tier can tell where its own pages are.
-func layers(probePath string) ([][]entry, error) {
+// the same probe, so that a program from either tier can tell where its own pages are. programs are those of buildPrograms.
+func layers(programs map[string]string) ([][]entry, error) {
 	busybox, err := readProgram("busybox")
 	if err != nil {
 		return nil, err
 	}
-	probe, err := os.ReadFile(probePath)
-	if err != nil {
-		return nil, err
+	own := map[string][]byte{}
+	for name, path := range programs {
+		if own[name], err = os.ReadFile(path); err != nil {
+			return nil, err
+		}
 	}
 	// Without compression the size on the wire is the size on disk.
 	blob := make([]byte, 3<<20)
@@ -77,7 +79,7 @@ func layers(probePath string) ([][]entry, error) {
 	base = append(base,
 		file("etc/passwd", "root:x:0:0:root:/:/bin/sh\nworker:x:1000:1000:worker:/:/bin/sh\n"),
 		file("etc/group", "root:x:0:\nworkers:x:1000:\ncrew:x:2000:worker\n"),
-		entry{name: "bin/probe-base", mode: unix.S_IFREG | 0o755, data: probe},
+		entry{name: "bin/probe-base", mode: unix.S_IFREG | 0o755, data: own["probe"]},
 		dir("data"),
 		file("data/gone", "a later layer deletes this\n"),
 		file("data/changed", "old\n"),
@@ -90,7 +92,9 @@ func layers(probePath string) ([][]entry, error) {
 		file("data/write", "written to in a container\n"),
 	)
 	middle := []entry{
-		dir("bin"), {name: "bin/probe-top", mode: unix.S_IFREG | 0o755, data: probe},
+		dir("bin"), {name: "bin/probe-top", mode: unix.S_IFREG | 0o755, data: own["probe"]},
+		{name: "bin/ledger-go", mode: unix.S_IFREG | 0o755, data: own["ledger-go"]},
+		{name: "bin/ledger-c", mode: unix.S_IFREG | 0o755, data: own["ledger-c"]},
 		dir("data"), file("data/"+whiteoutPrefix+"gone", ""), file("data/"+whiteoutPrefix+"removed", ""),
 		dir("data/opaque"), file("data/opaque/"+opaqueName, ""), file("data/opaque/new", "seen\n"),
 		file("data/changed", "new\n"),

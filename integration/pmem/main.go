@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command pmem tests nhybrid on emulated persistent memory: it boots a Debian kernel in QEMU with an NVDIMM, once with ext4 and once with
-// XFS on it, runs containerd with nhybrid inside, cuts the power after a pull, boots again and goes on. See docs/pmem.md.
+// XFS on it, runs containerd with nhybrid inside, cuts the power after a pull and while programs work in persistent memory, boots again and
+// goes on. See docs/pmem.md.
 //
 // It exits with 1 when a check fails, is missing, or does not end in time.
 package main
@@ -46,15 +47,16 @@ func progress(format string, args ...any) {
 }
 
 type options struct {
-	bin, cache, out string
-	filesystems     []string
-	snapshotter     string
+	bin, scm, cache, out string
+	filesystems          []string
+	snapshotter          string
 }
 
 func main() {
 	var o options
 	var filesystems string
 	flag.StringVar(&o.bin, "bin", "bin", "directory of containerd, ctr, containerd-shim-runc-v2, runc and nhybrid's own programs")
+	flag.StringVar(&o.scm, "scm", "out/scmlib-c", "directory of libscm.a; `make scmlib-c` makes it")
 	flag.StringVar(&o.cache, "cache", "out/cache/pmem", "directory for the kernel, the initramfs and the root disk, kept for the next run")
 	flag.StringVar(&o.out, "out", "out/pmem", "directory for the consoles of the guests")
 	flag.StringVar(&filesystems, "fs", "ext4,xfs", "filesystems for the NVM tier, each in a guest of its own")
@@ -83,7 +85,7 @@ func test(ctx context.Context, o options) (passed, failed int, err error) {
 			return 0, 0, fmt.Errorf("filesystem %q is not known; -fs takes ext4 and xfs", fs)
 		}
 	}
-	for _, dir := range []*string{&o.bin, &o.cache, &o.out} {
+	for _, dir := range []*string{&o.bin, &o.scm, &o.cache, &o.out} {
 		if *dir, err = filepath.Abs(*dir); err != nil {
 			return 0, 0, fmt.Errorf("find directory: %w", err)
 		}
@@ -104,15 +106,15 @@ func test(ctx context.Context, o options) (passed, failed int, err error) {
 	if err := buildInitramfs(ctx, kernel, initramfs); err != nil {
 		return 0, 0, err
 	}
-	probe, err := buildGo(ctx, o.cache, "daxprobe")
+	own, err := buildPrograms(ctx, o)
 	if err != nil {
 		return 0, 0, err
 	}
-	image, err := layers(probe)
+	image, err := layers(own)
 	if err != nil {
 		return 0, 0, err
 	}
-	root, err := buildRootDisk(ctx, o, image)
+	root, err := buildRootDisk(ctx, o, own, image)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -155,20 +157,47 @@ func buildGo(ctx context.Context, cache, pkg string) (string, error) {
 	return out, nil
 }
 
+// buildPrograms builds what runs both in containers and beside them: by the name that it has there.
+func buildPrograms(ctx context.Context, o options) (map[string]string, error) {
+	programs := map[string]string{}
+	for name, pkg := range map[string]string{"probe": "daxprobe", "ledger-go": "ledger"} {
+		path, err := buildGo(ctx, o.cache, pkg)
+		if err != nil {
+			return nil, err
+		}
+		programs[name] = path
+	}
+	// Static, as there are no libraries in the image.
+	path := filepath.Join(o.cache, "ledger-c")
+	source, err := run(ctx, "", "go", "list", "-f", "{{.Dir}}", "github.com/nhybrid/nhybrid/scmlib/c")
+	if err != nil {
+		return nil, err
+	}
+	include, ledger := filepath.Join(strings.TrimSpace(source), "include"), filepath.Join(strings.TrimSpace(source), "../../integration/pmem/ledgerc/ledger.c")
+	if _, err := run(ctx, "", "gcc", "-static", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-I", include, "-o", path, ledger,
+		filepath.Join(o.scm, "libscm.a"), "-pthread"); err != nil {
+		return nil, fmt.Errorf("build the ledger in C: %w", err)
+	}
+	programs["ledger-c"] = path
+	return programs, nil
+}
+
 // buildRootDisk makes the disk that the guest runs from. It is made anew each time, since the programs on it change.
-func buildRootDisk(ctx context.Context, o options, image [][]entry) (string, error) {
+func buildRootDisk(ctx context.Context, o options, own map[string]string, image [][]entry) (string, error) {
 	guest, err := buildGo(ctx, o.cache, "guest")
 	if err != nil {
 		return "", err
 	}
-	probe := filepath.Join(o.cache, "daxprobe")
 	expected, err := json.Marshal(merged(image))
 	if err != nil {
 		return "", fmt.Errorf("describe image: %w", err)
 	}
 	disk := rootDisk{
-		copies: map[string]string{"sbin/guest": guest, "bin/probe": probe, "bin/busybox": "busybox"},
+		copies: map[string]string{"sbin/guest": guest, "bin/busybox": "busybox"},
 		texts:  map[string]string{"etc/expected.json": string(expected)},
+	}
+	for name, path := range own {
+		disk.copies["bin/"+name] = path
 	}
 	// Where the programs look for them by default.
 	for name, place := range map[string]string{"containerd.toml": "etc/containerd/config.toml", "nhybrid.toml": "etc/nhybrid/config.toml", "mke2fs.conf": "etc/mke2fs.conf"} {
@@ -183,7 +212,7 @@ func buildRootDisk(ctx context.Context, o options, image [][]entry) (string, err
 	}
 	needed := []string{"containerd", "ctr", "containerd-shim-runc-v2", "runc"}
 	if o.snapshotter == "nhybrid" {
-		needed = append(needed, "containerd-nhybrid-grpc", "nhybridctl")
+		needed = append(needed, "containerd-nhybrid-grpc", "nhybridctl", "nhybrid-scm-hook")
 	}
 	for _, program := range needed {
 		path := filepath.Join(o.bin, program)

@@ -4,19 +4,22 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
 
 func TestFollow(t *testing.T) {
-	killed := false
+	killed := ""
 	r := &bootResult{}
-	r.follow(strings.NewReader("noise\r\nplan a b c d\r\nok a\r\nFAIL b: it broke: badly\r\nFAIL c\r\nkill\r\n"), "t", func() { killed = true })
-	assert.True(t, killed)
+	r.follow(strings.NewReader("noise\r\nplan a b c d\r\nok a\r\nFAIL b: it broke: badly\r\nFAIL c\r\nkill working\r\n"), "t", func(when string) { killed = when })
+	assert.Equal(t, "working", killed)
 	assert.Equal(t, "kill", r.end)
 	assert.Equal(t, []string{"a", "b", "c"}, r.seen)
 	assert.Equal(t, 1, r.passed)
@@ -28,9 +31,25 @@ func TestFollow(t *testing.T) {
 
 func TestNoPlanFails(t *testing.T) {
 	r := &bootResult{}
-	r.follow(strings.NewReader("done\n"), "t", func() {})
+	r.follow(strings.NewReader("done\n"), "t", func(string) {})
 	r.missing("t", "nothing came")
 	assert.Equal(t, 1, r.failed, "a guest without checks must not pass")
+}
+
+func TestLastPromise(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "promises")
+	for text, want := range map[string]uint64{"": 0, "1\n2\n": 2, "7\n8\n9": 8, "12": 0, "41\n42\n4": 42} {
+		require.NoError(t, os.WriteFile(name, []byte(text), 0o600))
+		got, err := lastPromise(name)
+		require.NoError(t, err, text)
+		assert.Equal(t, want, got, "what is cut off was not said: %q", text)
+	}
+	require.NoError(t, os.WriteFile(name, []byte("1\nx\n"), 0o600))
+	_, err := lastPromise(name)
+	require.Error(t, err)
+	got, err := lastPromise(name + "-none")
+	require.NoError(t, err)
+	assert.Zero(t, got)
 }
 
 func TestKernelName(t *testing.T) {

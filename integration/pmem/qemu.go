@@ -33,7 +33,16 @@ type bootResult struct {
 	end            string // "kill" where the guest asked for it, "done" where it ended by itself, else empty
 }
 
-// test boots the machine twice: the first time until it asks to be killed, the second time to its end.
+// boots of a machine, in order. Those that end by "kill" lose their power at a random moment: while programs work in persistent memory, or
+// while containers are given it and programs recover. Each has another persistence domain, which the library must notice.
+var boots = []struct{ name, end, domain string }{
+	{"first", "kill", ""},
+	{"cut-working", "kill", "mem-ctrl"},
+	{"cut-starting", "kill", "cpu"},
+	{"second", "done", "mem-ctrl"},
+}
+
+// test boots the machine again and again, up to its end.
 func (m machine) test(ctx context.Context, image [][]entry) (passed, failed int) {
 	nvdimm, hdd := filepath.Join(m.out, m.fs+"-nvdimm.img"), filepath.Join(m.out, m.fs+"-hdd.img")
 	defer os.Remove(nvdimm)
@@ -49,9 +58,13 @@ func (m machine) test(ctx context.Context, image [][]entry) (passed, failed int)
 	}
 	defer m.registry.Close()
 	var blobs int64
-	for _, boot := range []struct{ name, end string }{{"first", "kill"}, {"second", "done"}} {
+	said := promises{}
+	for _, boot := range boots {
+		if m.snapshotter != "nhybrid" && strings.HasPrefix(boot.name, "cut-") {
+			continue // there are no regions for containers without nhybrid
+		}
 		prefix := m.fs + "/" + boot.name
-		r, err := m.boot(ctx, boot.name, nvdimm, hdd)
+		r, err := m.boot(ctx, boot.name, boot.domain, nvdimm, hdd, said)
 		switch {
 		case err != nil:
 			r.missing(prefix, err.Error())
@@ -59,6 +72,9 @@ func (m machine) test(ctx context.Context, image [][]entry) (passed, failed int)
 			r.missing(prefix, "the guest ended before this check; its console is in "+m.console(boot.name))
 		default:
 			r.missing(prefix, "the guest has left this check out")
+		}
+		if err := said.read(m.promises(boot.name)); err != nil {
+			r.report(prefix, "promises", err.Error())
 		}
 		if boot.name == "second" && r.end == "done" {
 			why := ""
@@ -85,14 +101,19 @@ func (m machine) console(boot string) string {
 
 // boot starts QEMU, follows the checks, and returns when the guest has ended. It kills the guest when that asks for it, when ctx
 // ends, and after bootTimeout.
-func (m machine) boot(ctx context.Context, boot, nvdimm, hdd string) (r *bootResult, err error) {
+func (m machine) boot(ctx context.Context, boot, domain, nvdimm, hdd string, said promises) (r *bootResult, err error) {
 	r = &bootResult{}
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %v; its console is in %s", bootTimeout, m.console(boot)))
 	defer cancel()
-	cmdline := fmt.Sprintf("console=ttyS0 quiet panic=-1 nhybrid.fs=%s nhybrid.boot=%s nhybrid.snapshotter=%s nhybrid.registry=%s",
-		m.fs, boot, m.snapshotter, m.registry.guestHost)
+	cmdline := fmt.Sprintf("console=ttyS0 quiet panic=-1 nhybrid.fs=%s nhybrid.boot=%s nhybrid.snapshotter=%s nhybrid.registry=%s nhybrid.domain=%s nhybrid.said=%s",
+		m.fs, boot, m.snapshotter, m.registry.guestHost, domain, said)
+	board := "q35,nvdimm=on"
+	if domain != "" {
+		board += ",nvdimm-persistence=" + domain
+	}
+	ports := m.promises(boot)
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
-		"-machine", "q35,nvdimm=on", "-accel", "tcg", "-smp", "1", "-m", "1536M,slots=2,maxmem=8G",
+		"-machine", board, "-accel", "tcg", "-smp", "1", "-m", "1536M,slots=2,maxmem=8G",
 		// QEMU 7.2 corrupts the flags of the guest at cmpxchg16b, and Linux 6.12 then dies at random.
 		"-cpu", "max,-cx16",
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none",
@@ -101,6 +122,10 @@ func (m machine) boot(ctx context.Context, boot, nvdimm, hdd string) (r *bootRes
 		"-drive", "if=virtio,format=raw,readonly=on,file="+m.root,
 		"-drive", "if=virtio,format=raw,cache=writeback,file="+hdd,
 		"-nic", "user,model=virtio-net-pci",
+		// QEMU writes what comes out of these to files at once: all that is in them was said before the power went.
+		"-device", "virtio-serial-pci",
+		"-chardev", "file,id=go,path="+ports["go"], "-device", "virtserialport,chardev=go,name=promises.go",
+		"-chardev", "file,id=c,path="+ports["c"], "-device", "virtserialport,chardev=c,name=promises.c",
 		"-serial", "file:"+m.console(boot), "-serial", "stdio")
 	// The guest goes where this program goes, even if that is killed. The signal is bound to the thread that starts it.
 	runtime.LockOSThread()
@@ -115,7 +140,10 @@ func (m machine) boot(ctx context.Context, boot, nvdimm, hdd string) (r *bootRes
 	if err := cmd.Start(); err != nil {
 		return r, fmt.Errorf("start guest: %w", err)
 	}
-	r.follow(out, m.fs+"/"+boot, func() { _ = cmd.Process.Kill() })
+	r.follow(out, m.fs+"/"+boot, func(when string) {
+		cut(ctx, m.fs+"/"+boot, when, ports)
+		_ = cmd.Process.Kill()
+	})
 	err = cmd.Wait()
 	if context.Cause(ctx) != nil {
 		return r, context.Cause(ctx)
@@ -127,8 +155,8 @@ func (m machine) boot(ctx context.Context, boot, nvdimm, hdd string) (r *bootRes
 }
 
 // follow reads the lines of a guest until it ends. Each is a word and its argument: "plan" with the names of all the checks to come,
-// "ok" and "FAIL" with a check, "note" with a text, "kill" and "done".
-func (r *bootResult) follow(lines io.Reader, prefix string, kill func()) {
+// "ok" and "FAIL" with a check, "note" with a text, "kill" with the moment that is meant, and "done".
+func (r *bootResult) follow(lines io.Reader, prefix string, kill func(when string)) {
 	scanner := bufio.NewScanner(lines)
 	for scanner.Scan() {
 		word, rest, _ := strings.Cut(strings.TrimSpace(scanner.Text()), " ")
@@ -147,8 +175,7 @@ func (r *bootResult) follow(lines io.Reader, prefix string, kill func()) {
 			progress("%s      %s", prefix, rest)
 		case "kill":
 			r.end = word
-			progress("%s      cutting the power", prefix)
-			kill()
+			kill(rest)
 		case "done":
 			r.end = word
 		}

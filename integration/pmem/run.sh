@@ -6,7 +6,7 @@
 # Arguments go to the test: -fs ext4, -snapshotter overlayfs, …
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-make --no-print-directory tools-core build
+make --no-print-directory tools-core build scmlib-c
 # Not go run, which would stand between a signal and the guests.
 mkdir -p out/cache/pmem
 go build -o out/cache/pmem/test-pmem ./integration/pmem

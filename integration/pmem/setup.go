@@ -29,6 +29,7 @@ var programs = map[string]string{
 	"cpio":               "cpio",
 	"modprobe":           "kmod",
 	"xz":                 "xz-utils",
+	"gcc":                "gcc",
 }
 
 // run executes a host command and returns its standard output; an error carries what it wrote to standard error.

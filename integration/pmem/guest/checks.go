@@ -17,11 +17,19 @@ import (
 
 // common are the first checks of every boot: the machine and its services.
 func (g *guest) common() []check {
-	checks := []check{
-		{"nvdimm", true, g.makeNamespace},
-		{"tiers-mounted", true, g.mountTiers},
-		{"dax-mapping", false, g.daxMount},
+	checks := []check{{"nvdimm", true, g.makeNamespace}}
+	if g.boot == "first" {
+		checks = append(checks,
+			check{"filesystems-made", true, g.makeFilesystems},
+			check{"scm-without-dax", false, g.withoutDAX},
+		)
 	}
+	checks = append(checks,
+		check{"tiers-mounted", true, g.mountTiers},
+		check{"dax-mapping", false, g.daxMount},
+		check{"persistence-domain", false, g.checkDomain},
+		check{"scm-host", false, g.scmHost},
+	)
 	if g.nhybrid() {
 		checks = append(checks, check{"daemon-starts", true, g.startDaemon})
 	}
@@ -30,9 +38,9 @@ func (g *guest) common() []check {
 
 // first are the checks up to the power cut.
 func (g *guest) first() []check {
-	checks := g.common()
+	checks := append(g.common(), check{"scm-refused", false, scmRefused})
 	if g.nhybrid() {
-		checks = append(checks, check{"status", false, g.checkStatus}, check{"doctor", false, g.checkDoctor})
+		checks = append(checks, check{"status", false, g.checkStatus}, check{"doctor", false, g.scmDoctor})
 	}
 	checks = append(checks, check{"pull", true, g.pull})
 	if g.nhybrid() {
@@ -45,14 +53,50 @@ func (g *guest) first() []check {
 		check{"program-mapped-from-pmem", false, g.programMapping},
 	)
 	if g.nhybrid() {
-		checks = append(checks, check{"durable", true, g.durable})
+		checks = append(checks,
+			check{"durable", true, g.durable},
+			check{"scm-container", false, g.scmContainer},
+			check{"scm-volumes", true, makeVolumes},
+			check{"scm-ledgers", true, g.startLedgers},
+		)
 	}
-	return checks
+	return append(checks, check{"kernel-sound", false, kernelSound})
+}
+
+// regionsSurvive are the checks of persistent memory after a power cut, before anything works in it.
+func (g *guest) regionsSurvive() []check {
+	return []check{{"scm-list", false, scmList}, {"scm-check", false, g.scmCheck}}
+}
+
+// cutWorking are the checks of a boot that is cut off while programs work in persistent memory.
+func (g *guest) cutWorking() []check {
+	return append(append(g.common(), g.regionsSurvive()...),
+		check{"scm-ledgers-start", true, g.startLedgersAgain},
+		check{"scm-promises-kept", true, g.ledgersWork},
+		check{"kernel-sound", false, kernelSound},
+	)
+}
+
+// cutStarting are the checks of a boot that is cut off at some moment after them, while the ledgers are started and recover.
+func (g *guest) cutStarting() []check {
+	return append(append(g.common(), g.regionsSurvive()...),
+		check{"doctor", false, g.scmDoctor},
+		check{"scm-container", false, g.scmContainer},
+		check{"kernel-sound", false, kernelSound},
+	)
 }
 
 // second are the checks after the power cut.
 func (g *guest) second() []check {
-	checks := append(g.common(),
+	checks := g.common()
+	if g.nhybrid() {
+		checks = append(append(checks, g.regionsSurvive()...),
+			check{"scm-other-language", false, g.otherLanguage},
+			check{"scm-ledgers-start", false, g.startLedgersAgain},
+			check{"scm-promises-kept", false, g.ledgersWork},
+		)
+	}
+	checks = append(checks,
 		check{"image-survives", false, g.runs},
 		check{"whole-tree", false, g.wholeTree},
 		check{"program-mapped-from-pmem", false, g.programMapping},
@@ -61,6 +105,8 @@ func (g *guest) second() []check {
 	)
 	if g.nhybrid() {
 		checks = append(checks,
+			check{"scm-unsafe-shutdown", false, g.unsafeShutdown},
+			check{"scm-removed", false, removeLedgers},
 			check{"daemon-killed", false, g.daemonKilled},
 			check{"quota-nvm", false, func(ctx context.Context) error { return g.quota(ctx, "nvm") }},
 			check{"quota-hdd", false, func(ctx context.Context) error { return g.quota(ctx, "hdd") }},
@@ -73,7 +119,7 @@ func (g *guest) second() []check {
 	if g.nhybrid() {
 		checks = append(checks, check{"tiers-empty", false, g.tiersEmpty})
 	}
-	return append(checks, check{"services-end", false, g.servicesEnd})
+	return append(checks, check{"services-end", false, g.servicesEnd}, check{"kernel-sound", false, kernelSound})
 }
 
 func (g *guest) image() string { return g.registryHost + "/pmem:1" }
@@ -243,6 +289,22 @@ func (g *guest) servicesEnd(ctx context.Context) error {
 		}
 		if err := poll(ctx, func() error { return unix.Unmount(tier, 0) }); err != nil {
 			return fmt.Errorf("unmount %s: %w", tier, err)
+		}
+	}
+	return nil
+}
+
+// kernelSound shows that the kernel has not complained: where it lost a thread of the daemon, all else may seem well.
+func kernelSound(ctx context.Context) error {
+	out, err := output(ctx, "busybox", "dmesg")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(out) {
+		for _, word := range []string{"BUG:", "Oops", "WARNING:", "blocked for more than", "rcu_preempt detected stalls"} {
+			if strings.Contains(line, word) {
+				return fmt.Errorf("the kernel says %q", strings.TrimSpace(line))
+			}
 		}
 	}
 	return nil

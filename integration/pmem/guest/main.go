@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -33,8 +34,10 @@ type check struct {
 type guest struct {
 	results                             *os.File
 	fs, boot, snapshotter, registryHost string
-	expected                            manifest.Tree // what a container of the image sees
-	pmem                                []span        // physical addresses of the persistent memory
+	domain                              string            // persistence domain that the host emulates; empty: none is told
+	said                                map[string]uint64 // transactions that the ledgers had promised before this boot
+	expected                            manifest.Tree     // what a container of the image sees
+	pmem                                []span            // physical addresses of the persistent memory
 	containerd, daemon                  *service
 }
 
@@ -45,10 +48,20 @@ func main() {
 		g.say("FAIL begin: %s", oneLine(err))
 		powerOff()
 	}
-	checks := g.first()
-	if g.boot == "second" {
-		checks = g.second()
+	boot, ok := map[string]struct {
+		checks []check
+		cut    string // when the power is to go
+	}{
+		"first":        {g.first(), "working"},
+		"cut-working":  {g.cutWorking(), "working"},
+		"cut-starting": {g.cutStarting(), "starting"},
+		"second":       {g.second(), ""},
+	}[g.boot]
+	if !ok {
+		g.say("FAIL begin: boot %q is not known", g.boot)
+		powerOff()
 	}
+	checks := boot.checks
 	names := make([]string, 0, len(checks))
 	for _, c := range checks {
 		names = append(names, c.name)
@@ -58,8 +71,15 @@ func main() {
 	if !good {
 		g.dumpLogs()
 	}
-	if alive && g.boot == "first" {
-		g.say("kill")
+	if alive && boot.cut != "" {
+		if !g.nhybrid() {
+			boot.cut = "now"
+		}
+		g.say("kill %s", boot.cut)
+		if boot.cut == "starting" {
+			err := g.startLedgersAgain(context.Background())
+			fmt.Printf("guest: start ledgers: %v\n", err)
+		}
 		// Nothing may be flushed from here on by an orderly end: the host takes the power away.
 		for {
 			_ = unix.Pause()
@@ -124,6 +144,12 @@ func (g *guest) begin() error {
 			g.boot = value
 		case "nhybrid.snapshotter":
 			g.snapshotter = value
+		case "nhybrid.domain":
+			g.domain = value
+		case "nhybrid.said":
+			if g.said, err = readSaid(value); err != nil {
+				return err
+			}
 		case "nhybrid.registry":
 			g.registryHost = value
 		}
@@ -144,6 +170,20 @@ func (g *guest) begin() error {
 		}
 	}
 	return nil
+}
+
+// readSaid reads pairs of language and number, as in go:12,c:7.
+func readSaid(text string) (map[string]uint64, error) {
+	said := map[string]uint64{}
+	for pair := range strings.SplitSeq(text, ",") {
+		language, number, _ := strings.Cut(pair, ":")
+		n, err := strconv.ParseUint(number, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("read promises %q: %w", text, err)
+		}
+		said[language] = n
+	}
+	return said, nil
 }
 
 // say writes one line to the host.

@@ -113,12 +113,21 @@ func (g *guest) durable(ctx context.Context) error {
 	})
 }
 
-// tiersEmpty waits until no data, staging directory, tree or capture is left on either tier, and no link or mount beside them.
+// tiersEmpty waits until no data, staging directory, tree, capture or region is left on either tier, and no link or mount beside them.
 func (g *guest) tiersEmpty(ctx context.Context) error {
 	return poll(ctx, func() error {
+		for _, dir := range []string{"k", "tmp"} {
+			left, err := filepath.Glob(filepath.Join(nvm, "nhybrid/r", dir, "*"))
+			if err != nil {
+				return err
+			}
+			if len(left) > 0 {
+				return fmt.Errorf("still there: %s", strings.Join(left, " "))
+			}
+		}
 		for _, dir := range []string{nvm + "/nhybrid", hdd + "/nhybrid", "/run/nhybrid/state/*"} {
-			// What may stay are the databases and the store's name.
-			left, err := filepath.Glob(filepath.Join(dir, "?", "*"))
+			// What may stay are the databases, the store's name, and r with the pool of regions.
+			left, err := filepath.Glob(filepath.Join(dir, "[!r]", "*"))
 			if err != nil {
 				return err
 			}
@@ -151,9 +160,4 @@ func (g *guest) quota(ctx context.Context, tier string) error {
 		return fmt.Errorf("with a limit: %w", err)
 	}
 	return nil
-}
-
-func (g *guest) checkDoctor(ctx context.Context) error {
-	_, err := output(ctx, "nhybridctl", "doctor")
-	return err
 }

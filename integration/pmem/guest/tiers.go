@@ -73,22 +73,23 @@ func (g *guest) isPmem(address uint64) bool {
 	return false
 }
 
-// mountTiers mounts the two tiers, with filesystems made new on the first boot. On the second the journals are replayed.
-func (g *guest) mountTiers(ctx context.Context) error {
-	if g.boot == "first" {
-		// ext4 keeps project quotas in inodes that it wants to be told of; XFS always can.
-		ext4 := []string{"-q", "-F", "-O", "quota,project", "-E", "quotatype=prjquota"}
-		mkfs := append([]string{"mkfs.ext4"}, append(ext4, nvmDev)...)
-		if g.fs == "xfs" {
-			mkfs = []string{"mkfs.xfs", "-q", "-f", "-m", "reflink=0", nvmDev}
-		}
-		if _, err := output(ctx, mkfs[0], mkfs[1:]...); err != nil {
-			return err
-		}
-		if _, err := output(ctx, "mkfs.ext4", append(ext4, hddDev)...); err != nil {
-			return err
-		}
+// makeFilesystems makes those of both tiers, on the first boot.
+func (g *guest) makeFilesystems(ctx context.Context) error {
+	// ext4 keeps project quotas in inodes that it wants to be told of; XFS always can.
+	ext4 := []string{"-q", "-F", "-O", "quota,project", "-E", "quotatype=prjquota"}
+	mkfs := append([]string{"mkfs.ext4"}, append(ext4, nvmDev)...)
+	if g.fs == "xfs" {
+		mkfs = []string{"mkfs.xfs", "-q", "-f", "-m", "reflink=0", nvmDev}
 	}
+	if _, err := output(ctx, mkfs[0], mkfs[1:]...); err != nil {
+		return err
+	}
+	_, err := output(ctx, "mkfs.ext4", append(ext4, hddDev)...)
+	return err
+}
+
+// mountTiers mounts the two tiers. After a power cut the journals are replayed.
+func (g *guest) mountTiers(context.Context) error {
 	if err := unix.Mount(nvmDev, nvm, g.fs, unix.MS_NOATIME, "dax=always,prjquota"); err != nil {
 		return fmt.Errorf("mount %s of %s with DAX: %w", g.fs, nvmDev, err)
 	}
