@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/scmlib"
@@ -50,6 +51,9 @@ func memoryBelow(sys, dir string) (m memory) {
 		id, _ := os.ReadFile(filepath.Join(d, "id"))
 		fmt.Fprintf(ids, "%s\x00%s\x00", filepath.Base(filepath.Dir(d)), id)
 		m.known, m.lost = true, m.lost+n
+	}
+	if !m.known {
+		log.L.WithField("root", dir).Info("the persistent memory below does not count unsafe shutdowns: programs are not told if it ever loses what it had promised to save")
 	}
 	m.lost++ // 0 means unknown in a header
 	copy(m.id[:], ids.Sum(nil))

@@ -25,6 +25,9 @@ func (g *guest) unsafeShutdown(ctx context.Context) (err error) {
 	if found, err := filepath.Glob("/sys/bus/nd/devices/nmem*/nfit/dirty_shutdown"); err != nil || len(found) > 0 {
 		return fmt.Errorf("this machine counts unsafe shutdowns in %v: %w", found, err)
 	}
+	if data, err := os.ReadFile(filepath.Join(logDir, "containerd-nhybrid-grpc")); err != nil || !strings.Contains(string(data), "does not count unsafe shutdowns") {
+		return fmt.Errorf("the daemon has not said that unsafe shutdowns are not counted: %w", err)
+	}
 	if n, err := stampOf("container+default+ledger-go"); err != nil || n != 0 {
 		return fmt.Errorf("a region is stamped with %d where nothing is counted: %w", n, err)
 	}
