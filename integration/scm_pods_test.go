@@ -85,11 +85,15 @@ func TestPodsWithRegions(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "/dev/scm/region\n3145728", out)
 	var books struct {
-		Namespaces map[string]struct{ Bytes, Quota int64 }
+		Accounts map[string]struct {
+			Bytes int64
+			Quota struct{ Bytes int64 }
+		}
 	}
 	ctl(t, r, &books, "scm", "df")
-	require.EqualValues(t, 4<<20, books.Namespaces["default.k8s.io"].Bytes, "they count for the pod's namespace")
-	require.Zero(t, books.Namespaces["k8s.io"].Bytes)
+	require.EqualValues(t, 4<<20, books.Accounts["default.k8s.io"].Bytes, "they count for the pod's namespace")
+	require.EqualValues(t, 8<<20, books.Accounts["default.k8s.io"].Quota.Bytes)
+	require.NotContains(t, books.Accounts, "k8s.io")
 
 	// Nothing is asked for, nothing is there.
 	plain, out, err := inPod(t, r, "plain", map[string]string{"size.scm.nhybrid.io/container.other": "1m"}, "web", `ls /dev/scm 2>&1; echo "[$SCM_REGION]"`)

@@ -4,7 +4,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,8 +16,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/nhybrid/nhybrid/scmlib/region"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 // regionSize writes a size as it is asked for, in the name of a device too.
@@ -50,6 +54,9 @@ func marks(r region.Record) string {
 	if r.Shared {
 		all = append(all, "shared")
 	}
+	if r.Owner() != r.Namespace {
+		all = append(all, "of "+r.Owner())
+	}
 	return strings.Join(all, ", ")
 }
 
@@ -76,6 +83,11 @@ func (a *app) scmList() *cobra.Command {
 			if err := a.table(rows); err != nil {
 				return err
 			}
+			for _, ns := range slices.Sorted(maps.Keys(l.Namespaces)) {
+				if u := l.Namespaces[ns]; u.Quota != (region.Quota{}) {
+					fmt.Fprintf(a.out, "quota of namespace %s: %s\n", ns, a.account(u))
+				}
+			}
 			for _, key := range slices.Sorted(maps.Keys(l.Broken)) {
 				fmt.Fprintln(a.out, "warning:", oneLine(l.Broken[key]))
 			}
@@ -84,11 +96,34 @@ func (a *app) scmList() *cobra.Command {
 	}
 }
 
+func (a *app) quota(q region.Quota) string {
+	var all []string
+	if q.Bytes > 0 {
+		all = append(all, a.size(q.Bytes))
+	}
+	if q.Regions > 0 {
+		all = append(all, fmt.Sprintf("%d regions", q.Regions))
+	}
+	return strings.Join(all, ", ")
+}
+
+// account says what of its quota a namespace has.
+func (a *app) account(u region.Account) string {
+	bytes, regions := a.size(u.Bytes), fmt.Sprintf("%d regions", u.Regions)
+	if u.Quota.Bytes > 0 {
+		bytes += " of " + a.size(u.Quota.Bytes) + percent(u.Bytes, u.Quota.Bytes)
+	}
+	if u.Quota.Regions > 0 {
+		regions = fmt.Sprintf("%d of %d regions", u.Regions, u.Quota.Regions)
+	}
+	return bytes + ", " + regions
+}
+
 func (a *app) scmInspect() *cobra.Command {
 	return &cobra.Command{
 		Use: "inspect REGION", Short: "Show all that is known of a region", Args: cobra.ExactArgs(1), ValidArgsFunction: a.regionNames,
 		RunE: func(c *cobra.Command, args []string) error {
-			var r region.Record
+			var r region.Inspection
 			if _, err := a.ask(c.Context(), region.OpInspect, region.Args{Namespace: a.within(), Region: args[0]}, &r); err != nil {
 				return err
 			}
@@ -96,8 +131,9 @@ func (a *app) scmInspect() *cobra.Command {
 				return a.printJSON(r)
 			}
 			rows := [][]string{
-				{"region", r.String()}, {"namespace", r.Namespace}, {"id", r.ID}, {"size", a.regionSize(r.Size)}, {"on NVM", a.size(taken(r))},
-				{"created", r.Created.UTC().Format(time.RFC3339)}, {"origin", orDash(printable(r.Origin))}, {"marks", orDash(marks(r))},
+				{"region", r.String()}, {"namespace", r.Namespace}, {"id", r.ID}, {"size", a.regionSize(r.Size)}, {"on NVM", a.size(taken(r.Record))},
+				{"created", r.Created.UTC().Format(time.RFC3339)}, {"origin", orDash(printable(r.Origin))}, {"marks", orDash(marks(r.Record))},
+				{"counts for", "namespace " + r.Owner + ", which has " + a.account(r.Account)},
 			}
 			for _, u := range r.Users {
 				rows = append(rows, []string{"used by", fmt.Sprintf("%s, process %d", u.Container, u.Pid)})
@@ -124,7 +160,8 @@ func (a *app) scmSpace() *cobra.Command {
 			}
 			rows := [][]string{
 				{"regions", a.size(s.Promised)}, {"in the making", a.size(s.Making)}, {"pool", a.size(s.Pool)}, {"limit", limit},
-				{"NVM free", fmt.Sprintf("%s, of which %s stay free", a.size(s.Free), a.size(s.Headroom))},
+				{"kept for regions", a.size(s.Reserve)},
+				{"NVM free", fmt.Sprintf("%s, of which %s stay free and %s are promised to layers", a.size(s.Free), a.size(s.Headroom), a.size(s.Others))},
 			}
 			for _, p := range s.Regions {
 				rows = append(rows, []string{"pool of " + a.regionSize(p.Size), fmt.Sprintf("%d of %d ready", p.Ready, p.Want)})
@@ -132,10 +169,10 @@ func (a *app) scmSpace() *cobra.Command {
 			if err := a.table(rows); err != nil {
 				return err
 			}
-			list := [][]string{{"NAMESPACE", "REGIONS", "BYTES"}}
-			for _, ns := range slices.Sorted(maps.Keys(s.Namespaces)) {
-				if a.namespace == "" || a.namespace == ns {
-					list = append(list, []string{ns, strconv.Itoa(s.Namespaces[ns].Regions), a.size(s.Namespaces[ns].Bytes)})
+			list := [][]string{{"NAMESPACE", "REGIONS", "BYTES", "QUOTA"}}
+			for _, ns := range slices.Sorted(maps.Keys(s.Accounts)) {
+				if u := s.Accounts[ns]; a.namespace == "" || a.namespace == ns {
+					list = append(list, []string{ns, strconv.Itoa(u.Regions), a.size(u.Bytes), orDash(a.quota(u.Quota))})
 				}
 			}
 			if len(list) == 1 {
@@ -147,19 +184,49 @@ func (a *app) scmSpace() *cobra.Command {
 	}
 }
 
-// printRegionUsage says below the table of du what of NVM is not the images'.
-func (a *app) printRegionUsage(ctx context.Context) error {
+// regionUsage is what of NVM is not the images'; nil where no regions are served.
+func (a *app) regionUsage(ctx context.Context) (*region.Space, error) {
 	var s region.Space
 	_, err := a.ask(ctx, region.OpBooks, region.Args{}, &s)
+	if errors.Is(err, errOff) {
+		return nil, nil
+	}
+	return &s, err
+}
+
+// printRegionUsage says it below the table of du.
+func (a *app) printRegionUsage(ctx context.Context) error {
+	s, err := a.regionUsage(ctx)
 	switch {
-	case errors.Is(err, errOff):
-		return nil
 	case err != nil:
 		_, err = fmt.Fprintf(a.out, "\nregions on NVM are not known: %s\n", plain(err))
-	default:
+	case s != nil:
 		_, err = fmt.Fprintf(a.out, "\nregions on NVM: %s, and %s that wait in the pool; nhybridctl scm df tells more\n", a.size(s.Promised+s.Making), a.size(s.Pool))
 	}
 	return err
+}
+
+// printUsageJSON adds to what the images have what the regions have, as scm df tells it, or why that is not known.
+func (a *app) printUsageJSON(ctx context.Context, images proto.Message) error {
+	b, err := control.JSON(images)
+	if err != nil {
+		return err
+	}
+	var more struct {
+		Regions *region.Space `json:"regions,omitempty"`
+		Unknown string        `json:"regions_unknown,omitempty"`
+	}
+	if more.Regions, err = a.regionUsage(ctx); err != nil {
+		more.Regions, more.Unknown = nil, plain(err)
+	}
+	m, err := json.Marshal(more)
+	if err != nil {
+		return err
+	}
+	if len(m) > len("{}") { // as one object, whose keys stay in their order
+		b = slices.Concat(bytes.TrimSuffix(bytes.TrimSpace(b), []byte("}")), []byte(","), m[1:])
+	}
+	return a.printJSON(json.RawMessage(b))
 }
 
 func (a *app) scmCheck() *cobra.Command {

@@ -111,11 +111,14 @@ func TestRegions(t *testing.T) {
 default    container/web  2m    2.10 MB  WHEN  web      -       -
 default    orders         4m    4.19 MB  WHEN  -        -       -
 other      wide           1m    1.05 MB  WHEN  -        shared  -
+quota of namespace default: 6.29 MB of 33.6 MB (18.8 %), 2 of 8 regions
+quota of namespace other: 1.05 MB of 33.6 MB (3.1 %), 1 of 8 regions
 `, regexp.MustCompile(`(WHEN|CREATED) +`).ReplaceAllString(out, "$1  "))
-	require.Equal(t, 2, strings.Count(good(t, socket, "ls", "-n", "other"), "\n"))
-	require.Contains(t, good(t, socket, "inspect", "container/web"), "used by    web, process ")
-	require.Contains(t, good(t, socket, "df"), "default    2        6.29 MB\n")
-	require.Contains(t, good(t, socket, "df"), "limit          67.1 MB (10.9 %)\n")
+	require.Equal(t, 3, strings.Count(good(t, socket, "ls", "-n", "other"), "\n"))
+	require.Contains(t, good(t, socket, "inspect", "orders"), "counts for  namespace default, which has 6.29 MB of 33.6 MB (18.8 %), 2 of 8 regions\n")
+	require.Contains(t, good(t, socket, "inspect", "container/web"), "used by     web, process ")
+	require.Contains(t, good(t, socket, "df"), "default    2        6.29 MB  33.6 MB, 8 regions\n")
+	require.Contains(t, good(t, socket, "df"), "limit             67.1 MB (10.9 %)\n")
 
 	// What it is, and as JSON.
 	var r region.Record
@@ -125,6 +128,7 @@ other      wide           1m    1.05 MB  WHEN  -        shared  -
 	var l region.Listing
 	require.NoError(t, json.Unmarshal([]byte(good(t, socket, "ls", "--json")), &l))
 	require.Len(t, l.Regions, 3)
+	require.Equal(t, region.Account{Usage: region.Usage{Bytes: 6 << 20, Regions: 2}, Quota: region.Quota{Bytes: 32 << 20, Regions: 8}}, l.Namespaces["default"])
 	var s region.Space
 	require.NoError(t, json.Unmarshal([]byte(good(t, socket, "df", "--json")), &s))
 	require.Equal(t, int64(7<<20), s.Promised)
@@ -284,7 +288,24 @@ func TestRegionSocket(t *testing.T) {
 	require.Contains(t, out, "volume a")
 	_, out, _ = ctl(t, "du", "--address", serve(t, &backend{}, c))
 	require.Contains(t, out, "\nregions on NVM: 1.05 MB, and 0 B that wait in the pool")
+	usage := func(c config.Config) (u struct {
+		Regions *region.Space
+		Unknown string `json:"regions_unknown"`
+	}) {
+		t.Helper()
+		code, out, errs := ctl(t, "du", "--json", "--address", serve(t, &backend{}, c))
+		require.Zero(t, code, errs)
+		require.NoError(t, json.Unmarshal([]byte(out), &u), out)
+		return u
+	}
+	require.EqualValues(t, 1<<20, usage(c).Regions.Promised)
+	gone := c
+	gone.SCM.Address = "/nowhere/scm.sock"
+	require.Nil(t, usage(gone).Regions)
+	require.Contains(t, usage(gone).Unknown, "it does not run")
 	c.SCM.Enabled = false
+	require.Nil(t, usage(c).Regions)
+	require.Empty(t, usage(c).Unknown)
 	off := serve(t, &backend{}, c)
 	for _, x := range []struct {
 		args []string

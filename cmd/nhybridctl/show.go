@@ -289,7 +289,7 @@ func (a *app) du() *cobra.Command {
 					return err
 				}
 				if a.json {
-					return a.printMessage(r)
+					return a.printUsageJSON(c.Context(), r)
 				}
 				if err := a.printUsage(r); err != nil {
 					return err

@@ -44,10 +44,24 @@ type Args struct {
 	Pid       int           `json:"pid,omitempty"`
 }
 
-// Listing is the answer to OpList.
+// Account is what a namespace has, and may have.
+type Account struct {
+	Usage
+	Quota Quota `json:"quota"`
+}
+
+// Listing is the answer to OpList. Namespaces are those for which the regions count.
 type Listing struct {
-	Regions []Record          `json:"regions"`
-	Broken  map[string]string `json:"broken,omitempty"`
+	Regions    []Record           `json:"regions"`
+	Namespaces map[string]Account `json:"namespaces"`
+	Broken     map[string]string  `json:"broken,omitempty"`
+}
+
+// Inspection is the answer to OpInspect: a region and the account of the namespace that it counts for.
+type Inspection struct {
+	Record
+	Owner   string  `json:"counts_for"`
+	Account Account `json:"account"`
 }
 
 // PoolState is part of the answer to OpBooks.
@@ -60,12 +74,17 @@ type PoolState struct {
 // Space is the answer to OpBooks.
 type Space struct {
 	Books
-	Regions []PoolState `json:"pool_regions"`
+	Accounts map[string]Account `json:"accounts"` // of namespaces that have regions, or a quota of their own
+	Regions  []PoolState        `json:"pool_regions"`
 }
 
 func (s *Store) serveOperator(srv *Server) {
 	srv.Handle(OpList, Plain(func(_ context.Context, a Args) (Listing, error) {
-		l := Listing{Regions: s.List(a.Namespace), Broken: map[string]string{}}
+		l := Listing{Regions: s.List(a.Namespace), Namespaces: map[string]Account{}, Broken: map[string]string{}}
+		accounts := s.Accounts()
+		for _, r := range l.Regions {
+			l.Namespaces[r.Owner()] = accounts[r.Owner()]
+		}
 		for key, err := range s.Broken() {
 			l.Broken[key] = err.Error()
 		}
@@ -73,7 +92,7 @@ func (s *Store) serveOperator(srv *Server) {
 	}))
 	srv.Handle(OpBooks, Plain(func(context.Context, Args) (Space, error) {
 		b, err := s.Books()
-		sp := Space{Books: b}
+		sp := Space{Books: b, Accounts: s.Accounts()}
 		for size, want := range s.o.Pool {
 			sp.Regions = append(sp.Regions, PoolState{size, s.Pooled(size), want})
 		}
@@ -84,7 +103,10 @@ func (s *Store) serveOperator(srv *Server) {
 		return s.Create(ctx, a.Namespace, a.Region, a.Create)
 	}))
 	srv.Handle(OpNode, Plain(func(context.Context, Args) (scmlib.Info, error) { return s.Guarantee() }))
-	named(srv, OpInspect, func(_ context.Context, r Ref, _ Args) (Record, error) { return s.Inspect(r) })
+	named(srv, OpInspect, func(_ context.Context, ref Ref, _ Args) (Inspection, error) {
+		r, err := s.Inspect(ref)
+		return Inspection{r, r.Owner(), s.Accounts()[r.Owner()]}, err
+	})
 	named(srv, OpRemove, func(ctx context.Context, r Ref, _ Args) (struct{}, error) { return struct{}{}, s.Remove(ctx, r) })
 	named(srv, OpKeep, func(ctx context.Context, r Ref, a Args) (struct{}, error) {
 		return struct{}{}, s.SetKeep(ctx, r, a.Keep)
