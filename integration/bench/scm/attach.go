@@ -23,7 +23,7 @@ import (
 )
 
 // poolReady is how many regions wait, zeroed.
-const poolReady = 4
+const poolReady = 8
 
 // attachRow is how long the creation of containers took, in milliseconds, round by round: what containerd, shim and runtime do until the first program can start.
 type attachRow struct {

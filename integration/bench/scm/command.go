@@ -32,7 +32,7 @@ var parts = []string{partMicro, partRedis, partAttach, partCrash}
 // options of the command.
 type options struct {
 	out, bin, svg, huge            string
-	skip                           []string
+	skip, workloads                []string
 	rounds, slices, shrink         int
 	array, elements, stream, rows  int
 	slice                          time.Duration
@@ -59,8 +59,9 @@ func Command() *cobra.Command {
 	f.StringVar(&o.out, "out", "out", "directory of the results")
 	f.StringVar(&o.svg, "svg", "", "where the picture is written (default scm-bench.svg in the directory of the results)")
 	f.StringVar(&o.bin, "bin", "", "directory of the programs (default: bin/ of the repository)")
-	f.StringVar(&o.huge, "huge", "never", "huge pages of the emulated memory: never, always, within_size, advise (tmpfs(5))")
+	f.StringVar(&o.huge, "huge", "always", "huge pages of the emulated memory that is mapped: always, never, within_size, advise (tmpfs(5))")
 	f.StringSliceVar(&o.skip, "skip", nil, "parts to leave out: "+strings.Join(parts, ", "))
+	f.StringSliceVar(&o.workloads, "workloads", nil, "workloads to measure (default all): "+strings.Join(workloads, ", "))
 	f.IntVar(&o.rounds, "rounds", 4, "rounds of the workloads, each with new processes, containers and regions")
 	f.IntVar(&o.slices, "slices", 15, "turns that each contender has at each workload in a round")
 	f.DurationVar(&o.slice, "slice", 40*time.Millisecond, "length of such a turn where the memory is not mapped")
@@ -72,7 +73,7 @@ func Command() *cobra.Command {
 	f.IntVar(&o.redisSlices, "redis-slices", 10, "turns that each server has at each request in a round")
 	f.IntVar(&o.requests, "requests", 20_000, "requests in such a turn")
 	f.IntVar(&o.clients, "clients", 50, "connections of redis-benchmark")
-	f.IntVar(&o.attachments, "attachments", 60, "containers created with a region, with a hook that does nothing, and without")
+	f.IntVar(&o.attachments, "attachments", 40, "containers created with a region, with a hook that does nothing, and without")
 	f.IntVar(&o.effort, "effort", 1, "of the crash tests: how many states are enumerated")
 	f.IntVar(&o.cpu, "cpu", runtime.NumCPU()-1, "processor that the workloads and Redis run on; clients run on the others")
 	f.BoolVar(&o.quick, "quick", false, "tiny sizes, one round: to try the benchmark itself")
@@ -120,7 +121,11 @@ func (o *options) complete(c *cobra.Command) error {
 	if _, err := lab.Choose("value of --huge", []string{o.huge}, []string{"never", "always", "within_size", "advise"}); err != nil {
 		return err
 	}
-	_, err := lab.Choose("part for --skip", o.skip, parts)
+	var err error
+	if o.workloads, err = lab.Choose("workload", o.workloads, workloads); err != nil {
+		return err
+	}
+	_, err = lab.Choose("part for --skip", o.skip, parts)
 	return err
 }
 

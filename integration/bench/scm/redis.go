@@ -22,6 +22,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/nhybrid/nhybrid/scmlib"
 )
 
 // redisTests are the requests of figure 7.
@@ -32,7 +34,7 @@ type server struct {
 	name    string
 	place   place
 	preload bool // the heap is where the place says; else in ordinary memory, by Redis's own allocator
-	log     string
+	log     bool // append-only file, each write synced
 	why     string
 }
 
@@ -45,8 +47,8 @@ var servers = []server{
 	{name: "storage", place: inStorage, preload: true, why: heapOnly},
 	{name: "dram preload", place: inDRAM, preload: true, why: heapOnly},
 	{name: "dram", place: inDRAM, why: "Redis as it is, with jemalloc: nothing survives the process"},
-	{name: "log on volume", place: inVolume, log: volumePath, why: "Redis as it is; append-only file, fsync before each answer"},
-	{name: "log in storage", place: inStorage, log: "/", why: "Redis as it is; append-only file, fsync before each answer"},
+	{name: "log on volume", place: inVolume, log: true, why: "Redis as it is; append-only file, fsync before each answer"},
+	{name: "log in storage", place: inStorage, log: true, why: "Redis as it is; append-only file, fsync before each answer"},
 }
 
 // redis is a running server.
@@ -104,7 +106,13 @@ func (b *bench) redisRound(ctx context.Context, round int) (err error) {
 				}
 				t := b.redis.get(test, s.name)
 				if t == nil {
-					t = &series{Workload: test, Contender: s.name, Language: "C", Place: s.place, Durability: "volatile", Why: s.why, N: b.options.requests}
+					durable := scmlib.Volatile.String()
+					if s.log {
+						if durable, err = b.stand.durability(s.place); err != nil {
+							return err
+						}
+					}
+					t = &series{Workload: test, Contender: s.name, Language: "C", Place: s.place, Durability: durable, Why: s.why, N: b.options.requests}
 					b.redis = append(b.redis, t)
 				}
 				for len(t.NS) <= round {
@@ -132,14 +140,14 @@ func (b *bench) startRedis(ctx context.Context, s server, id string) (_ *redis, 
 		env = append(env, "LD_PRELOAD="+library)
 	}
 	args := []string{redisServer, "--port", "0", "--unixsocket", at, "--save", "", "--hz", "1", "--server_cpulist", strconv.Itoa(b.options.cpu)}
-	if s.log != "" {
-		args = append(args, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0", "--dir", s.log)
+	if s.log {
+		args = append(args, "--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0", "--dir", here+"/")
 	}
 	var mount []string
 	if s.place != onHost {
 		mount = []string{"--mount", "type=bind,src=" + dir + ",dst=/sock,options=rbind:rw"}
 	}
-	if r.cmd, r.cleanup, err = b.stand.command(ctx, s.place, id, goRegion, env, mount, args...); err != nil {
+	if r.cmd, r.cleanup, err = b.stand.command(ctx, start{s.place, id, goRegion, env, mount, args}); err != nil {
 		return nil, fmt.Errorf("start redis, %s: %w", s.name, err)
 	}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.out

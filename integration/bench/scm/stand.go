@@ -8,9 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
@@ -18,6 +16,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/hddsim/block"
 	"github.com/nhybrid/nhybrid/integration/rig"
+	"github.com/nhybrid/nhybrid/scmlib"
 )
 
 // stand is the emulated memory and the programs on it.
@@ -121,74 +120,23 @@ func (s *stand) Close() error {
 	return errors.Join(append(errs, rig.Remove(s.dir))...)
 }
 
+// durability is what a sync of a file at a place outlives, in the words of scmlib, which looks for what lies under its filesystem. The root filesystems of
+// containers and volumes are on the same one.
+func (s *stand) durability(p place) (string, error) {
+	dir := s.filesDir()
+	if p == onMemory {
+		dir = s.bytesDir()
+	}
+	path := filepath.Join(dir, "probe")
+	r, err := scmlib.Open(path, scmlib.Options{Create: true, Size: 1 << 20})
+	if err != nil {
+		return "", fmt.Errorf("find out how durable files in %q are: %w", dir, err)
+	}
+	return r.Durability().String(), errors.Join(r.Close(), os.Remove(path))
+}
+
 // client is containerd's, and the context for it.
 func (s *stand) client(ctx context.Context) (context.Context, *client.Client, error) {
 	c, err := s.rig.Client()
 	return s.rig.Context(ctx), c, err
-}
-
-// place is where a program and its data are.
-type place string
-
-const (
-	onHost     place = "host"      // a region of the host, mapped
-	inMapping  place = "container" // the container's own region, mapped
-	inVolume   place = "volume"    // a file on a volume
-	inStorage  place = "storage"   // a file in the container's root filesystem
-	inDRAM     place = "dram"      // ordinary memory, in a container
-	onFiles    place = "host file" // a file of the host on a filesystem
-	onMemory   place = "host memory file"
-	volumePath       = "/scm"
-)
-
-var places = []place{onHost, inMapping, inVolume, inStorage, inDRAM}
-
-// command prepares a program at a place, with a region of a size, "256m" say, and the environment that libraries find it by. Regions and files are new.
-// cleanup removes them, once the program has ended.
-func (s *stand) command(ctx context.Context, p place, id, size string, env []string, more []string, args ...string) (cmd *exec.Cmd, cleanup func() error, err error) {
-	ok := func() error { return nil }
-	env = append([]string{"SCM_SIZE=" + size}, env...)
-	run := []string{"run", "--rm"}
-	cleanup = ok
-	switch p {
-	case onFiles, onMemory:
-		cmd = exec.CommandContext(ctx, s.program(args[0]), args[1:]...)
-		cmd.Env = append(os.Environ(), env...)
-		return cmd, ok, nil
-	case onHost:
-		if _, err := s.rig.Nhybridctl(ctx, "scm", "create", id, "--size", size); err != nil {
-			return nil, nil, err
-		}
-		cleanup = func() error {
-			_, err := s.rig.Nhybridctl(context.WithoutCancel(ctx), "scm", "rm", id)
-			return err
-		}
-		// By env(1): LD_PRELOAD is for the program, not for the tool that starts it. The region has its size.
-		words := slices.Concat([]string{"scm", "attach", id, "--", "env", "SCM_MODE=mapping"}, env[1:], []string{s.program(args[0])}, args[1:])
-		if cmd, err = s.rig.Command(ctx, "nhybridctl", words...); err != nil {
-			return nil, nil, errors.Join(err, cleanup())
-		}
-		return cmd, cleanup, nil
-	case inMapping:
-		run = append(run, "--device", s.kind+"="+size)
-		env = append(env[1:], "SCM_MODE=mapping")
-	case inVolume:
-		dir := filepath.Join(s.filesDir(), id)
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			return nil, nil, err
-		}
-		cleanup = func() error { return os.RemoveAll(dir) }
-		run = append(run, "--mount", "type=bind,src="+dir+",dst="+volumePath+",options=rbind:rw")
-		env = append(env, "SCM_MODE=volume", "SCM_REGION="+volumePath+"/region")
-	case inStorage:
-		env = append(env, "SCM_MODE=storage", "SCM_REGION=/region")
-	case inDRAM:
-		env = append(env, "SCM_MODE=dram")
-	}
-	for _, e := range env {
-		run = append(run, "--env", e)
-	}
-	run = append(append(run, more...), s.rig.Ref(imageName), id, "/bench/"+args[0])
-	cmd, err = s.rig.Command(ctx, "ctr", append(run, args[1:]...)...)
-	return cmd, cleanup, err
 }

@@ -43,7 +43,7 @@ func (p *file) hello() wire.Hello {
 }
 
 func (p *file) workloads() map[string]*lazy {
-	rnd := random(88172645463325252)
+	rnd := random(seed)
 	var b [4]byte
 	update := func() error {
 		at := 4 * int64(rnd.below(p.z.array))
@@ -120,7 +120,7 @@ func (p *database) workloads() map[string]*lazy {
 					return nil, err
 				}
 			}
-			rnd := random(88172645463325252)
+			rnd := random(seed)
 			return func(n int) error {
 				for range n {
 					if err := p.update10(&rnd); err != nil {
@@ -131,7 +131,7 @@ func (p *database) workloads() map[string]*lazy {
 			}, nil
 		}},
 		"btree-tx": {make: func() (workload, error) {
-			rnd := random(88172645463325252)
+			rnd := random(seed)
 			next := func(int) uint64 { return rnd.next() }
 			for from := 0; from < p.z.tree; from += 10_000 {
 				if err := p.put(treeBucket, min(10_000, p.z.tree-from), next); err != nil {

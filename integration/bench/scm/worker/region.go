@@ -4,26 +4,82 @@
 package main
 
 import (
+	"errors"
+	"os"
+
 	"github.com/nhybrid/nhybrid/integration/bench/scm/wire"
 	"github.com/nhybrid/nhybrid/scmlib"
 	"github.com/nhybrid/nhybrid/scmlib/pmap"
 )
 
+// root is what is in the region.
+type root struct {
+	Array       scmlib.Ptr[int32]
+	Plain, Each pmap.TreeHead
+}
+
 // region is a region of scmlib, wherever the environment says.
 type region struct {
 	r     *scmlib.Region
 	z     sizes
+	root  scmlib.Ptr[root]
 	array scmlib.Ptr[int32]
 }
 
+// openRegion makes a region, and opens it again as it is. What it begins with is stored as in memory even where the region is a file: with msync
+// for each of hundreds of thousands of inserts it would take minutes.
 func openRegion(z sizes) (place, error) {
-	r, err := scmlib.FromEnv(scmlib.Options{Create: true})
-	if err != nil {
+	p := &region{z: z}
+	open := func() (err error) {
+		if p.r, err = scmlib.FromEnv(scmlib.Options{Create: true}); err != nil {
+			return err
+		}
+		p.root, err = scmlib.Root[root](p.r)
+		return err
+	}
+	mode := os.Getenv("SCM_MODE")
+	file := mode == scmlib.Volume.String() || mode == scmlib.Storage.String()
+	const force = "SCM_FORCE_GRANULARITY"
+	if file {
+		if err := os.Setenv(force, "cacheline"); err != nil {
+			return nil, err
+		}
+	}
+	if err := open(); err != nil {
 		return nil, err
 	}
-	p := &region{r: r, z: z}
-	err = r.Update(func(tx *scmlib.Tx) (err error) { p.array, err = scmlib.NewSlice[int32](tx, z.array); return err })
-	return p, err
+	if err := p.fill(); err != nil {
+		return nil, err
+	}
+	if file {
+		if err := errors.Join(p.r.Close(), os.Unsetenv(force)); err != nil {
+			return nil, err
+		}
+		if err := open(); err != nil {
+			return nil, err
+		}
+	}
+	p.array = p.root.In(p.r).Array
+	return p, nil
+}
+
+// fill stores what the region begins with.
+func (p *region) fill() error {
+	o := p.root.In(p.r)
+	err := p.r.Update(func(tx *scmlib.Tx) error {
+		a, err := scmlib.NewSlice[int32](tx, p.z.array)
+		if err != nil {
+			return err
+		}
+		return scmlib.Set(tx, &o.Array, a)
+	})
+	for _, head := range []*pmap.TreeHead{&o.Plain, &o.Each} {
+		insert, terr := p.inserts(head, 1000, new(random(seed)))
+		if err = errors.Join(err, terr); err == nil {
+			err = insert(p.z.tree)
+		}
+	}
+	return err
 }
 
 func (p *region) close() error { return p.r.Close() }
@@ -42,14 +98,14 @@ func (p *region) workloads() map[string]*lazy {
 		"tx10-single": done(p.tx10(false)),
 		"persist":     done(p.persist()),
 		"persist-asm": done(p.bare()),
-		"btree":       {make: func() (workload, error) { return p.btree(1000) }},
-		"btree-tx":    {make: func() (workload, error) { return p.btree(1) }},
+		"btree":       {make: func() (workload, error) { return p.inserts(&p.root.In(p.r).Plain, 1000, new(random(seed+1))) }},
+		"btree-tx":    {make: func() (workload, error) { return p.inserts(&p.root.In(p.r).Each, 1, new(random(seed+1))) }},
 	}
 }
 
 // update changes single integers, without making them durable: figure 4.
 func (p *region) update() workload {
-	a, rnd := p.array.Slice(p.r, p.z.array), random(88172645463325252)
+	a, rnd := p.array.Slice(p.r, p.z.array), random(seed)
 	return func(n int) error {
 		for range n {
 			a[rnd.below(len(a))]++
@@ -60,7 +116,7 @@ func (p *region) update() workload {
 
 // updateSync makes each of them durable.
 func (p *region) updateSync() workload {
-	a, rnd := p.array.Slice(p.r, p.z.array), random(88172645463325252)
+	a, rnd := p.array.Slice(p.r, p.z.array), random(seed)
 	return func(n int) error {
 		for range n {
 			i := rnd.below(len(a))
@@ -75,7 +131,7 @@ func (p *region) updateSync() workload {
 
 // tx10 updates ten integers in one transaction: figure 8. All ranges are named in one call, or each in one of its own before its change.
 func (p *region) tx10(batched bool) workload {
-	a, rnd := p.array.Slice(p.r, p.z.array), random(88172645463325252)
+	a, rnd := p.array.Slice(p.r, p.z.array), random(seed)
 	var at [10]*int32
 	all := func(tx *scmlib.Tx) error {
 		if err := scmlib.AddAll(tx, at[:]...); err != nil {
@@ -152,27 +208,30 @@ func (p *region) bare() workload {
 	}
 }
 
-// btree inserts into a tree: figure 9 with one insert a transaction; with many of them, where nothing is durable in between, figure 6.
-func (p *region) btree(batch int) (workload, error) {
-	var head scmlib.Ptr[pmap.TreeHead]
-	if err := p.r.Update(func(tx *scmlib.Tx) (err error) { head, err = scmlib.New[pmap.TreeHead](tx); return err }); err != nil {
-		return nil, err
-	}
-	tree, err := pmap.NewTree[uint64](p.r, head)
+// inserts puts random keys into a tree, so many in a transaction: figure 9 with one, figure 6 with many, where nothing is durable in between.
+func (p *region) inserts(head *pmap.TreeHead, batch int, rnd *random) (workload, error) {
+	off, err := scmlib.OffsetOf(p.r, head)
 	if err != nil {
 		return nil, err
 	}
-	rnd := random(88172645463325252)
-	insert := func(n, batch int) error {
-		k := 0
-		put := func(tx *scmlib.Tx) error {
-			for range k {
-				if err := tree.Put(tx, rnd.next(), 1); err != nil {
-					return err
-				}
+	at, err := scmlib.PtrAt[pmap.TreeHead](off)
+	if err != nil {
+		return nil, err
+	}
+	tree, err := pmap.NewTree[uint64](p.r, at)
+	if err != nil {
+		return nil, err
+	}
+	k := 0
+	put := func(tx *scmlib.Tx) error {
+		for range k {
+			if err := tree.Put(tx, rnd.next(), 1); err != nil {
+				return err
 			}
-			return nil
 		}
+		return nil
+	}
+	return func(n int) error {
 		for ; n > 0; n -= k {
 			k = min(n, batch)
 			if err := p.r.Update(put); err != nil {
@@ -180,6 +239,5 @@ func (p *region) btree(batch int) (workload, error) {
 			}
 		}
 		return nil
-	}
-	return func(n int) error { return insert(n, batch) }, insert(p.z.tree, 1000)
+	}, nil
 }
