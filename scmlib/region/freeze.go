@@ -121,10 +121,26 @@ func (f *freezer) thaw() error {
 // thaw is also what the next daemon does with what a killed one has left frozen.
 func thaw(file string) error {
 	word := "0"
-	if filepath.Base(file) == "freezer.state" {
+	switch filepath.Base(file) {
+	case "cgroup.freeze":
+	case "freezer.state":
 		word = "THAWED"
+	default:
+		word = ""
 	}
-	if err := os.WriteFile(file, []byte(word), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+	// What a crash has left of the record of who was frozen must not lead elsewhere.
+	if word == "" || !strings.HasPrefix(filepath.Clean(file), cgroupRoot+"/") {
+		return fmt.Errorf("thaw container: %.100q is not a file by which control groups are frozen: %w", file, errdefs.ErrDataLoss)
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		_, err = f.WriteString(word)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("thaw container: %w", err)
 	}
 	return nil

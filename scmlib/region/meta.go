@@ -84,7 +84,7 @@ func readMeta(dir string, ref Ref) (Record, error) {
 		err = fmt.Errorf("version %d, this program knows %d: %w", r.Version, metaVersion, errdefs.ErrNotImplemented)
 	}
 	if err == nil {
-		err = stream.CheckSize(r.Size)
+		err = r.plausible()
 	}
 	if err != nil {
 		return r, fmt.Errorf("read %q: %w", f.Name(), err)
@@ -95,6 +95,21 @@ func readMeta(dir string, ref Ref) (Record, error) {
 		r.Users, r.Frozen = u.Users, u.Frozen
 	}
 	return r, nil
+}
+
+// plausible checks the numbers on which the books rest.
+func (r *Record) plausible() error {
+	err := stream.CheckSize(r.Size)
+	if err == nil && r.GrowTo != 0 {
+		err = stream.CheckSize(r.GrowTo)
+	}
+	if err == nil && r.Tenant != "" {
+		err = checkIdentifier("tenant", r.Tenant)
+	}
+	if err == nil && (r.Used < 0 || r.Used > r.Size) {
+		err = fmt.Errorf("%d of %d bytes used: %w", r.Used, r.Size, errdefs.ErrInvalidArgument)
+	}
+	return err
 }
 
 // writeMeta replaces the metadata in a region's directory. It survives a crash of the machine.

@@ -288,7 +288,9 @@ func (s *Store) recoverOne(ref Ref) error {
 	s.regs[ref.key()] = r
 	if len(r.Frozen) > 0 {
 		for _, file := range r.Frozen {
-			if err := thaw(file); err != nil {
+			if err := thaw(file); errdefs.IsDataLoss(err) {
+				log.L.WithError(err).WithField("region", ref.String()).Warn("who has a region was not recorded whole")
+			} else if err != nil {
 				return err
 			}
 		}
