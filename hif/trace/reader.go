@@ -6,6 +6,7 @@ package trace
 import (
 	"errors"
 	"math/bits"
+	"slices"
 	"strings"
 	"time"
 	"unsafe"
@@ -316,6 +317,17 @@ func (t *Tracer) first(c *clone, e *entry, data int, pid int32) {
 	for _, w := range c.owners {
 		w.touch(t.now())
 	}
+	if len(c.owners) > 0 || c.foreign {
+		return
+	}
+	// A container may be gone before its first event is read. What nobody's mount
+	// tells apart will be shared out at the end of those whose layer it is of; a
+	// start that has seen nothing else must come to an end by it.
+	for _, w := range t.watches {
+		if !w.known && slices.Contains(w.start.Layers, e.layer) {
+			w.touch(t.now())
+		}
+	}
 }
 
 // resolve ties a clone to the overlay that made it.
@@ -403,6 +415,7 @@ func (t *Tracer) give(c *clone, o *overlay) {
 	for _, w := range t.watches {
 		if o.wants(w) {
 			c.owners = append(c.owners, w)
+			w.known = true
 		}
 	}
 	if len(c.owners) == 0 {

@@ -184,10 +184,10 @@ func TestMomentaryMountIsNotHeld(t *testing.T) {
 	c := s.container("7")
 	w := watch(t, tr, c)
 	looked := make(chan error, 10)
-	tr.mu.Lock()
+	release := hold(t, tr)
 	tr.probing = func(o *overlay) { looked <- unix.Unmount(o.point, 0) }
-	tr.mu.Unlock()
 	run(t, "cat", c.mount()+"/etc/passwd")
+	release()
 	require.NoError(t, <-looked)
 	got := ready(w)
 	require.Equal(t, []string{"etc/passwd"}, paths(got))
@@ -225,6 +225,33 @@ func TestContainerThatWasGone(t *testing.T) {
 	require.Contains(t, paths(second), "gone")
 	require.Contains(t, paths(second), "fast")
 	require.NotContains(t, paths(second), "lives")
+}
+
+// Its start ends by quiet all the same.
+func TestQuietAfterAContainerThatWasGone(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/cat")
+	s.put(placement.HDD, "3", "f", []byte("x"))
+	cfg := s.config()
+	cfg.Quiet = time.Millisecond
+	tr := s.tracer(cfg)
+	c := s.container("7")
+	c.Layers = []string{"3"}
+	w := watch(t, tr, c)
+	release := hold(t, tr)
+	m := c.mount()
+	run(t, "chroot", m, "/bin/cat", "f")
+	require.NoError(t, unix.Unmount(m, 0))
+	release()
+	select {
+	case <-w.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("it waits for a first open")
+	}
+	got := w.Result()
+	require.Equal(t, EndQuiet, got.Ended)
+	require.Contains(t, paths(got), "f")
+	require.True(t, got.Executed())
 }
 
 // The mount of a container is known on one tier when it goes, and not yet on the other: one process has used both.

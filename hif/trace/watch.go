@@ -24,6 +24,7 @@ type Watch struct {
 	opened    time.Duration // of the watch, since t.epoch
 	used      time.Duration // first open; 0: none yet
 	newest    time.Duration // latest first open of a file
+	known     bool          // a mount of its own was seen
 	executed  bool          // something of it was executed
 	ready     bool          // Ready was called
 	drained   bool          // and the queue was asked once more since
