@@ -6,6 +6,7 @@ package hif
 import (
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
@@ -28,9 +29,13 @@ func (m *Manager) cool(images []wanted, layers []plan.Layer) {
 	for _, l := range layers {
 		fixed[l.ID] = l.Fixed != "" // dirty pages stay cached
 	}
+	before := m.cooled
+	m.cooled = make(map[[2]string]time.Time, len(images)) // those that are gone are forgotten
 next:
 	for _, w := range images {
-		if at, done := m.cooled[[2]string{w.Top(), w.Digest.String()}]; done && at.Equal(w.Updated) {
+		key := [2]string{w.Top(), w.Digest.String()}
+		if at, done := before[key]; done && at.Equal(w.Updated) {
+			m.cooled[key] = at
 			continue
 		}
 		for _, id := range w.Chain {
@@ -38,7 +43,7 @@ next:
 				continue next
 			}
 		}
-		m.cooled[[2]string{w.Top(), w.Digest.String()}] = w.Updated
+		m.cooled[key] = w.Updated
 		if w.settled() {
 			for _, h := range w.Hot {
 				if h.Touched < 0 && !h.Pinned && h.Size >= m.config.PartsFrom {
