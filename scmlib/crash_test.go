@@ -35,6 +35,7 @@ type world struct {
 	gen    uint64     // before the traced open
 	opened int        // phase from which on the open has returned
 	closed int        // phase of the close
+	ended  int        // phase of the last work on the header: the close, or what came after
 }
 
 type scenario struct {
@@ -44,6 +45,9 @@ type scenario struct {
 	blank   bool                         // starts from zeros
 	setup   func(r *scmlib.Region) error // not traced
 	ops     []func(w *world) error       // each is all or nothing
+	was     int                          // the size of the region before it grows into size; 0: size
+	end     func(w *world) error         // closes the region, and changes it thereby; nil: it is closed as it is
+	after   func(w *world) error         // done to the closed region
 	observe func(r *scmlib.Region) (string, error)
 }
 
@@ -71,6 +75,14 @@ func (w *world) look(r *scmlib.Region) (string, error) {
 	return string(b), err
 }
 
+// fit is what of an image is the region.
+func (sc *scenario) fit(img []byte) []byte {
+	if sc.was == 0 || scmlib.HasHeader(img) {
+		return img
+	}
+	return img[:sc.was]
+}
+
 func (sc *scenario) options(w *world) scmlib.Options {
 	o := sc.opts
 	o.Create = sc.blank
@@ -83,7 +95,7 @@ func (sc *scenario) record(m *crash.Mutant) (w *world, err error) {
 	if !sc.blank {
 		o := sc.opts
 		o.Create = true
-		r, err := scmlib.OpenImage(w.img, o)
+		r, err := scmlib.OpenImage(sc.fit(w.img), o)
 		if err != nil {
 			return nil, err
 		}
@@ -105,7 +117,7 @@ func (sc *scenario) record(m *crash.Mutant) (w *world, err error) {
 		w.allow = [][]string{{}}
 	}
 	w.tr = crash.NewTracer(w.img, m)
-	if w.r, err = scmlib.OpenImage(w.img, scmlib.WithHook(sc.options(w), w.tr)); err != nil {
+	if w.r, err = scmlib.OpenImage(sc.fit(w.img), scmlib.WithHook(sc.options(w), w.tr)); err != nil {
 		return nil, err
 	}
 	if err := w.mark(); err != nil {
@@ -121,13 +133,39 @@ func (sc *scenario) record(m *crash.Mutant) (w *world, err error) {
 		}
 	}
 	w.closed = len(w.allow) - 1
-	last := w.allow[w.closed][0]
-	if err := w.r.Close(); err != nil {
-		return nil, err
+	for _, end := range []func(*world) error{sc.end, sc.after} {
+		if end == nil {
+			end = func(w *world) error { return w.r.Close() }
+		}
+		if err := end(w); err != nil {
+			return nil, err
+		}
+		if err := w.markClosed(); err != nil {
+			return nil, err
+		}
+		w.ended = len(w.allow) - 2
+		if sc.after == nil {
+			break
+		}
 	}
-	w.allow = append(w.allow, []string{last})
-	w.tr.Mark()
 	return w, nil
+}
+
+// markClosed is mark for a region that is closed.
+func (w *world) markClosed() error {
+	r, err := w.open(slices.Clone(w.img), w.sc.opts)
+	if err != nil {
+		return err
+	}
+	s, err := w.look(r)
+	if err != nil {
+		return err
+	}
+	last := len(w.allow) - 1
+	w.allow[last] = append(w.allow[last], s)
+	w.allow = append(w.allow, []string{s})
+	w.tr.Mark()
+	return nil
 }
 
 // run enumerates the states of a scenario. Of every nestth state the recovery is cut short as well.
@@ -139,7 +177,7 @@ func (sc *scenario) run(m *crash.Mutant, limit, random, nest int, stop bool) (re
 	n := 0
 	scratch := make([]byte, sc.size)
 	res = w.tr.Enumerate(crash.Plan{Limit: limit, Random: random, Seed: 1}, stop, func(img []byte, phase int, touched func(off, n uint64)) error {
-		if phase >= w.opened && phase != w.closed && !scmlib.HeadersWhole(img) {
+		if phase >= w.opened && (phase < w.closed || phase > w.ended) && !scmlib.HeadersWhole(sc.fit(img)) {
 			return errors.New("the copies of the header differ although nobody was writing them")
 		}
 		if n++; nest > 0 && n%nest == 0 {
@@ -192,7 +230,7 @@ func (w *world) open(img []byte, o scmlib.Options) (r *scmlib.Region, err error)
 			err = fmt.Errorf("panic: %v", v)
 		}
 	}()
-	return scmlib.OpenImage(img, o)
+	return scmlib.OpenImage(w.sc.fit(img), o)
 }
 
 // check is the oracle: the region opens, and holds what the phase allows.

@@ -28,7 +28,30 @@ func ForgeHeader(img []byte, at int, b byte) {
 	}
 }
 
+// StampImage is Stamp for a region in memory.
+func StampImage(img []byte, h persist.Hook, count uint64, device [16]byte) error {
+	return stamp(persist.NewMem(img, persist.FenceOnly, persist.None, h), count, device)
+}
+
+// HasHeader tells whether the header that counts is that of a region of this size.
+func HasHeader(img []byte) bool {
+	h, _, _, err := readHeader(persist.NewMem(img, persist.FenceOnly, persist.None, nil))
+	return err == nil && h.size == uint64(len(img))
+}
+
+// Rubbish fills what of the chunk table is not in use.
+func Rubbish(r *Region) {
+	for off := r.word(r.chunkCount); off < r.heapOff; off += 8 {
+		r.mem.Store64(off, 0x5555555555555555)
+	}
+}
+
+// HostUSC is the count that the region was stamped with.
+func HostUSC(r *Region) uint64 { return r.hdr.hostUSC }
+
 var (
+	AdoptRegion = (*Region).adopt
+	GrowRegion  = (*Region).grow
 	FromEnvWith = fromEnv
 	ParseSize   = parseSize
 	BeginRecord = beginRecord

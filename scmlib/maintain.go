@@ -21,9 +21,14 @@ func Adopt(path string) error {
 	if err != nil {
 		return err
 	}
+	return r.adopt()
+}
+
+// adopt closes the region as another one.
+func (r *Region) adopt() error {
 	// The records in the lanes carry a salt from the uuid. They are void since recovery, so the new uuid cannot revive or lose any.
 	r.hdr.parent = r.hdr.uuid
-	_, err = rand.Read(r.hdr.uuid[:])
+	_, err := rand.Read(r.hdr.uuid[:])
 	r.hdr.hostUSC, r.hdr.seen, r.hdr.hostDev = 0, 0, [16]byte{}
 	return errors.Join(err, r.Close())
 }
@@ -48,26 +53,27 @@ func Stamp(path string, count uint64, device [16]byte) error {
 		return fmt.Errorf("stamp region %q: %w", path, err)
 	}
 	r := &Region{mem: persist.NewMem(b, persist.Pages, persist.Best(), nil), info: Info{Path: path}}
-	err = r.guard(func() error {
-		h, staleA, _, err := readHeader(r.mem)
-		if err != nil || h.hostUSC == count && h.hostDev == device {
-			return err
-		}
-		if staleA {
-			if err := healHeader(r.mem, &h); err != nil {
-				return err
-			}
-		}
-		if h.hostDev != device && h.hostDev != [16]byte{} {
-			h.seen = count // of another device: nothing is known of this one's past
-		}
-		h.hostUSC, h.hostDev = count, device
-		return writeHeader(r.mem, &h)
-	})
-	if err != nil {
+	if err = r.guard(func() error { return stamp(r.mem, count, device) }); err != nil {
 		err = fmt.Errorf("stamp region %q: %w", path, err)
 	}
 	return errors.Join(err, unix.Munmap(b))
+}
+
+func stamp(m *persist.Mem, count uint64, device [16]byte) error {
+	h, staleA, _, err := readHeader(m)
+	if err != nil || h.hostUSC == count && h.hostDev == device {
+		return err
+	}
+	if staleA {
+		if err := healHeader(m, &h); err != nil {
+			return err
+		}
+	}
+	if h.hostDev != device && h.hostDev != [16]byte{} {
+		h.seen = count // of another device: nothing is known of this one's past
+	}
+	h.hostUSC, h.hostDev = count, device
+	return writeHeader(m, &h)
 }
 
 // Grow makes a region that nobody has open larger. extend brings the file to the new size: blocks allocated, zeros behind the old end. Cut short, the
@@ -83,24 +89,43 @@ func Grow(path string, size int64, extend func(*os.File) error) (err error) {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	defer func() { err = errors.Join(err, r.Close()) }() // it writes the header
-	g, err := r.grown(uint64(size))
+	err = r.grow(uint64(size), func() error {
+		if err := extend(f); err != nil {
+			return err
+		}
+		if err := f.Sync(); err != nil {
+			return fmt.Errorf("sync: %w", err)
+		}
+		return nil
+	})
 	if err != nil {
-		return fmt.Errorf("grow region %q: %w", path, err)
+		err = fmt.Errorf("grow region %q: %w", path, err)
 	}
-	// Words of the table that were not in use may hold anything. By write and fsync, which the mapping sees, as it is no business of transactions.
-	words := make([]byte, 8*(g.chunkCount-r.chunkCount))
-	if _, err := f.WriteAt(words, int64(r.word(r.chunkCount))); err != nil {
-		return fmt.Errorf("grow region %q: clear its chunk table: %w", path, err)
+	return err
+}
+
+// grow closes the region as a larger one, if extend makes the medium durably so.
+func (r *Region) grow(size uint64, extend func() error) (err error) {
+	defer func() { err = errors.Join(err, r.Close()) }() // it writes the header
+	g, err := r.grown(size)
+	if err != nil {
+		return err
 	}
-	if err := extend(f); err != nil {
-		return fmt.Errorf("grow region %q: %w", path, err)
+	// Words of the table that were not in use may hold anything.
+	if n := 8 * uint64(g.chunkCount-r.chunkCount); n > 0 {
+		err = r.guard(func() error {
+			r.mem.Zero(r.word(r.chunkCount), n)
+			r.mem.Flush(r.word(r.chunkCount), n)
+			return r.fence()
+		})
 	}
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("grow region %q: sync: %w", path, err)
+	if err == nil {
+		err = extend()
 	}
-	r.hdr.geometry = g
-	return nil
+	if err == nil {
+		r.hdr.geometry = g
+	}
+	return err
 }
 
 // grown is the geometry of the region with more chunks behind those it has.

@@ -6,6 +6,7 @@ package scmlib_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/nhybrid/nhybrid/scmlib"
@@ -121,7 +122,7 @@ func release(c *cells, tx *scmlib.Tx, i int) error {
 }
 
 func scenarios() []*scenario {
-	return append([]*scenario{
+	return slices.Concat(maintenance(), []*scenario{
 		{name: "format", size: 64 << 10, opts: small, blank: true,
 			observe: func(r *scmlib.Region) (string, error) { return r.Info().Layout, nil },
 			ops: []func(*world) error{
@@ -266,7 +267,7 @@ func scenarios() []*scenario {
 			}},
 		{name: "two lanes", size: 64 << 10, opts: small, setup: makeRoot[cells], observe: seeCells,
 			ops: []func(*world) error{overlap(nil), overlap(errNo)}},
-	}, structures()...)
+	}, structures())
 }
 
 func poke(w *world, i int, v uint64) error {
