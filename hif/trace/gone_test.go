@@ -1,0 +1,156 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package trace
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+)
+
+// A mount that comes and goes before it can be looked at: its opens are given
+// to the start that has the layer, and marked.
+func TestMomentaryMount(t *testing.T) {
+	s := newStore(t)
+	s.put(placement.HDD, "3", "etc/passwd", []byte("root:x:0:0::/:/bin/sh\n"))
+	s.put(placement.HDD, "9", "etc/foreign", []byte("x"))
+	tr := s.tracer(s.config())
+	c := s.container("7")
+	c.Layers = []string{"3"}
+	w := watch(t, tr, c)
+	point := t.TempDir()
+	release := hold(t, tr) // the reader is busy elsewhere
+	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	run(t, "cat", filepath.Join(point, "etc/passwd"), filepath.Join(point, "etc/foreign"))
+	require.NoError(t, unix.Unmount(point, 0))
+	release()
+	got := ready(w)
+	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.True(t, got.Files[0].Assumed)
+	require.EqualValues(t, 1, tr.Stats().Unresolved)
+
+	// While it stands, such a mount is known by its tree.
+	w = watch(t, tr, c)
+	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	run(t, "cat", filepath.Join(point, "etc/passwd"))
+	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] == 3 }, 10*time.Second, time.Millisecond)
+	require.NoError(t, unix.Unmount(point, 0))
+	got = ready(w)
+	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.False(t, got.Files[0].Assumed)
+}
+
+// containerd's mount for a moment goes when containerd is done with it, also
+// while it is being looked at: what finds it busy waits 50 ms.
+func TestMomentaryMountIsNotHeld(t *testing.T) {
+	s := newStore(t)
+	s.put(placement.NVM, "3", "etc/passwd", []byte("root"))
+	tr := s.tracer(s.config())
+	c := s.container("7")
+	w := watch(t, tr, c)
+	looked := make(chan error, 10)
+	release := hold(t, tr)
+	tr.probing = func(o *overlay) { looked <- unix.Unmount(o.point, 0) }
+	run(t, "cat", c.mount()+"/etc/passwd")
+	release()
+	require.NoError(t, <-looked)
+	got := ready(w)
+	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.False(t, got.Files[0].Assumed, "it was found out whose it was")
+}
+
+// A container that was gone before it could be looked at leaves its opens to the watch that saw no other, and not to a
+// container that is known to run.
+func TestContainerThatWasGone(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
+	s.put(placement.NVM, "3", "fast", []byte("x"))
+	for _, f := range []string{"lives", "gone", "late", "passwd"} {
+		s.put(placement.HDD, "3", f, []byte("x"))
+	}
+	tr := s.tracer(s.config())
+	lives, gone := s.container("7"), s.container("8")
+	lives.Layers, gone.Layers = []string{"3"}, []string{"3"}
+	a, b := watch(t, tr, lives), watch(t, tr, gone)
+	run(t, "chroot", lives.mount(), "/bin/sh", "-c", "cat /lives")
+	require.Eventually(t, func() bool { return a.Files() > 0 && tr.Stats().Opens[placement.HDD] >= 1 }, 10*time.Second, time.Millisecond)
+	release := hold(t, tr)
+	m := gone.mount()
+	run(t, "chroot", m, "/bin/sh", "-c", "cat /gone /fast")
+	require.NoError(t, unix.Unmount(m, 0))
+	point := t.TempDir() // somebody only looks
+	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	run(t, "cat", filepath.Join(point, "passwd"))
+	require.NoError(t, unix.Unmount(point, 0))
+	release()
+	first, second := ready(a), ready(b)
+	require.Contains(t, paths(first), "lives")
+	require.Contains(t, paths(first), "passwd")
+	require.NotContains(t, paths(first), "gone")
+	require.Contains(t, paths(second), "gone")
+	require.Contains(t, paths(second), "fast")
+	require.NotContains(t, paths(second), "lives")
+}
+
+// Its start ends by quiet all the same.
+func TestQuietAfterAContainerThatWasGone(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/cat")
+	s.put(placement.HDD, "3", "f", []byte("x"))
+	cfg := s.config()
+	cfg.Quiet = time.Millisecond
+	tr := s.tracer(cfg)
+	c := s.container("7")
+	c.Layers = []string{"3"}
+	w := watch(t, tr, c)
+	release := hold(t, tr)
+	m := c.mount()
+	run(t, "chroot", m, "/bin/cat", "f")
+	require.NoError(t, unix.Unmount(m, 0))
+	release()
+	select {
+	case <-w.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("it waits for a first open")
+	}
+	got := w.Result()
+	require.Equal(t, EndQuiet, got.Ended)
+	require.Contains(t, paths(got), "f")
+	require.True(t, got.Executed())
+}
+
+// The mount of a container is known on one tier when it goes, and not yet on the other: one process has used both.
+func TestHalfOfAMountIsKnown(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
+	s.put(placement.HDD, "3", "late", []byte("x"))
+	tr := s.tracer(s.config())
+	c, other := s.container("7"), s.container("8")
+	c.Layers, other.Layers = []string{"3"}, []string{"3"}
+	a, b := watch(t, tr, c), watch(t, tr, other)
+	m := c.mount()
+	read, write, err := os.Pipe()
+	require.NoError(t, err)
+	cmd := exec.Command("chroot", m, "/bin/sh", "-c", "read x; exec cat /late")
+	cmd.Stdin = read
+	require.NoError(t, cmd.Start())
+	require.Eventually(t, func() bool { return a.Files() > 0 }, 10*time.Second, time.Millisecond)
+	release := hold(t, tr)
+	_, err = write.WriteString("go\n")
+	require.NoError(t, err)
+	require.NoError(t, errors.Join(cmd.Wait(), read.Close(), write.Close()))
+	require.NoError(t, unix.Unmount(m, 0))
+	release()
+	first := ready(a)
+	require.Contains(t, paths(first), "late")
+	require.NotContains(t, paths(ready(b)), "late")
+}
