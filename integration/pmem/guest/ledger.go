@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nhybrid/nhybrid/scmlib/region"
 )
 
@@ -64,7 +66,7 @@ func makeVolumes(ctx context.Context) error {
 	return err
 }
 
-// startLedgers makes the containers of the ledgers and waits until they work.
+// startLedgers makes the containers of the ledgers, starts them and waits until they work.
 func (g *guest) startLedgers(ctx context.Context) error {
 	for _, language := range languages {
 		device := "nhybrid.io/scm=16m"
@@ -76,15 +78,17 @@ func (g *guest) startLedgers(ctx context.Context) error {
 			return err
 		}
 		name := ledgerContainer(language).id
-		if _, err := ctr(ctx, "run", "--detach", "--snapshotter", g.snapshotter, "--log-uri", "file://"+ledgerLog(language), "--device", device, "--device", port,
-			g.image(), name, "/bin/"+name, "work", port); err != nil {
+		if _, err := ctr(ctx, "containers", "create", "--snapshotter", g.snapshotter, "--device", device, "--device", port, g.image(), name, "/bin/"+name, "work", port); err != nil {
 			return err
 		}
 	}
-	return g.ledgersWork(ctx)
+	// Nobody syncs the writable directories of a new container, and without them it cannot be started after a power cut. Its region comes after
+	// this, and has to see to itself.
+	unix.Sync()
+	return errors.Join(g.startLedgersAgain(ctx), g.ledgersWork(ctx))
 }
 
-// startLedgersAgain starts the ledgers in the containers that a power cut has ended.
+// startLedgersAgain starts the ledgers in containers that are there, as those that a power cut has ended.
 func (g *guest) startLedgersAgain(ctx context.Context) error {
 	for _, language := range languages {
 		if _, err := ctr(ctx, "tasks", "start", "--detach", "--log-uri", "file://"+ledgerLog(language), ledgerContainer(language).id); err != nil {

@@ -127,7 +127,7 @@ func (g *guest) tiersEmpty(ctx context.Context) error {
 		}
 		for _, dir := range []string{nvm + "/nhybrid", hdd + "/nhybrid", "/run/nhybrid/state/*"} {
 			// What may stay are the databases, the store's name, and r with the pool of regions.
-			left, err := filepath.Glob(filepath.Join(dir, "[!r]", "*"))
+			left, err := filepath.Glob(filepath.Join(dir, "[^r]", "*"))
 			if err != nil {
 				return err
 			}
