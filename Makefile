@@ -121,6 +121,11 @@ test-integration: deps tools build ## Run the tests against real containerd, ctr
 test-pmem: ## Run containerd with nhybrid in a QEMU guest with emulated persistent memory.
 	./integration/pmem/run.sh
 
+.PHONY: test-arm64
+test-arm64: ## Build scmlib and libscm for arm64, and run them by qemu-user (make test does what needs no more packages).
+	@tools/deps gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
+	NHYBRID_ARM64=1 go test -tags integration -count 1 -v ./integration/arm64
+
 ## What is shown ---------------------------------------------------------------------------------------------------
 
 .PHONY: demo
@@ -142,7 +147,6 @@ bench-deploy: deps tools build ## Measure deployment against the overlayfs snaps
 bench-hif: deps tools build ## Measure hot image files: NVM saved, second cold starts, traces, profiles.
 	go run ./integration/bench hif --svg docs/nvm-occupancy.svg
 
-# Debian's redis-server would start with its package; the benchmark starts its own.
 .PHONY: bench-scm
 bench-scm: deps tools build ## Measure persistent memory in containers: the paper's figures, PMDK, bbolt, SQLite, Redis, crash tests.
 	@tools/deps $(DEB_SCM)
