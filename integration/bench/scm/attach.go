@@ -25,6 +25,14 @@ import (
 // poolReady is how many regions wait, zeroed.
 const poolReady = 8
 
+// attachSize is the size of those regions.
+func (o *options) attachSize() string {
+	if o.quick {
+		return "16m"
+	}
+	return "256m"
+}
+
 // attachRow is how long the creation of containers took, in milliseconds, round by round: what containerd, shim and runtime do until the first program can start.
 type attachRow struct {
 	With    []float64 `json:"with_ms"`
@@ -56,7 +64,7 @@ func (b *bench) attachCost(ctx context.Context) error {
 		spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/true", Args: []string{"true"}}}}
 		return nil
 	}
-	device, err := s.device(poolSize)
+	device, err := s.device(b.options.attachSize())
 	if err != nil {
 		return err
 	}

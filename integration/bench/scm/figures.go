@@ -84,7 +84,7 @@ func (b *bench) transactions(r *result.Result) {
 	r.Set("tx10_vs_pmdk", ours("tx10", "PMDK"))
 	r.Set("tx10_vs_volume", least(ours("tx10", "C volume"), ours("tx10", "Go volume"), ours("tx10", "file volume")))
 	r.Set("tx10_vs_storage", least(ours("tx10", "C storage"), ours("tx10", "Go storage"), ours("tx10", "file storage")))
-	r.Set("btree_tx_vs_pmdk", ours("btree-tx", "PMDK"))
+	r.Set("btree_tx_vs_pmdk", least(ours("btree-tx", "PMDK"), ours("btree-tx", "PMDK wide")))
 	r.Set("btree_tx_vs_bbolt", least(ours("btree-tx", "bbolt "+string(onMemory)), ours("btree-tx", "bbolt "+string(onFiles))))
 	for _, op := range []string{"tx10", "btree-tx"} {
 		key := strings.ReplaceAll(op, "-", "_")

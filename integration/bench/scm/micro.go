@@ -55,20 +55,28 @@ var operations = map[string]int{
 	"tx10": 15_000, "tx10-single": 8_000, "btree-tx": 8_000, "persist": 200_000,
 }
 
-const (
-	cRegion  = "512m"
-	goRegion = "256m"
-)
+// regionSizes of workers in C, which have STREAM's arrays too, and of those in Go.
+func (o *options) regionSizes() (c, other string) {
+	if o.quick {
+		return "16m", "16m"
+	}
+	return "512m", "256m"
+}
 
 func (b *bench) contenders() (all []contender) {
 	o := b.options
 	cpu, array, elements, stream := strconv.Itoa(o.cpu), strconv.Itoa(o.array), strconv.Itoa(o.elements), strconv.Itoa(o.stream)
+	cSize, goSize := o.regionSizes()
+	poolBytes := strconv.Itoa(512 << 20)
+	if o.quick {
+		poolBytes = strconv.Itoa(32 << 20)
+	}
 	c := append(slices.Clone(plainOps), "update-sync", "tx10", "btree-tx")
 	g := []string{"update", "update-sync", "tx10", "btree-tx"}
 	goArgs := []string{"--cpu", cpu, "--n", array, "--elements", elements, "--rows", strconv.Itoa(o.rows)}
 	for _, p := range places {
 		all = append(all, contender{
-			name: "C " + string(p), language: "C", place: p, size: cRegion, program: cWorker, args: []string{cpu, array, elements, stream}, ops: c,
+			name: "C " + string(p), language: "C", place: p, size: cSize, program: cWorker, args: []string{cpu, array, elements, stream}, ops: c,
 		})
 		ops := slices.Clone(g)
 		if p == onHost || p == inMapping || p == inDRAM { // elsewhere a thousand inserts end in msync, which is another thing
@@ -77,21 +85,25 @@ func (b *bench) contenders() (all []contender) {
 		if p == onHost {
 			ops = append(ops, "persist")
 		}
-		all = append(all, contender{name: "Go " + string(p), language: "Go", place: p, size: goRegion, program: goWorker, args: goArgs, ops: ops})
+		all = append(all, contender{name: "Go " + string(p), language: "Go", place: p, size: goSize, program: goWorker, args: goArgs, ops: ops})
 	}
 	all = append(all, contender{
 		name: "assembly", language: "assembly", place: onHost, shares: "Go host", ops: []string{"persist"}, as: map[string]string{"persist": "persist-asm"},
 	})
 	for _, p := range []place{inVolume, inStorage} {
 		all = append(all, contender{
-			name: "file " + string(p), language: "Go", place: p, size: goRegion, program: goWorker, args: append(slices.Clone(goArgs), "--kind", "file", "--file", here+"/plain"),
+			name: "file " + string(p), language: "Go", place: p, size: goSize, program: goWorker, args: append(slices.Clone(goArgs), "--kind", "file", "--file", here+"/plain"),
 			ops: []string{"update", "update-sync", "tx10"},
 		})
 	}
-	all = append(all, contender{
-		name: "PMDK", language: "C", place: onMemory, program: pmdkWorker, env: []string{"PMEM_IS_PMEM_FORCE=1"},
-		args: []string{cpu, array, elements, "0", here + "/pool", strconv.Itoa(512 << 20)}, ops: []string{"update-sync", "tx10", "btree-tx"},
-	})
+	for _, p := range []contender{
+		{name: "PMDK", program: pmdkWorker, ops: []string{"update-sync", "tx10", "btree-tx"}},
+		{name: "PMDK wide", program: pmdkWide, ops: []string{"btree-tx"}},
+	} {
+		p.language, p.place, p.env = "C", onMemory, []string{"PMEM_IS_PMEM_FORCE=1"}
+		p.args = []string{cpu, array, elements, "0", here + "/pool", poolBytes}
+		all = append(all, p)
+	}
 	for _, p := range []place{onMemory, onFiles} {
 		ops := []string{"tx10", "btree-tx"}
 		all = append(all,
@@ -210,7 +222,7 @@ func (b *bench) slices(ctx context.Context, round int, op string, in []contender
 
 // mapped tells whether a contender updates memory without any system call: it gets the same number of operations as the others of its kind.
 func (c *contender) mapped() bool {
-	return c.place == onHost || c.place == inMapping || c.place == inDRAM || c.name == "PMDK"
+	return c.place == onHost || c.place == inMapping || c.place == inDRAM || strings.HasPrefix(c.name, "PMDK")
 }
 
 // calibrate says how many operations make a slice.

@@ -117,7 +117,6 @@ func (s *stand) hostRegion(ctx context.Context, p start) (*exec.Cmd, func() erro
 // grouped are the words that run a program of the host in a control group of its own, as containers have one: whatever else runs on the machine then takes as much time
 // from the one as from the other. env(1) sets what is for the program only, such as LD_PRELOAD.
 func (s *stand) grouped(p start, dir string) (words []string, leave func() error, err error) {
-	leave = func() error { return nil }
 	words = slices.Concat([]string{"env"}, p.env, []string{s.program(p.args[0])}, located(p.args[1:], dir))
 	root := "/sys/fs/cgroup/cpu" // version 1
 	if _, err := os.Stat(root); err != nil {

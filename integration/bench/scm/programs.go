@@ -26,6 +26,7 @@ const (
 	goWorker     = "scm-go"
 	cWorker      = "scm-c"
 	pmdkWorker   = "scm-pmdk"
+	pmdkWide     = "scm-pmdk-wide" // with nodes of 32 children
 	sqliteWorker = "scm-sqlite"
 	preload      = "libscm_preload.so"
 	redisServer  = "redis-server"
@@ -61,6 +62,7 @@ func build(ctx context.Context, scratch, bin string) error {
 		{"make", "-s", "-C", lib, "O=" + libs, "all"},
 		gcc(cWorker, "-static", "-I"+lib+"/include", filepath.Join(c, "worker.c"), filepath.Join(libs, "libscm.a")),
 		gcc(pmdkWorker, "-DPMDK", filepath.Join(c, "worker.c"), "-lpmemobj"),
+		gcc(pmdkWide, "-DPMDK", "-DORDER=32", filepath.Join(c, "worker.c"), "-lpmemobj"),
 		gcc(sqliteWorker, filepath.Join(c, "sqlite.c"), "-lsqlite3"),
 		{"cp", filepath.Join(libs, preload), filepath.Join(bin, preload)},
 	} {

@@ -147,7 +147,8 @@ func (b *bench) startRedis(ctx context.Context, s server, id string) (_ *redis, 
 	if s.place != onHost {
 		mount = []string{"--mount", "type=bind,src=" + dir + ",dst=/sock,options=rbind:rw"}
 	}
-	if r.cmd, r.cleanup, err = b.stand.command(ctx, start{s.place, id, goRegion, env, mount, args}); err != nil {
+	_, size := b.options.regionSizes()
+	if r.cmd, r.cleanup, err = b.stand.command(ctx, start{s.place, id, size, env, mount, args}); err != nil {
 		return nil, fmt.Errorf("start redis, %s: %w", s.name, err)
 	}
 	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.out

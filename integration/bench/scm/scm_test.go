@@ -130,14 +130,14 @@ func full(b *bench, other map[string]float64) {
 func TestFigures(t *testing.T) {
 	b := &bench{}
 	full(b, map[string]float64{
-		"C container": 10, "Go container": 10, "Go host": 10.5, "C host": 10, "assembly": 10, "PMDK": 25, "file volume": 120, "C volume": 150, "Go volume": 150,
+		"C container": 10, "Go container": 10, "Go host": 10.5, "C host": 10, "assembly": 10, "PMDK": 25, "PMDK wide": 15, "file volume": 120, "C volume": 150, "Go volume": 150,
 		"bbolt host memory file": 200, "container": 10, "host": 10, "dram": 9.8, "volume": 11, "storage": 12,
 	})
 	r := &result.Result{}
 	b.fill(r)
 	for key, want := range map[string]float64{
 		"container_vs_host_worst": 1.05, "persist_vs_asm": 1.05, "tx10_fences": 3, "tx10_vs_pmdk": 2.5, "tx10_vs_volume": 12, "tx10_vs_storage": 2,
-		"btree_tx_vs_pmdk": 2.5, "btree_tx_vs_bbolt": 2, "redis_vs_dram": 0.98, "redis_vs_volume": 1.1, "states_enumerated": 30, "states_failed": 0,
+		"btree_tx_vs_pmdk": 1.5, "btree_tx_vs_bbolt": 2, "redis_vs_dram": 0.98, "redis_vs_volume": 1.1, "states_enumerated": 30, "states_failed": 0,
 		"mutants_total": 11, "mutants_killed": 10, "mutants_survived": 1, "attach_ms": 4, "attach_hook_ms": 1,
 	} {
 		require.Contains(t, r.Figures, key)

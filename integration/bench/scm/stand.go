@@ -33,10 +33,7 @@ type stand struct {
 	spec string // their specification
 }
 
-const (
-	imageName = "scm-bench:1"
-	poolSize  = "256m"
-)
+const imageName = "scm-bench:1"
 
 // bytesDir is where files lie on the memory that is mapped byte by byte; filesDir those on a filesystem.
 func (s *stand) bytesDir() string { return filepath.Join(s.dir, "m") }
@@ -94,7 +91,7 @@ func newStand(ctx context.Context, o *options) (_ *stand, err error) {
 		Dir: filepath.Join(s.dir, "c"), Bin: s.bin, NVM: tier,
 		DaemonArgs: []string{
 			"--set", "scm.cdi_spec=" + s.spec, "--set", "scm.cdi_kind=" + s.kind, "--set", "scm.limit=0", "--set", "scm.rate=0",
-			"--set", fmt.Sprintf("scm.pool=%s=%d", poolSize, poolReady), "--log-level", "info",
+			"--set", fmt.Sprintf("scm.pool=%s=%d", o.attachSize(), poolReady), "--log-level", "info",
 		},
 	})
 	if err != nil {

@@ -148,7 +148,7 @@ static int btree_plain(long n)
 static int make_plain(void)
 {
 	uint64_t space;
-	size_t room = 100ull * (elements + 800000);
+	size_t room = 100ull * (elements + 60000); /* more than a run adds */
 	int rc = block(sizeof(struct tree), &plain_tree);
 	if (!rc)
 		rc = block(room, &space);
