@@ -34,3 +34,23 @@ func TestCheckProbe(t *testing.T) {
 	assert.Error(t, g.checkProbe("text=1000 file=2000", "text", false))
 	assert.Error(t, g.checkProbe("", "text", false))
 }
+
+func TestCompareLedger(t *testing.T) {
+	g := &guest{boot: "second", domain: "mem-ctrl", said: map[string]uint64{"go": 12}}
+	out := "granularity cache line\ndurability power loss\nmapsync 1\nwhy so\nrecovered 1\ncount 12\nworking\n"
+	assert.NoError(t, g.compareLedger("go", readFacts(out)))
+	g.said["go"] = 13
+	assert.ErrorContains(t, g.compareLedger("go", readFacts(out)), "12 transactions are there, and 13 had been promised")
+	g.said["go"] = 0
+	assert.Error(t, g.compareLedger("go", readFacts("granularity cache line\ndurability power loss\nmapsync 1\n")), "it has not said its count")
+	g.domain = "cpu"
+	assert.ErrorContains(t, g.compareLedger("go", readFacts(out)), `granularity is "cache line", want "byte"`)
+}
+
+func TestReadSaid(t *testing.T) {
+	said, err := readSaid("go:12,c:0")
+	require.NoError(t, err)
+	assert.Equal(t, map[string]uint64{"go": 12, "c": 0}, said)
+	_, err = readSaid("go:")
+	assert.Error(t, err)
+}
