@@ -36,7 +36,7 @@ func TestExpected(t *testing.T) {
 
 // What a start is expected to use is read before it asks for it, and nothing else.
 func TestReadAhead(t *testing.T) {
-	const size = 4 << 20
+	const size = 12 << 20 // more than any device takes by one request
 	image := imageOf("a", "1")
 	s := &still{images: []Image{image}, layers: []plan.Layer{{ID: "1", Tier: placement.HDD, NVM: 1, Used: time.Now()}}}
 	m := newManager(t, s, &shelf{})
