@@ -67,9 +67,9 @@ func (e *Engine) gate(ctx context.Context, g *goal, operations, bytes int, still
 				if e.disk.busy && e.overdue(goal.Pressure) {
 					pause = 0
 				}
-				if !e.disk.busy && pause == 0 {
-					e.held = time.Time{}
-				}
+			}
+			if !busy && !e.disk.busy && pause == 0 {
+				e.held = time.Time{}
 			}
 			if pause > 0 {
 				if kind = "disk"; e.disk.busy {

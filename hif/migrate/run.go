@@ -63,6 +63,7 @@ func (e *Engine) rest(g *goal) (until time.Time, again bool) {
 	if e.goal != g || !g.reached {
 		return time.Time{}, false
 	}
+	e.held = time.Time{} // who has nothing to do makes way for nobody
 	for _, f := range e.failing {
 		if !again || f.until.Before(until) {
 			until, again = f.until, true
