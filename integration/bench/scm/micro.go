@@ -120,6 +120,9 @@ func (b *bench) contenders() (all []contender) {
 	return all
 }
 
+// neighbours are compared most closely.
+var neighbours = [][2]string{{"C host", "C container"}, {"Go host", "Go container"}, {"Go host", "assembly"}}
+
 // micro measures the workloads of all contenders.
 func (b *bench) micro(ctx context.Context) error {
 	for round := range b.options.rounds {
@@ -138,7 +141,9 @@ func (b *bench) microRound(ctx context.Context, round int) (err error) {
 	workers := map[string]*worker{}
 	defer func() {
 		for _, name := range b.started {
-			err = errors.Join(err, workers[name].stop())
+			if serr := workers[name].stop(); ctx.Err() == nil { // an interruption has ended them all
+				err = errors.Join(err, serr)
+			}
 		}
 		for _, clean := range slices.Backward(b.cleanups) {
 			err = errors.Join(err, clean())
@@ -203,8 +208,7 @@ func (b *bench) slices(ctx context.Context, round int, op string, in []contender
 		s.N, s.NS = n, append(s.NS, nil)
 	}
 	for range b.options.slices {
-		rnd.Shuffle(len(in), func(i, j int) { in[i], in[j] = in[j], in[i] })
-		for _, c := range in {
+		for _, c := range turns(in, func(c contender) string { return c.name }, rnd, neighbours...) {
 			if err := ctx.Err(); err != nil {
 				return err
 			}

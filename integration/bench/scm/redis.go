@@ -75,16 +75,18 @@ func (b *bench) redisBench(ctx context.Context) error {
 
 func (b *bench) redisRound(ctx context.Context, round int) (err error) {
 	rnd := rand.New(rand.NewPCG(uint64(round), 2))
-	order := slices.Clone(servers)
-	shuffle := func() { rnd.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] }) }
-	shuffle()
+	inTurn := func() []server {
+		return turns(servers, func(s server) string { return s.name }, rnd, [2]string{"container", "host"}, [2]string{"container", "dram"})
+	}
 	running := map[string]*redis{}
 	defer func() {
 		for _, r := range running {
-			err = errors.Join(err, r.stop())
+			if serr := r.stop(); ctx.Err() == nil { // an interruption has ended them all
+				err = errors.Join(err, serr)
+			}
 		}
 	}()
-	for i, s := range order {
+	for i, s := range inTurn() {
 		r, err := b.startRedis(ctx, s, fmt.Sprintf("r%d-%d", round, i))
 		if err != nil {
 			return err
@@ -98,8 +100,7 @@ func (b *bench) redisRound(ctx context.Context, round int) (err error) {
 			}
 		}
 		for _, test := range redisTests {
-			shuffle()
-			for _, s := range order {
+			for _, s := range inTurn() {
 				ns, err := b.redisTurn(ctx, running[s.name], test)
 				if err != nil {
 					return fmt.Errorf("redis, %s, %s: %w", s.name, test, err)

@@ -44,6 +44,9 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		r.Versions[p] = string(out)
 	}
 	failed := b.measure(ctx)
+	if ctx.Err() != nil { // what an earlier run has written stays
+		return fmt.Errorf("interrupted; nothing was written: %w", ctx.Err())
+	}
 	if failed != nil {
 		r.Notes = append(r.Notes, "not everything was measured: "+strings.ReplaceAll(failed.Error(), "\n", "; "))
 	}

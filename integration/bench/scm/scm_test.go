@@ -9,6 +9,8 @@ import (
 	"errors"
 	"io"
 	"math"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -39,6 +41,21 @@ func TestApart(t *testing.T) {
 	require.Equal(t, 1.0, least(2, 1, 3))
 	require.True(t, math.IsNaN(least(2, math.NaN())), "a rival that is missing must not make the others the least")
 	require.True(t, math.IsNaN(least()))
+}
+
+func TestTurns(t *testing.T) {
+	all := []string{"a", "b", "c", "d", "e"}
+	self := func(s string) string { return s }
+	seen := map[string]bool{}
+	for seed := range uint64(200) {
+		order := turns(all, self, rand.New(rand.NewPCG(seed, 0)), [2]string{"b", "d"}, [2]string{"b", "none"})
+		require.ElementsMatch(t, all, order)
+		b, d := slices.Index(order, "b"), slices.Index(order, "d")
+		require.True(t, b-d == 1 || d-b == 1, order)
+		seen[strings.Join(order, "")] = true
+	}
+	require.Greater(t, len(seen), 40, "all 48 orders should come up")
+	require.Equal(t, []string{"a", "b", "c", "d", "e"}, all)
 }
 
 func TestReadCounts(t *testing.T) {

@@ -5,6 +5,7 @@ package scm
 
 import (
 	"math"
+	"math/rand/v2"
 	"slices"
 
 	"github.com/nhybrid/nhybrid/integration/bench/result"
@@ -63,6 +64,22 @@ func rounds(x, y *series) (medians []float64) {
 		}
 	}
 	return medians
+}
+
+// turns is an order of contenders for one slice: by chance, but of each pair the second comes right before or after the first, as far as the pairs after it
+// leave that: what disturbs the machine for a while then touches both.
+func turns[T any](all []T, name func(T) string, rnd *rand.Rand, pairs ...[2]string) []T {
+	order := slices.Clone(all)
+	rnd.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+	at := func(n string) int { return slices.IndexFunc(order, func(c T) bool { return name(c) == n }) }
+	for _, p := range pairs {
+		if from := at(p[1]); from >= 0 && at(p[0]) >= 0 {
+			second := order[from]
+			order = slices.Delete(order, from, from+1)
+			order = slices.Insert(order, at(p[0])+rnd.IntN(2), second)
+		}
+	}
+	return order
 }
 
 // apart is how far a ratio is from 1, in either direction: 1.01 for 1.01 and for 1/1.01.
