@@ -195,7 +195,7 @@ func TestWrongUseOfHot(t *testing.T) {
 	}{
 		{"profile", exitUsage, "say ls, show"},
 		{"profile nonsense", exitUsage, "nonsense"},
-		{"profile show", exitUsage, "accepts 1 arg"},
+		{"profile show", exitUsage, "accepts 1 arg(s), received 0; see nhybridctl profile show --help"},
 		{"profile show nothing", exitFailure, `image "nothing": not found`},
 		{"profile export nothing", exitFailure, `image "nothing": not found`},
 		{"profile rm nothing", exitFailure, `image "nothing": not found`},

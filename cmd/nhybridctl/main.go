@@ -67,7 +67,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 	root.SetArgs(append([]string{}, args...)) // nil would mean os.Args
 	root.SetOut(out)
 	root.SetErr(errs)
-	err := root.ExecuteContext(ctx)
+	c, err := root.ExecuteContextC(ctx)
 	var wrong usage
 	switch {
 	case err == nil:
@@ -75,7 +75,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 	case errors.Is(err, silent{}):
 		return exitFailure
 	case !a.started, errors.As(err, &wrong):
-		fmt.Fprintf(errs, "nhybridctl: %s; see nhybridctl --help\n", plain(err))
+		fmt.Fprintf(errs, "nhybridctl: %s; see %s --help\n", plain(err), c.CommandPath())
 		return exitUsage
 	}
 	fmt.Fprintf(errs, "nhybridctl: %s\n", plain(err))
