@@ -107,7 +107,7 @@ type SCM struct {
 	CDIKind string `toml:"cdi_kind" comment:"Kind of its devices, vendor/class. A second daemon on a machine needs a kind of its own."`
 	Hook    string `toml:"hook" comment:"Absolute path of nhybrid-scm-hook. Empty: beside the program of the daemon. Without it no specification is written."`
 
-	NRI       bool   `toml:"nri" comment:"true: annotations scm.nhybrid.io/… of pods ask for regions, where containerd has NRI (docs/regions.md)."`
+	NRI       bool   `toml:"nri" comment:"true: annotations scm.nhybrid.io/… of pods ask for regions, where containerd has NRI (docs/regions.md).\nOf several daemons on a machine only one may say so: NRI fails a container that two plugins change in the same place."`
 	NRISocket string `toml:"nri_socket" comment:"Unix socket on which containerd waits for plugins of NRI."`
 }
 

@@ -119,6 +119,8 @@ func TestBadFile(t *testing.T) {
 		"[scm]\ncdi_spec = '/etc/cdi/scm'":                      `scm.cdi_spec: "/etc/cdi/scm" is not`,
 		"[scm]\ncdi_kind = 'scm'":                               `scm.cdi_kind: "scm" is not a vendor and a class`,
 		"[scm]\nhook = 'nhybrid-scm-hook'":                      `scm.hook: "nhybrid-scm-hook" is relative`,
+		"[scm]\nreserve = '60%'":                                `scm.reserve: 60% is more than scm.limit, which is 50%`,
+		"[scm]\nlimit = '1GiB'\nreserve = '2GiB'":               "scm.reserve: 2GiB is more than scm.limit, which is 1GiB",
 		"[scm]\nnri_socket = 'nri.sock'":                        `scm.nri_socket: "nri.sock" is relative`,
 		"\x00":                                                  ":1: ",
 	} {

@@ -33,6 +33,11 @@ func (c Config) checkSCM() error {
 			return invalid("scm.address: is the socket of %s; give it one of its own", other.key)
 		}
 	}
+	// A share and a number of bytes can be compared only where NVM is; the daemon does that.
+	alike := (s.Reserve.Percent != 0) == (s.Limit.Percent != 0)
+	if alike && s.Limit != (Space{}) && (s.Reserve.Percent > s.Limit.Percent || s.Reserve.Bytes > s.Limit.Bytes) {
+		return invalid("scm.reserve: %s is more than scm.limit, which is %s: no more can be kept for regions than they may have", s.Reserve, s.Limit)
+	}
 	if s.Regions < 0 {
 		return invalid("scm.regions: %d is negative; give a number of regions, or 0", s.Regions)
 	}
