@@ -117,7 +117,8 @@ func use(r *scmlib.Region, what string, port *os.File) error {
 		if count, err = l.step(); err != nil {
 			return err
 		}
-		// When write returns, the machine's other side has the line (Linux virtio_console: a blocking port waits for the host).
+		// The host takes the line at once or a moment later (Linux virtio_console queues it): what it has was promised, and the last few promises may
+		// not have left the machine when its power goes.
 		line = append(strconv.AppendUint(line[:0], count, 10), '\n')
 		if _, err := port.Write(line); err != nil {
 			return err
