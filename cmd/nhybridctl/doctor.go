@@ -79,7 +79,7 @@ func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []
 		return err
 	})
 	if err != nil {
-		add("daemon", doctor.Fail, plain(err), "systemctl start containerd-nhybrid-grpc, and see its log; or give --address")
+		add("daemon", doctor.Fail, plain(err), "systemctl start nhybrid, and see journalctl -u nhybrid; or give --address")
 		c, err := config.Load(file, os.Environ(), nil)
 		if err != nil {
 			add("config", doctor.Fail, plain(err), "mend it; nhybridctl config default shows every key")
