@@ -184,6 +184,32 @@ func TestHurryEnds(t *testing.T) {
 	require.Less(t, s.rounds.Load(), int64(10), "rounds, each of which reads every profile")
 }
 
+// The loop never finds a hurry that has nothing to do yet: it would end it.
+func TestHurryBegins(t *testing.T) {
+	m := newManager(t, &still{}, &shelf{})
+	over, cancel := context.WithCancel(t.Context())
+	cancel() // nobody makes rounds here
+	for range 2000 {
+		m.mu.Lock()
+		m.hurry, m.seen = false, m.kicks
+		m.mu.Unlock()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_ = m.MigrateNow(over)
+		}()
+		for calm := true; calm; {
+			m.mu.Lock()
+			calm = !m.hurry
+			settling := m.settling()
+			m.mu.Unlock()
+			require.True(t, calm || settling)
+		}
+		require.False(t, m.calm())
+		<-done
+	}
+}
+
 // An idle host does not read all profiles each minute.
 func TestNothingHappened(t *testing.T) {
 	s := &still{}

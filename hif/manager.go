@@ -277,15 +277,17 @@ func (m *Manager) round() {
 func (m *Manager) Settling() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.kicks != m.seen || m.dividing || m.learner.busy
+	return m.settling()
 }
+
+// settling is Settling with mu held.
+func (m *Manager) settling() bool { return m.kicks != m.seen || m.dividing || m.learner.busy }
 
 // calm ends a hurry when all is done, and tells whether there is none (any more).
 func (m *Manager) calm() bool {
-	done := m.engine == nil || !m.Settling() && m.engine.Reached()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.hurry = m.hurry && !done
+	m.hurry = m.hurry && m.engine != nil && (m.settling() || !m.engine.Reached())
 	return !m.hurry
 }
 

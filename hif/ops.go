@@ -204,6 +204,7 @@ func (m *Manager) MigrateNow(ctx context.Context) error {
 	}
 	m.mu.Lock()
 	m.hurry = true
+	m.kicks++ // with the lock, or the loop would find nothing left to do and end the hurry before it began
 	m.undivided = map[string]undivided{}
 	m.mu.Unlock()
 	if m.engine.Progress().Pinned > 0 {
