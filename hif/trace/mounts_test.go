@@ -55,3 +55,28 @@ func TestQuietBeforeAnythingWasExecuted(t *testing.T) {
 	w.touch(110)
 	due(110, EndMax)
 }
+
+// Who asks for the mounts again is about to mount them: the start is not over,
+// for as long as it took from the look at its users.
+func TestAskedAgain(t *testing.T) {
+	s := newStore(t)
+	tr := s.tracer(s.config())
+	c := s.container("7")
+	w := watch(t, tr, c)
+	tr.mu.Lock()
+	w.touch(w.opened + 1)
+	before, _ := w.due()
+	tr.mu.Unlock()
+	require.Same(t, w, watch(t, tr, c))
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	after, _ := w.due()
+	require.Greater(t, after, before)
+	w.executed = true
+	before, _ = w.due()
+	tr.mu.Unlock()
+	require.Same(t, w, watch(t, tr, c))
+	tr.mu.Lock()
+	after, _ = w.due()
+	require.Equal(t, before, after, "somebody looks at a container that runs")
+}

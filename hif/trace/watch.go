@@ -52,6 +52,9 @@ func (t *Tracer) Watch(start Start) (*Watch, error) {
 		return nil, fmt.Errorf("watch start of %q: tracer is closed: %w", start.Snapshot, errdefs.ErrUnavailable)
 	}
 	if w := t.watches[start.Snapshot]; w != nil {
+		if w.used > 0 && !w.executed {
+			w.newest = t.now() // it only comes now: what was seen was somebody who looked at the image
+		}
 		return w, nil
 	}
 	if mounted, err := t.mounted(start.Upper); err != nil || mounted {
