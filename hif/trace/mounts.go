@@ -167,7 +167,9 @@ func (t *Tracer) probe(o *overlay, dir, data int, path string) (uint64, error) {
 		if err != nil {
 			return 0, nil // unmounted since
 		}
-		defer unix.Close(fd)
+		// Where it was unmounted meanwhile this ends the overlay, and overlayfs then
+		// syncs the filesystem of its upper directory: not with t.mu held.
+		defer t.wg.Go(func() { unix.Close(fd) })
 		var st unix.Statx_t
 		if err := statx(fd, &st); err != nil || devOf(&st) != o.dev {
 			return 0, err

@@ -5,6 +5,7 @@ package trace
 
 import (
 	"testing"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
@@ -60,7 +61,9 @@ func TestQuietBeforeAnythingWasExecuted(t *testing.T) {
 // for as long as it took from the look at its users.
 func TestAskedAgain(t *testing.T) {
 	s := newStore(t)
-	tr := s.tracer(s.config())
+	cfg := s.config()
+	cfg.Quiet = time.Minute
+	tr := s.tracer(cfg)
 	c := s.container("7")
 	w := watch(t, tr, c)
 	tr.mu.Lock()
