@@ -11,12 +11,15 @@ import (
 	"time"
 
 	eventsapi "github.com/containerd/containerd/api/events"
+	containersapi "github.com/containerd/containerd/api/services/containers/v1"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
+	"google.golang.org/grpc"
 
 	"github.com/nhybrid/nhybrid/scmlib/region"
 )
@@ -31,11 +34,17 @@ func Identify(connect func() (*client.Client, error)) func(context.Context, stri
 		}
 		ctx, cancel := context.WithTimeout(namespaces.WithNamespace(ctx, namespace), 10*time.Second)
 		defer cancel()
-		info, err := c.ContainerService().Get(ctx, id)
-		if err != nil {
-			return "", fmt.Errorf("ask containerd for container %s: %w", id, errdefs.Resolve(err))
+		// It asks because a container of it is starting, so containerd is there: a
+		// connection that was refused before that must not fail the start.
+		conn, ok := c.Conn().(grpc.ClientConnInterface)
+		if !ok {
+			return "", fmt.Errorf("ask containerd for container %s: connection of type %T: %w", id, c.Conn(), errdefs.ErrNotImplemented)
 		}
-		return info.CreatedAt.UTC().Format(time.RFC3339Nano), nil
+		r, err := containersapi.NewContainersClient(conn).Get(ctx, &containersapi.GetContainerRequest{ID: id}, grpc.WaitForReady(true))
+		if err != nil {
+			return "", fmt.Errorf("ask containerd for container %s: %w", id, errdefs.Resolve(errgrpc.ToNative(err)))
+		}
+		return r.GetContainer().GetCreatedAt().AsTime().Format(time.RFC3339Nano), nil
 	}
 }
 
