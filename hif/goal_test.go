@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 
@@ -75,9 +76,18 @@ type still struct {
 	files  []File
 	used   int64
 	rounds atomic.Int64
+	// container is the image of every container; "": there is none.
+	container digest.Digest
 }
 
-func (s *still) Images(context.Context) ([]Image, error) { return s.images, nil }
+func (s *still) ImageOf(context.Context, string, string) (digest.Digest, string, error) {
+	if s.container == "" {
+		return "", "", errdefs.ErrNotFound
+	}
+	return s.container, "", nil
+}
+
+func (s *still) Images(context.Context) ([]Image, error) { return slices.Clone(s.images), nil }
 func (s *still) Layers(context.Context) ([]plan.Layer, error) {
 	s.rounds.Add(1)
 	return slices.Clone(s.layers), nil
@@ -140,6 +150,27 @@ func TestUnreadableProfileConcernsItsImageOnly(t *testing.T) {
 	at, err = m.tiers.Stands("/2/file")
 	require.NoError(t, err)
 	require.Equal(t, tier.Standing{NVM: 5, HDD: 5}, at, "nobody knows who needs it")
+}
+
+// An image that came after the manager last looked may have the layers of one
+// that it knows: what a start is of says its container, or else it counts for both.
+func TestGuessedImage(t *testing.T) {
+	one, two := imageOf("one", "1"), imageOf("two", "1")
+	s := &still{images: []Image{one, two}}
+	m := newManager(t, s, &shelf{})
+	m.images = []Image{one}
+	o := &openStart{Start: Start{Namespace: "default"}}
+	o.Layers = []string{"1"}
+	m.guess(o)
+	require.Equal(t, one.Digest, o.image)
+	got, err := m.candidates(t.Context(), o)
+	require.NoError(t, err)
+	require.Equal(t, []Image{one, two}, got)
+	s.container = two.Digest
+	require.Equal(t, two.Digest, m.identify(o))
+	got, err = m.candidates(t.Context(), o)
+	require.NoError(t, err)
+	require.Equal(t, []Image{two}, got)
 }
 
 // A pause holds, also where everything was to be moved at once.

@@ -35,10 +35,13 @@ type openStart struct {
 	// Guarded by Manager.mu; "" while not known.
 	image digest.Digest
 	name  string
+	// guessed: containerd was not asked. What was known of images when the start
+	// began may lack one that was pulled since and has the same layers.
+	guessed bool
 }
 
 // askAgain are the moments after the beginning of a watch at which containerd
-// is asked which container it is, if several images have its layers: its record is
+// is asked which container it is: its record is
 // made between the first call for the snapshot's mounts and the start of its
 // task, and goes with it.
 var askAgain = []time.Duration{50 * time.Millisecond, 250 * time.Millisecond, time.Second, 4 * time.Second}
@@ -71,25 +74,19 @@ func (m *Manager) Mounted(start Start) {
 	m.wg.Go(func() { m.follow(o) })
 }
 
-// guess knows the image of a start without asking where only one has its
-// layers. Called with mu held.
+// guess supposes the image of a start where only one has its layers, for what
+// cannot wait. Called with mu held.
 func (m *Manager) guess(o *openStart) {
 	of := func(i Image) bool { return i.Namespace == o.Namespace && slices.Equal(i.Chain, o.Layers) }
 	first := slices.IndexFunc(m.images, of)
 	if first >= 0 && !slices.ContainsFunc(m.images[first+1:], of) {
-		o.image, o.name = m.images[first].Digest, m.images[first].name()
+		o.image, o.name, o.guessed = m.images[first].Digest, m.images[first].name(), true
 	}
 }
 
 // follow waits for the end of a start and records it.
 func (m *Manager) follow(o *openStart) {
-	m.mu.Lock()
-	known := o.image != ""
-	m.mu.Unlock()
 	for _, after := range askAgain {
-		if known {
-			break
-		}
 		select {
 		case <-o.watch.Done():
 		case <-time.After(time.Until(o.began.Add(after))):
@@ -117,9 +114,9 @@ func (m *Manager) follow(o *openStart) {
 // identify asks containerd for the image of a start, unless it is known.
 func (m *Manager) identify(o *openStart) digest.Digest {
 	m.mu.Lock()
-	image := o.image
+	image, guessed := o.image, o.guessed
 	m.mu.Unlock()
-	if image != "" {
+	if image != "" && !guessed {
 		return image
 	}
 	image, name, err := m.store.ImageOf(m.ctx, o.Namespace, o.Key)
@@ -128,7 +125,7 @@ func (m *Manager) identify(o *openStart) digest.Digest {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	o.image, o.name = image, name
+	o.image, o.name, o.guessed = image, name, false
 	return image
 }
 
@@ -182,6 +179,9 @@ func (m *Manager) candidates(ctx context.Context, o *openStart) ([]Image, error)
 	})
 	m.mu.Lock()
 	named := o.image
+	if o.guessed {
+		named = ""
+	}
 	m.mu.Unlock()
 	if i := slices.IndexFunc(images, func(i Image) bool { return i.Digest == named }); i >= 0 {
 		return images[i : i+1], nil
