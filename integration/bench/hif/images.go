@@ -211,7 +211,10 @@ func (t *trial) migration(ctx context.Context) (err error) {
 	if err := t.daemon.settled(ctx); err != nil {
 		return err
 	}
-	// Blocks that the container held are free only now.
+	// Blocks that the container held, and those of its writable layer, are free only now.
+	if err := t.places[hybrid].collect(ctx); err != nil {
+		return err
+	}
 	t.row.Space.Migrated, err = t.grown(hybrid, t.before)
 	return err
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
@@ -203,4 +204,22 @@ func (s *started) remove(ctx context.Context) error {
 		s.container = nil
 	}
 	return errors.Join(errs...)
+}
+
+// collect has containerd remove what nothing refers to any more, and waits for that: snapshots go after the call that
+// removes them.
+func (p *place) collect(ctx context.Context) error {
+	c, err := p.rig.Client()
+	if err != nil {
+		return err
+	}
+	ctx = p.rig.Context(ctx)
+	l, err := c.LeasesService().Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = c.LeasesService().Delete(ctx, l, leases.SynchronousDelete)
+	}
+	if err != nil {
+		return fmt.Errorf("have containerd collect garbage: %w", err)
+	}
+	return nil
 }
