@@ -113,9 +113,10 @@ test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, 
 	SCM_TSAN=1 go test -count 1 -v ./scmlib/c
 
 # Not hif/static and hif/parts: what has this tag there measures, on dozens of images that are built first (docs/hif.md).
+# One package at a time: benchmarks drop the machine's caches, and traces of other tests would find that in theirs.
 .PHONY: test-integration
 test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).
-	go test -tags integration -count 1 -timeout 20m ./integration/... ./scmlib/region/ctrd
+	go test -tags integration -count 1 -p 1 -timeout 20m ./integration/... ./scmlib/region/ctrd
 
 .PHONY: test-pmem
 test-pmem: ## Run containerd with nhybrid in a QEMU guest with emulated persistent memory.
