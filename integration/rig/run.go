@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 )
 
@@ -85,12 +86,23 @@ func (r *Rig) Nhybridctl(ctx context.Context, args ...string) (string, error) {
 	return r.Run(ctx, "nhybridctl", args...)
 }
 
-// Pull pulls an image through the link by `ctr images pull`, containerd's transfer service.
+// Pull pulls an image through the link by `ctr images pull`, containerd's transfer service. A pull from under which
+// containerd itself has collected a snapshot is made again, as its users do (containerd issue 3787).
 func (r *Rig) Pull(ctx context.Context, name string, args ...string) error {
 	args = append(append([]string{"images", "pull", "--plain-http"}, args...), r.Ref(name))
-	_, err := r.Ctr(ctx, args...)
-	return err
+	for range 3 {
+		before := len(collected.FindAllString(r.Containerd.Log(), -1))
+		_, err := r.Ctr(ctx, args...)
+		if err == nil || len(collected.FindAllString(r.Containerd.Log(), -1)) == before {
+			return err
+		}
+	}
+	return fmt.Errorf("pull %q: containerd collects its snapshots again and again", name)
 }
+
+// collected is what containerd's log says when it wants to clean up after a failed pull, and its own metadata (not the
+// snapshotter) do not have the snapshot any more.
+var collected = regexp.MustCompile(`failed to cleanup .*extract-.*error="snapshot extract-.* does not exist: not found"`)
 
 // RunContainer runs a command in a new container of the image by `ctr run --rm` and returns its output.
 func (r *Rig) RunContainer(ctx context.Context, name, id string, command ...string) (string, error) {
