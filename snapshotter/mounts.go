@@ -29,6 +29,13 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 		return s.extractionMounts(sn), nil
 	}
 	upper := filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "fs")
+	if sn.Kind == snapshots.KindActive {
+		// Nobody syncs what a container writes, nor the directory it writes to.
+		if _, err := os.Lstat(upper); errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("mount snapshot %q: what its container wrote, on %s, is gone: the device was lost, or the machine went down right after the container was made; remove the container and make it anew: %w",
+				info.Name, r.Tier, errdefs.ErrDataLoss)
+		}
+	}
 	if len(sn.ParentIDs) == 0 {
 		mode := "rw"
 		if sn.Kind == snapshots.KindView {

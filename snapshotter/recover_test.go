@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -161,6 +162,33 @@ func TestLossOfNVM(t *testing.T) {
 			awaitRecord(t, s, id, func(r record) bool { return r.Tier == placement.HDD })
 		})
 	}
+}
+
+// A container must not go on with nothing in place of what it wrote.
+func TestLossOfAContainersDirectory(t *testing.T) {
+	dir, d := t.TempDir(), newDownloads(1000)
+	s := start(t, dir, func(c *Config) { c.Downloads = d })
+	name, _ := storeLayer(t, s, d, "hello")
+	ctx, key := inNamespace(t), "test/98/container"
+	mounts, err := s.Prepare(ctx, key, name)
+	require.NoError(t, err)
+	var upper string
+	for _, o := range mounts[0].Options {
+		if dir, ok := strings.CutPrefix(o, "upperdir="); ok {
+			upper = dir
+		}
+	}
+	require.DirExists(t, upper)
+	require.NoError(t, s.Close())
+	require.NoError(t, unmountAll(s))
+	require.NoError(t, os.RemoveAll(filepath.Dir(upper)))
+	s = start(t, dir, func(c *Config) { c.Downloads = d })
+	_, err = s.Mounts(ctx, key)
+	require.True(t, errdefs.IsDataLoss(err), err)
+	require.ErrorContains(t, err, "remove the container and make it anew")
+	require.NoError(t, s.Remove(ctx, key))
+	_, err = s.Prepare(ctx, key, name)
+	require.NoError(t, err)
 }
 
 func TestNewerDatabaseIsRefusedUntouched(t *testing.T) {

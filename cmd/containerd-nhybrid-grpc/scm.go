@@ -155,6 +155,9 @@ func options(c config.Config) (o region.Options, err error) {
 	if o.Limit > 0 && o.Reserve > o.Limit {
 		return o, fmt.Errorf("scm.reserve is %s of this NVM and scm.limit %s: what is kept for regions cannot be more than they may have", c.SCM.Reserve, c.SCM.Limit)
 	}
+	if o.Reserve > total-o.Headroom {
+		return o, fmt.Errorf("scm.reserve is %s of this NVM and placement.nvm_reserve %s, together more than it has: nothing would be left for images", c.SCM.Reserve, c.Placement.NVMReserve)
+	}
 	if o.Quotas, err = c.SCM.QuotaOf(total); err != nil {
 		return o, err
 	}

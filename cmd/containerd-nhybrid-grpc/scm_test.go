@@ -119,6 +119,9 @@ func TestOptions(t *testing.T) {
 	require.InDelta(t, float64(o.Limit), float64(o.Headroom)*10, 100, "half, and a twentieth")
 	require.InDelta(t, float64(o.Limit), float64(o.Quotas["a"].Bytes)*50, 100)
 	require.Equal(t, map[int64]int{192 << 10: 1}, o.Pool)
+	c.SCM.Limit, c.SCM.Reserve, c.Placement.NVMReserve = config.Space{}, config.Space{Percent: 60}, config.Space{Percent: 50}
+	_, err = options(c)
+	require.ErrorContains(t, err, "nothing would be left for images")
 	c.NVMRoot += "/none"
 	_, err = options(c)
 	require.ErrorContains(t, err, "ask for the size of NVM")

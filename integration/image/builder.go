@@ -184,7 +184,7 @@ func (b *Builder) content(ctx context.Context, step Step, below []string, tmp st
 		if err := b.download(ctx, debs, lowers, tmp, step.Packages); err != nil {
 			return nil, err
 		}
-		install := fmt.Sprintf("%s\napt-get -qq -y --no-install-recommends -o APT::Keep-Downloaded-Packages=true install /run/debs/*.deb\n%s", quiet, tidy)
+		install := fmt.Sprintf("%s\napt-get -qq -y --no-install-recommends -o APT::Keep-Downloaded-Packages=true install /run/debs/*.deb\n%s\n%s", quiet, step.Then, tidy)
 		return packTree, b.chroot(ctx, tmp, lowers, debs, install)
 	case step.Run != "":
 		return packTree, b.chroot(ctx, tmp, lowers, "", step.Run)

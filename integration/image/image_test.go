@@ -139,15 +139,16 @@ func TestSpecIsChecked(t *testing.T) {
 	b, err := NewBuilder(t.TempDir())
 	require.NoError(t, err)
 	for message, steps := range map[string][]Step{
-		"no steps":          nil,
-		"0 kinds":           {{History: "nothing"}},
-		"2 kinds":           {{Run: "true", Base: []string{}}},
-		"need a Base":       {{Packages: []string{"x"}}},
-		"first step":        {{Base: []string{}}, {Base: []string{}}},
-		"sizes of 0":        {{Synthetic: &Synthetic{"/x", 1, -1}}},
-		"step 1: 0 kinds":   {{Base: []string{}}, {}},
-		`image "bad": no`:   {},
-		"Run need a Base b": {{Run: "true"}},
+		"no steps":           nil,
+		"0 kinds":            {{History: "nothing"}},
+		"2 kinds":            {{Run: "true", Base: []string{}}},
+		"need a Base":        {{Packages: []string{"x"}}},
+		"first step":         {{Base: []string{}}, {Base: []string{}}},
+		"sizes of 0":         {{Synthetic: &Synthetic{"/x", 1, -1}}},
+		"step 1: 0 kinds":    {{Base: []string{}}, {}},
+		`image "bad": no`:    {},
+		"Run need a Base b":  {{Run: "true"}},
+		"must have Packages": {{Base: []string{}, Then: "true"}},
 	} {
 		_, err := b.Build(t.Context(), Spec{Name: "bad", Steps: steps})
 		require.ErrorContains(t, err, message)
@@ -169,6 +170,7 @@ func TestKeyDependsOnWhatCounts(t *testing.T) {
 	add("base", Step{Base: []string{}})
 	add("base with package", Step{Base: []string{"x"}})
 	add("package", Step{Packages: []string{"x"}}, "a")
+	add("package with less of it", Step{Packages: []string{"x"}, Then: "rm -rf /x"}, "a")
 	add("package on another base", Step{Packages: []string{"x"}}, "b")
 	add("extract", Step{Extract: []string{"x"}})
 	same, err := Step{Extract: []string{"x"}, History: "told otherwise"}.key([]string{"anything"})

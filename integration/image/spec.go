@@ -21,12 +21,14 @@ type Spec struct {
 	Config v1.Config
 }
 
-// Step makes one layer. Exactly one of the fields beside History is set.
+// Step makes one layer. Exactly one of the fields beside Then and History is set.
 type Step struct {
 	// Base is a minimal Debian with the packages beside (not nil, but may be empty): the first step of an image that has Packages or Run.
 	Base []string
 	// Packages are installed by apt-get, with what they depend on and without what they recommend.
 	Packages []string
+	// Then is a shell command after Packages, in the same layer: what the step of an original removes again.
+	Then string `json:",omitempty"`
 	// Extract are packages whose files alone are unpacked; nothing needs to be below.
 	Extract []string
 	// Run is a shell command in the chroot, without network.
@@ -70,6 +72,8 @@ func (s Spec) check() error {
 			err = fmt.Errorf("%d kinds of content are set, must be one", kinds)
 		case step.Base != nil && i > 0:
 			err = errors.New("a Base must be the first step")
+		case step.Then != "" && step.Packages == nil:
+			err = errors.New("a Then must have Packages")
 		case (step.Packages != nil || step.Run != "") && !based:
 			err = errors.New("steps with Packages or Run need a Base below")
 		case step.Synthetic != nil && (step.Synthetic.Uncompressed < 0 || step.Synthetic.Compressed < 0 || step.Synthetic.Path == ""):

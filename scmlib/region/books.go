@@ -120,16 +120,19 @@ func (s *Store) reserve(w want) (release func(), err error) {
 	}
 	others := s.others()
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.enter(w, -1)
 	full, err := s.admits(w, others)
 	if err != nil {
+		s.mu.Unlock()
 		return nil, err
 	}
+	var given []string
 	if full {
-		s.emptyPool()
+		given = s.drainPool()
 	}
 	s.enter(w, 1)
+	s.mu.Unlock()
+	s.giveUp(given) // a removal may take long, and layers are admitted by the same books
 	return sync.OnceFunc(func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -88,15 +88,21 @@ func (s *Store) takePooled(size int64) string {
 	return have[len(have)-1]
 }
 
-// emptyPool makes room. s.mu is held.
-func (s *Store) emptyPool() {
-	for size, dirs := range s.pool {
-		for _, dir := range dirs {
-			if err := s.discard(dir); err != nil {
-				log.L.WithError(err).Warn("cannot give up a region of the pool")
-			}
+// drainPool takes all that waits out of the pool. s.mu is held.
+func (s *Store) drainPool() (dirs []string) {
+	for _, have := range s.pool {
+		dirs = append(dirs, have...)
+	}
+	clear(s.pool)
+	return dirs
+}
+
+// giveUp makes room of what was in the pool. What cannot be removed now is removed at the next start.
+func (s *Store) giveUp(dirs []string) {
+	for _, dir := range dirs {
+		if err := s.discard(dir); err != nil {
+			log.L.WithError(err).Warn("cannot give up a region of the pool")
 		}
-		delete(s.pool, size)
 	}
 }
 

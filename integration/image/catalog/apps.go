@@ -53,6 +53,11 @@ func (a app) after(run string) app {
 	return a
 }
 
+func (a app) without(layer int, files string) app {
+	a.purge = map[int]string{layer: "rm -rf " + files}
+	return a
+}
+
 const entrypoint = "docker-entrypoint.sh"
 
 // apps by the image of the table. Entrypoints do what those of the originals do; the data directories of databases are
@@ -67,9 +72,9 @@ var apps = map[string]app{
 		entry(entrypoint).in("/data").after("mkdir -p /data && chown redis:redis /data"),
 	"postgres": serves("select 1 gives a row", ready.Postgres(5432, "postgres"), "postgres").entry(entrypoint).
 		env("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/15/bin",
-			"PGDATA=/var/lib/postgresql/data", "LANG=C.UTF-8"),
+			"PGDATA=/var/lib/postgresql/data", "LANG=C.UTF-8").without(7, "/var/lib/postgresql/15 /etc/postgresql/15"),
 	"mariadb": serves("select 1 gives a result", ready.MySQL(3306, "root"), "mariadbd", "--bind-address=0.0.0.0",
-		"--skip-name-resolve", "--init-file=/etc/mysql/init.sql").entry(entrypoint),
+		"--skip-name-resolve", "--init-file=/etc/mysql/init.sql").entry(entrypoint).without(8, "/var/lib/mysql"),
 	"memcached": serves("version is answered", ready.Line(11211, "version\r\n", "VERSION"), "memcached", "-u", "memcache").
 		with("-"),
 	"influxdb": serves("GET /ping: 204", ready.HTTP(8086, "/ping", http.StatusNoContent, ""), "influxd", "-config", "/etc/influxdb/influxdb.conf").

@@ -38,6 +38,8 @@ type Image struct {
 type app struct {
 	// layer that a package's files go to, with libraries that the table leaves out: packages by the index of the layer.
 	extract map[int][]string
+	// purge is what the original removes of packages in the step that installs them: commands by the index of the layer.
+	purge map[int]string
 	// run is a command in the image, a layer of its own, before the files of testdata.
 	run    string
 	files  string // directory in testdata; "": the image's name, "-": none
@@ -81,6 +83,12 @@ func (a app) on(t image.TableImage) (Image, error) {
 			return Image{}, fmt.Errorf("layer %d is not one of unpacked packages", i)
 		}
 		spec.Steps[i].Extract = packages
+	}
+	for i, command := range a.purge {
+		if i >= len(spec.Steps) || spec.Steps[i].Packages == nil {
+			return Image{}, fmt.Errorf("layer %d is not one of installed packages", i)
+		}
+		spec.Steps[i].Then = command
 	}
 	if a.run != "" {
 		spec.Steps = append(spec.Steps, image.Step{Run: a.run, History: "RUN " + a.run})

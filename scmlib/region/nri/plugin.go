@@ -30,6 +30,8 @@ const (
 	index = "50" // among other plugins; nothing depends on it
 	// retry is how long a containerd that comes back is without the plugin, at most.
 	retry = 500 * time.Millisecond
+	// slowest is the same where containerd is there and does not want the plugin, or drops it at once.
+	slowest = 30 * time.Second
 	// patience is how long containerd may take to answer a plugin. Its own for plugins is 5 s.
 	patience = 15 * time.Second
 )
@@ -48,20 +50,32 @@ type Plugin struct {
 
 // Run serves containerd until ctx ends, and again whenever it comes back. That it is not there, or has no NRI, is no failure.
 func (p *Plugin) Run(ctx context.Context) {
+	var wait time.Duration
 	for ctx.Err() == nil {
+		begun := time.Now()
 		err := p.serve(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
+		absent := errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED)
+		wait = pause(wait, absent, time.Since(begun))
+		if absent {
 			err = nil
 		}
 		p.note(ctx, err)
 		select {
 		case <-ctx.Done():
-		case <-time.After(retry):
+		case <-time.After(wait):
 		}
 	}
+}
+
+// pause is how long to wait after a connection that lasted so long, where the last pause was before.
+func pause(before time.Duration, absent bool, lasted time.Duration) time.Duration {
+	if absent || lasted > slowest {
+		return retry
+	}
+	return min(max(retry, 2*before), slowest)
 }
 
 // Failed is why containerd does not take the plugin, nil if it does or is not there.
