@@ -134,7 +134,7 @@ func TestTouched(t *testing.T) {
 	s := newStore(t)
 	s.onDisk()
 	const mb = 1 << 20
-	for _, f := range []string{"small", "part", "warm", "unread", "lib"} {
+	for _, f := range []string{"small", "part", "evicted", "warm", "unread", "lib"} {
 		size := 8 * mb
 		if f == "small" {
 			size = 100
@@ -149,7 +149,7 @@ func TestTouched(t *testing.T) {
 	cfg := s.config()
 	cfg.countSelf = true // this process is the container
 	tr := s.tracer(cfg)
-	for _, f := range []string{"small", "part", "warm", "unread", "lib"} {
+	for _, f := range []string{"small", "part", "evicted", "warm", "unread", "lib"} {
 		fd, err := unix.Open(filepath.Join(s.root(placement.HDD), "3", f), unix.O_RDONLY, 0)
 		require.NoError(t, err)
 		require.NoError(t, unix.Fsync(fd))
@@ -176,6 +176,10 @@ func TestTouched(t *testing.T) {
 	read("small", 0, 50)
 	read("part", 0, 4096)
 	read("part", 4*mb, 128<<10)
+	read("evicted", 0, 4096)
+	read("evicted", 4*mb, 128<<10)
+	require.Eventually(t, func() bool { return w.Files() == 3 }, 10*time.Second, time.Millisecond) // what had been evicted at its first open is known
+	pageOut(t, filepath.Join(s.root(placement.HDD), "3/evicted"), 8*mb)
 	read("warm", 0, 4096)
 	read("unread", 0, 0)
 	read("lib", 0, 4096)
@@ -189,11 +193,38 @@ func TestTouched(t *testing.T) {
 	require.EqualValues(t, 100, by["small"].Touched)
 	require.EqualValues(t, 4096+128<<10, by["part"].Touched)
 	require.Equal(t, []Range{{0, 64 << 10}, {4 * mb, 128 << 10}}, by["part"].Ranges)
+	require.EqualValues(t, by["part"].Touched, by["evicted"].Touched, "what was read and reclaimed again was read all the same")
+	require.Equal(t, by["part"].Ranges, by["evicted"].Ranges)
 	require.EqualValues(t, -1, by["warm"].Touched)
 	require.EqualValues(t, 0, by["unread"].Touched)
 	require.EqualValues(t, -1, by["memory"].Touched)
 	require.Equal(t, Library, by["lib"].Kind, "by its ELF header")
 	require.Equal(t, Read, by["part"].Kind)
+}
+
+// pageOut has the kernel reclaim what it has cached of a file, as it does where memory is short.
+func pageOut(t *testing.T, path string, size int) {
+	t.Helper()
+	f, err := os.Open(path)
+	require.NoError(t, err)
+	defer f.Close()
+	m, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, unix.Munmap(m)) }()
+	require.NoError(t, unix.Madvise(m, unix.MADV_RANDOM))
+	page, sum := os.Getpagesize(), byte(0)
+	require.Eventually(t, func() bool { // pages that were only just read stay at first
+		for off := 0; off < size; off += page { // reclaimed is what is mapped
+			if in, _, err := cached(int(f.Fd()), int64(off), int64(page)); err == nil && in > 0 {
+				sum += m[off]
+			}
+		}
+		require.NoError(t, unix.Madvise(m, unix.MADV_PAGEOUT))
+		in, evicted, err := cached(int(f.Fd()), 0, 0)
+		require.NoError(t, err)
+		return in == 0 && evicted > 0
+	}, 10*time.Second, time.Millisecond)
+	runtime.KeepAlive(sum)
 }
 
 func TestJoin(t *testing.T) {

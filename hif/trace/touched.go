@@ -70,7 +70,17 @@ func touched(fd int, size, warm, before int64) (int64, []Range) {
 	if err := statx(fd, &st); err != nil || int64(st.Size) != size || st.Attributes&unix.STATX_ATTR_DAX != 0 {
 		return -1, nil // on DAX nothing is cached whatever is read
 	}
-	n, evicted, err := cached(fd, 0, 0)
+	// Where nothing had been evicted before, what is now was read by this start:
+	// hosts that reclaim what is not used (DAMON, memory.reclaim) are quick to.
+	// Else it cannot be told what was evicted when.
+	used := func(off, length int64) (int64, int64, error) {
+		in, evicted, err := cached(fd, off, length)
+		if before == 0 {
+			return in + evicted, 0, err
+		}
+		return in, evicted, err
+	}
+	n, evicted, err := used(0, 0)
 	// Less than at first sight: somebody dropped the cache meanwhile.
 	if err != nil || evicted > before || n < warm {
 		return -1, nil
@@ -90,7 +100,7 @@ func touched(fd int, size, warm, before int64) (int64, []Range) {
 	var ranges []Range
 	for off := int64(0); off < size; off += RangeChunk {
 		length := min(RangeChunk, size-off)
-		switch in, _, err := cached(fd, off, length); {
+		switch in, _, err := used(off, length); {
 		case err != nil:
 			return n, nil
 		case in == 0:

@@ -112,9 +112,9 @@ type File struct {
 	// NVM then, whatever was read.
 	Parts bool
 	// Touched is how many bytes of it the start can have read: what is in the
-	// page cache at its end, read-ahead included. -1 where that says nothing:
-	// all of it was cached before, part of it was evicted, it is on DAX, it is
-	// gone.
+	// page cache at its end, or was evicted meanwhile, read-ahead included. -1
+	// where that says nothing: all of it was cached before, or part of it had been
+	// evicted before, it is on DAX, it is gone.
 	Touched int64
 	// Ranges says which, for files of more than one chunk of [RangeChunk].
 	Ranges []Range

@@ -104,9 +104,26 @@ func (r *Rig) Pull(ctx context.Context, name string, args ...string) error {
 // snapshotter) do not have the snapshot any more.
 var collected = regexp.MustCompile(`failed to cleanup .*extract-.*error="snapshot extract-.* does not exist: not found"`)
 
-// RunContainer runs a command in a new container of the image by `ctr run --rm` and returns its output.
+// RunContainer runs a command in a new container of the image by `ctr run --rm` and returns its output, standard error
+// included, without trailing newlines. The output goes through a file: ctr itself gives up pipes that it has not come to
+// open yet when the container has already ended, and with them what was written.
 func (r *Rig) RunContainer(ctx context.Context, name, id string, command ...string) (string, error) {
-	return r.Ctr(ctx, append([]string{"run", "--rm", r.Ref(name), id}, command...)...)
+	dir, err := os.MkdirTemp(r.Dir, "out-")
+	if err != nil {
+		return "", fmt.Errorf("make directory for output: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	file := filepath.Join(dir, "out")
+	_, err = r.Ctr(ctx, append([]string{"run", "--rm", "--log-uri", "file://" + file, r.Ref(name), id}, command...)...)
+	b, readErr := os.ReadFile(file)
+	if errors.Is(readErr, os.ErrNotExist) {
+		readErr = nil // it never ran
+	}
+	out := tidyLines(string(b))
+	if err != nil && out != "" {
+		err = fmt.Errorf("%w: %s", err, out)
+	}
+	return out, errors.Join(err, readErr)
 }
 
 // ErrNerdctlUnobtainable says that the module proxy no longer served nerdctl when `make tools` ran. Tests skip with it;

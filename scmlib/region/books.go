@@ -102,15 +102,33 @@ func (s *Store) quota(namespace string) Quota {
 	return s.o.Quota
 }
 
-// reserve promises bytes until release is called, when they are in the books by other means, or not needed. The pool gives up what is missing.
+// promise is bytes in the making. It ends once: by kept or by release.
+type promise struct {
+	s    *Store
+	w    want
+	once sync.Once
+}
+
+// kept ends a promise where the bytes get into the books by other means, by enter, under the lock: nobody sees them twice or not at all.
+func (p *promise) kept(enter func()) {
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	p.once.Do(func() { p.s.enter(p.w, -1) })
+	enter()
+}
+
+// release ends a promise, if it was not kept.
+func (p *promise) release() { p.kept(func() {}) }
+
+// reserve promises bytes. The pool gives up what is missing.
 //
 // Others look at what is held before they promise anything, with a lock that s.o.Others takes too. So what is asked for goes into the books first, and theirs are
 // looked at then: of two who ask at the same time at least one sees the other.
-func (s *Store) reserve(w want) (release func(), err error) {
+func (s *Store) reserve(w want) (*promise, error) {
 	s.admission.Lock()
 	defer s.admission.Unlock()
 	s.mu.Lock()
-	_, err = s.admits(w, 0)
+	_, err := s.admits(w, 0)
 	if err == nil {
 		s.enter(w, 1)
 	}
@@ -133,11 +151,7 @@ func (s *Store) reserve(w want) (release func(), err error) {
 	s.enter(w, 1)
 	s.mu.Unlock()
 	s.giveUp(given) // a removal may take long, and layers are admitted by the same books
-	return sync.OnceFunc(func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.enter(w, -1)
-	}), nil
+	return &promise{s: s, w: w}, nil
 }
 
 // admits decides on what is asked, with so much promised to others, and tells whether the pool is in the way. s.mu is held.

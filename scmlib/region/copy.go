@@ -96,14 +96,14 @@ func (s *Store) take(ctx context.Context, ref Ref, also func(context.Context) er
 	if err != nil {
 		return nil, err
 	}
-	freed, err := s.reserve(want{size: n + n/8 + burst})
+	spare, err := s.reserve(want{size: n + n/8 + burst})
 	if err != nil {
 		return nil, err
 	}
-	i := &Image{Record: r, slow: s.slow, release: freed}
+	i := &Image{Record: r, slow: s.slow, release: spare.release}
 	defer func() {
 		if err != nil {
-			freed()
+			i.release()
 			if i.f != nil {
 				i.f.Close()
 			}
@@ -214,11 +214,11 @@ func (s *Store) Snapshot(ctx context.Context, ref Ref, name string) (Record, err
 	}
 	defer i.Close()
 	r := Record{Ref: to, Size: i.Record.Size, Used: i.used, Origin: ref.String(), Tenant: i.Record.Tenant}
-	done, err := s.reserve(want{namespace: r.Owner(), size: i.used, regions: 1, have: i.used})
+	promise, err := s.reserve(want{namespace: r.Owner(), size: i.used, regions: 1, have: i.used})
 	if err != nil {
 		return r, fmt.Errorf("snapshot %s: %w", ref, err)
 	}
-	defer done()
+	defer promise.release()
 	dir, err := s.scratch()
 	if err != nil {
 		return r, err
@@ -227,7 +227,7 @@ func (s *Store) Snapshot(ctx context.Context, ref Ref, name string) (Record, err
 		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", i.f.Fd()), unix.AT_FDCWD, filepath.Join(dir, "data"), unix.AT_SYMLINK_FOLLOW)
 	}
 	if err == nil {
-		err = s.finish(ctx, dir, &r, plan{})
+		err = s.finish(ctx, dir, &r, plan{promise: promise})
 	}
 	if err != nil {
 		return r, errors.Join(fmt.Errorf("snapshot %s: %w", ref, err), os.RemoveAll(dir))

@@ -40,16 +40,16 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 	case size == r.Size:
 		return r, nil
 	}
-	done, err := s.reserve(want{namespace: r.Owner(), size: size - r.Size})
+	promise, err := s.reserve(want{namespace: r.Owner(), size: size - r.Size})
 	if err != nil {
 		return r, fmt.Errorf("resize %s: %w", ref, err)
 	}
-	defer done()
+	defer promise.release()
 	r.GrowTo = size
-	if err := s.update(r); err != nil {
+	if err := writeMeta(s.dir(ref), r); err != nil {
 		return r, err
 	}
-	done() // it is in the books by GrowTo
+	promise.kept(func() { s.regs[r.key()] = r }) // it is in the books by GrowTo
 	s.step("grow: intent")
 	if err := s.growData(ctx, s.data(ref), r.Size, size); err != nil {
 		return r, errors.Join(fmt.Errorf("resize %s: %w", ref, err), s.cutBack(r))

@@ -24,6 +24,7 @@ type plan struct {
 	fromSize int64   // of the region that from is of, if it shall be larger than that
 	limit    *rate.Limiter
 	pooled   bool // the directory is from the pool
+	promise  *promise
 }
 
 // make brings a region into being. The caller holds it.
@@ -48,11 +49,10 @@ func (s *Store) make(ctx context.Context, r Record, p plan) (_ Record, err error
 			err = errors.Join(err, s.discard(dir))
 		}
 	}()
-	release, err := s.reserve(want{namespace: r.Owner(), size: r.Size, regions: 1, have: have})
-	if err != nil {
+	if p.promise, err = s.reserve(want{namespace: r.Owner(), size: r.Size, regions: 1, have: have}); err != nil {
 		return r, fmt.Errorf("make region %s: %w", r.Ref, err)
 	}
-	defer release()
+	defer p.promise.release()
 	s.step("reserved")
 	switch {
 	case dir == "":
@@ -114,7 +114,7 @@ func (s *Store) finish(ctx context.Context, dir string, r *Record, p plan) error
 	if err != nil {
 		return errors.Join(err, s.discard(s.dir(r.Ref)))
 	}
-	s.remember(*r)
+	p.promise.kept(func() { s.regs[r.key()] = *r })
 	s.refill()
 	s.tell()
 	return nil

@@ -182,11 +182,11 @@ func (s *Store) pooled(size int64) int {
 func (s *Store) Pooled(size int64) int { return s.pooled(size) }
 
 func (s *Store) addPooled(ctx context.Context, size int64) error {
-	release, err := s.reserve(want{size: size, pool: true})
+	promise, err := s.reserve(want{size: size, pool: true})
 	if err != nil {
 		return err
 	}
-	defer release()
+	defer promise.release()
 	dir, err := s.scratch()
 	if err != nil {
 		return err
@@ -206,8 +206,6 @@ func (s *Store) addPooled(ctx context.Context, size int64) error {
 	if err := syncDir(filepath.Dir(to)); err != nil {
 		return errors.Join(err, os.RemoveAll(to))
 	}
-	s.mu.Lock()
-	s.pool[size] = append(s.pool[size], to)
-	s.mu.Unlock()
+	promise.kept(func() { s.pool[size] = append(s.pool[size], to) })
 	return nil
 }

@@ -136,3 +136,37 @@ func TestAdmissionSeesTheOther(t *testing.T) {
 	require.False(t, got)
 	require.False(t, l.ask(t, s, 30*mib))
 }
+
+// What is being made is in the books once, at every moment: a region at the limit would be refused for its own sake, or two would get one room.
+func TestCountedOnce(t *testing.T) {
+	ctx := t.Context()
+	var s *Store
+	var seen []Books
+	look := func([]string) {
+		if s != nil { // else it is being opened
+			b, err := s.Books()
+			require.NoError(t, err)
+			seen = append(seen, b)
+		}
+	}
+	s = newStore(t, Options{Limit: 8 * mib, Volumes: look})
+	_, err := s.Create(ctx, "default", "a", CreateOptions{Size: 4 * mib})
+	require.NoError(t, err)
+	_, err = s.Resize(ctx, vol("a"), 8*mib)
+	require.NoError(t, err)
+	require.NotEmpty(t, seen)
+	for _, b := range seen {
+		require.Zero(t, b.Making)
+		require.EqualValues(t, 4*mib, b.Promised)
+	}
+
+	p := newStore(t, Options{Pool: map[int64]int{mib: 3}, Limit: 4 * mib})
+	for full := false; !full; {
+		b, err := p.Books()
+		require.NoError(t, err)
+		require.LessOrEqual(t, b.Pool+b.Making, int64(3*mib))
+		full = b.Pool == 3*mib
+	}
+	_, err = p.Create(ctx, "default", "b", CreateOptions{Size: 4 * mib})
+	require.NoError(t, err)
+}

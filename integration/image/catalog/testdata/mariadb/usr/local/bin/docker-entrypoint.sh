@@ -8,6 +8,7 @@ if [ "$(id -u)" = 0 ]; then
 	exec gosu mysql "$0" "$@"
 fi
 if [ ! -d /var/lib/mysql/mysql ]; then
-	mariadb-install-db --auth-root-authentication-method=normal --skip-test-db
+	# By force, since nothing resolves the name of a host that ctr made.
+	mariadb-install-db --auth-root-authentication-method=normal --skip-test-db --force
 fi
 exec "$@"
