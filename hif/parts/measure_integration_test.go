@@ -144,7 +144,7 @@ func newBench(t *testing.T) *bench {
 	require.NoError(t, os.WriteFile(nvm+".img", nil, 0o600))
 	require.NoError(t, os.Truncate(nvm+".img", 2<<30))
 	require.NoError(t, block.MakeExt4(t.Context(), nvm+".img"))
-	loop, err := block.Attach(nvm+".img", true, 128)
+	loop, err := block.Attach(nvm + ".img")
 	require.NoError(t, err)
 	t.Cleanup(func() { loop.Close() })
 	require.NoError(t, block.Mount(loop.Path(), nvm, "ext4", unix.MS_NOATIME, ""))

@@ -5,6 +5,7 @@ package trace
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"time"
 	"unsafe"
@@ -260,6 +261,16 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 // deleted is what the kernel adds to the path of a file that has been unlinked.
 const deleted = " (deleted)"
 
+// concerns tells whether a layer is of the image of a watched start.
+func (t *Tracer) concerns(layer string) bool {
+	for _, w := range t.watches {
+		if slices.Contains(w.start.Layers, layer) {
+			return true
+		}
+	}
+	return false
+}
+
 // identify names the file at a path below the data roots and proves it by its
 // inode. A file that has been moved to the other tier since it was opened
 // stands there with the same size. It tells whether the path may be that of an
@@ -274,6 +285,9 @@ func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t, gone bool) bool 
 	if p := t.parts[devOf(st)]; p != nil {
 		t.identifyParts(p, e, layer, path, st)
 		return false
+	}
+	if gone && !t.concerns(layer) {
+		return may // a temporary file that the container wrote: no root is asked, least of all the HDD
 	}
 	for i := range t.roots {
 		// A start must not wait for the HDD to say that a file of NVM is not there.

@@ -328,6 +328,27 @@ func TestOddFiles(t *testing.T) {
 	}
 }
 
+// A temporary file of a container is no layer's, whatever stands at its path below a data root.
+func TestUnlinkedFileOfTheContainer(t *testing.T) {
+	s := newStore(t)
+	s.put(placement.HDD, "3", "f", []byte("data"))
+	for _, tier := range []placement.Tier{placement.HDD, placement.NVM} {
+		decoy := filepath.Join(s.root(tier), "tmp/x")
+		require.NoError(t, os.MkdirAll(filepath.Dir(decoy), 0o755))
+		require.NoError(t, os.WriteFile(decoy, []byte("data"), 0o644))
+	}
+	tr := s.tracer(s.config())
+	c := s.container("7")
+	w := watch(t, tr, c)
+	m := c.mount()
+	release := hold(t, tr)
+	run(t, "sh", "-c", `mkdir "$0/tmp" && printf data > "$0/tmp/x" && cat "$0/tmp/x" && rm "$0/tmp/x"`, m)
+	release()
+	run(t, "cat", m+"/f")
+	require.Equal(t, []string{"f"}, paths(ready(w)))
+	require.Equal(t, [2]uint64{placement.HDD: 1}, tr.Stats().Opens)
+}
+
 // A file that moves between the tiers during a start is one file.
 func TestMovedFile(t *testing.T) {
 	s := newStore(t)

@@ -235,7 +235,7 @@ func (p *place) emulatedHDD(ctx context.Context) (string, error) {
 	if err := errors.Join(f.Truncate(hddSize), f.Close()); err != nil {
 		return "", err
 	}
-	loop, err := block.Attach(img, true, 0)
+	loop, err := block.Attach(img)
 	if err != nil {
 		return "", err
 	}

@@ -30,10 +30,6 @@ import (
 // serverName is the name under which this program starts itself as the server.
 const serverName = "nhybrid-hddsim"
 
-// readAheadKiB is that of a real disk. A loop's default follows from its optimal I/O size, 2560 KiB here, and would hide
-// seeks.
-const readAheadKiB = 128
-
 // init turns the process into a server when it was started as one. It must happen before main, of which this package
 // knows nothing.
 func init() {
@@ -160,7 +156,7 @@ func (d *Disk) boot(ctx context.Context) error {
 	if err := d.serve(ctx); err != nil {
 		return err
 	}
-	loop, err := block.Attach(filepath.Join(d.fuseDir(), diskName), true, readAheadKiB)
+	loop, err := block.Attach(filepath.Join(d.fuseDir(), diskName))
 	if err != nil {
 		return err
 	}

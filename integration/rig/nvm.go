@@ -43,7 +43,7 @@ func NewNVM(ctx context.Context, dir string, size int64) (_ *NVM, err error) {
 		return nil, err
 	}
 	// Memory below memory: direct I/O spares the copy in the page cache of the tmpfs file, which is the file.
-	loop, err := block.Attach(img, true, 0)
+	loop, err := block.Attach(img)
 	if err != nil {
 		return nil, err
 	}

@@ -50,7 +50,7 @@ func filesystem(t testing.TB, kind string, size int64) string {
 	require.NoError(t, err)
 	require.NoError(t, f.Truncate(size))
 	require.NoError(t, f.Close())
-	l, err := block.Attach(img, true, 0)
+	l, err := block.Attach(img)
 	require.NoError(t, err)
 	defer l.Close()
 	switch kind {

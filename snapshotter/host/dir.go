@@ -50,6 +50,7 @@ type Dir struct {
 	ReadOnly   bool     `json:"read_only"`
 	DAX        Answer   `json:"dax"`        // new files are mapped without the page cache
 	Rotational Answer   `json:"rotational"` // the device has to seek
+	ReadAhead  int64    `json:"read_ahead"` // bytes that the kernel reads ahead; -1 unknown
 }
 
 // Facts looks at dir, which must exist. To learn about DAX it makes a file there for a moment, since the kernel decides
@@ -79,6 +80,7 @@ func Facts(dir string) (Dir, error) {
 	d.findMount(string(info), sx.Mnt_id)
 	d.DAX = daxOf(dir)
 	d.Rotational = d.rotational()
+	d.ReadAhead = readAhead(d.Dev)
 	return d, nil
 }
 
@@ -117,6 +119,16 @@ func daxOf(dir string) Answer {
 
 // rotational asks sysfs for the block device, or for the disk of a partition. What has no block device, such as tmpfs or
 // overlayfs, has no answer; a loop device has that of the disk of its file.
+// readAhead is what the kernel keeps for the filesystem with that number (Documentation/ABI/testing/sysfs-class-bdi).
+func readAhead(dev uint64) int64 {
+	b, err := os.ReadFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(dev), unix.Minor(dev)))
+	kib, parseErr := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil || parseErr != nil || kib < 0 {
+		return -1
+	}
+	return kib << 10
+}
+
 func (d *Dir) rotational() Answer {
 	if d.Filesystem == "tmpfs" || d.Filesystem == "ramfs" {
 		return No

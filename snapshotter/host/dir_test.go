@@ -4,6 +4,7 @@
 package host
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -90,6 +91,10 @@ func TestFactsOfLoop(t *testing.T) {
 	backing, err := Facts(filepath.Dir(dir))
 	require.NoError(t, err)
 	require.Equal(t, backing.Rotational, d.Rotational)
+	require.NoError(t, os.WriteFile(fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(d.Dev), unix.Minor(d.Dev)), []byte("2560"), 0o644))
+	d, err = Facts(dir)
+	require.NoError(t, err)
+	require.EqualValues(t, 2560<<10, d.ReadAhead)
 }
 
 func TestFactsOfNothing(t *testing.T) {

@@ -119,6 +119,9 @@ func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
 	return &d, f.all
 }
 
+// mostReadAhead is the read-ahead from which on it shows in what starts touch; the kernel's default is 128 KiB.
+const mostReadAhead = 512 << 10
+
 func nvm(f *findings, d host.Dir, c config.Config) {
 	switch {
 	case d.Rotational == host.Yes:
@@ -129,6 +132,11 @@ func nvm(f *findings, d host.Dir, c config.Config) {
 		f.add(Warn, fmt.Sprintf("mount %s with -o dax=always (ext4, or xfs without reflink, on an fsdax namespace)", d.Source), "persistent memory without DAX: everything is copied to the page cache")
 	default:
 		f.ok("no DAX: files go through the page cache, as on any disk")
+	}
+	if c.Hot.Trace && d.DAX != host.Yes && d.ReadAhead > mostReadAhead {
+		f.add(Warn, fmt.Sprintf("echo 128 > /sys/class/bdi/%d:%d/read_ahead_kb, by a udev rule to keep it", unix.Major(d.Dev), unix.Minor(d.Dev)),
+			"the kernel reads %s ahead on this device, so that starts seem to touch more of large files than they do, and more of them stays on NVM",
+			placement.FormatBytes(d.ReadAhead))
 	}
 	if reserve := c.Placement.NVMReserve.Of(d.Total); d.Free <= reserve {
 		f.add(Warn, "remove images, or lower placement.nvm_reserve", "%s are free and %s are to stay free: new layers go to HDD", placement.FormatBytes(d.Free), placement.FormatBytes(reserve))

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
 func tmpfs(t *testing.T, flags uintptr) string {
@@ -82,6 +83,22 @@ func TestHostFindsFaults(t *testing.T) {
 	c := settings(t.TempDir(), one)
 	c.Placement.NVMReserve = config.Space{Bytes: 1 << 40}
 	has(t, Host(c), Warn, "nvm", "new layers go to HDD")
+}
+
+func TestReadAheadOfNVM(t *testing.T) {
+	c := settings(t.TempDir(), t.TempDir())
+	look := func(d host.Dir) []Finding {
+		f := &findings{area: "nvm"}
+		d.Total, d.Free = 1<<40, 1<<40
+		nvm(f, d, c)
+		return f.all
+	}
+	has(t, look(host.Dir{ReadAhead: 2560 << 10, Dev: unix.Mkdev(259, 3)}), Warn, "nvm", "2.62 MB ahead")
+	for _, d := range []host.Dir{{ReadAhead: 128 << 10}, {ReadAhead: -1}, {ReadAhead: 2560 << 10, DAX: host.Yes}} {
+		for _, f := range look(d) {
+			require.NotContains(t, f.Text, "ahead")
+		}
+	}
 }
 
 func TestFsync(t *testing.T) {

@@ -43,7 +43,7 @@ type mixed struct {
 // crowd starts a container of each of the named images at once.
 func (b *bench) crowd(ctx context.Context, names []string) (r *crowdRow, err error) {
 	r = &crowdRow{Images: names, First: map[string]start{}, Second: map[string]start{}, Profiles: map[string]mixed{}}
-	s, err := b.newStand(ctx, setup{size: b.deviceSize, hdd: true, overlay: true})
+	s, err := b.newStand(ctx, setup{size: b.deviceSize, hdd: true, overlay: true, config: patient})
 	if err != nil {
 		return nil, err
 	}

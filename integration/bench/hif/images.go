@@ -74,7 +74,7 @@ func (b *bench) image(ctx context.Context, img catalog.Image) (r *imageRow, err 
 		Image: img.Name, Category: img.Category, Sign: img.Sign, Layers: len(img.Steps),
 		First: map[string]start{}, Second: map[string][]start{},
 	}
-	s, err := b.newStand(ctx, setup{size: b.deviceSize, hdd: true, overlay: true})
+	s, err := b.newStand(ctx, setup{size: b.deviceSize, hdd: true, overlay: true, config: patient})
 	if err != nil {
 		return nil, err
 	}

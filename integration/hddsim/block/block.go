@@ -25,20 +25,21 @@ type Loop struct {
 	file *os.File
 }
 
-// Attach puts a loop device over a file. With direct, its I/O passes the page cache of the file by, so that there
-// is one cache, that of the filesystem on top. readAheadKiB sets the device's read-ahead; 0 keeps the kernel's choice,
-// which for a loop follows the optimal I/O size of the file below and can be megabytes.
-func Attach(file string, direct bool, readAheadKiB int) (*Loop, error) {
-	f, err := mount.SetupLoop(file, mount.LoopParams{Autoclear: true, Direct: direct})
+// readAheadKiB is that of a real disk, fast or slow. A loop's own follows from its optimal I/O size, 2560 KiB here: it
+// would hide most of a disk's seeks, and make all of a file look touched of which a start reads a part.
+const readAheadKiB = 128
+
+// Attach puts a loop device over a file. Its I/O passes the page cache of the file by, so that there is one cache, that
+// of the filesystem on top.
+func Attach(file string) (*Loop, error) {
+	f, err := mount.SetupLoop(file, mount.LoopParams{Autoclear: true, Direct: true})
 	if err != nil {
 		return nil, fmt.Errorf("attach loop device to %q: %w", file, err)
 	}
 	l := &Loop{file: f}
-	if readAheadKiB > 0 {
-		path := filepath.Join("/sys/block", filepath.Base(f.Name()), "queue/read_ahead_kb")
-		if err := os.WriteFile(path, []byte(strconv.Itoa(readAheadKiB)), 0o644); err != nil {
-			return nil, errors.Join(fmt.Errorf("set read-ahead of %q: %w", f.Name(), err), l.Close())
-		}
+	path := filepath.Join("/sys/block", filepath.Base(f.Name()), "queue/read_ahead_kb")
+	if err := os.WriteFile(path, []byte(strconv.Itoa(readAheadKiB)), 0o644); err != nil {
+		return nil, errors.Join(fmt.Errorf("set read-ahead of %q: %w", f.Name(), err), l.Close())
 	}
 	return l, nil
 }

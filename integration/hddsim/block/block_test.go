@@ -24,7 +24,7 @@ func TestLoopWithFilesystemGoesWithItsDirectory(t *testing.T) {
 	require.NoError(t, os.WriteFile(img, nil, 0o600))
 	require.NoError(t, os.Truncate(img, 16<<20))
 
-	loop, err := Attach(img, true, 128)
+	loop, err := Attach(img)
 	require.NoError(t, err)
 	sys := filepath.Join("/sys/block", filepath.Base(loop.Path()))
 	for file, want := range map[string]string{"loop/dio": "1", "queue/read_ahead_kb": "128", "loop/backing_file": img} {
@@ -58,7 +58,7 @@ func TestUnmountOfNothing(t *testing.T) {
 }
 
 func TestAttachMissingFile(t *testing.T) {
-	_, err := Attach(filepath.Join(t.TempDir(), "missing"), false, 0)
+	_, err := Attach(filepath.Join(t.TempDir(), "missing"))
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.ErrorContains(t, err, "missing")
 }
