@@ -136,10 +136,7 @@ func (t *Tx) commit() error {
 	}
 	for i := range t.ops {
 		switch op := &t.ops[i]; {
-		case op.freeable:
-			t.r.heap.release(op)
-			t.r.heap.endFree(op.block)
-		case op.undone:
+		case op.freeable, op.undone:
 			t.r.heap.release(op)
 		default:
 			t.r.heap.settle(op)

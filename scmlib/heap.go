@@ -248,10 +248,14 @@ func (h *heap) reclaim() error {
 	return h.r.mem.Fence() // before the chunk becomes data: the word must not say "run" then
 }
 
-// release takes a reservation or an allocation back, in memory.
+// release takes a reservation or an allocation back, in memory. The claim of who frees goes in the same moment: the next to have the block may free
+// it at once.
 func (h *heap) release(op *allocOp) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if op.freeable {
+		delete(h.freeing, op.block)
+	}
 	if op.run == nil {
 		c := h.r.chunkOf(uint64(op.block))
 		for i := c; i < c+op.chunks; i++ {
@@ -341,6 +345,7 @@ func (h *heap) startFree(off Off) (allocOp, error) {
 	return op, nil
 }
 
+// endFree gives the claim back: the block stays.
 func (h *heap) endFree(off Off) {
 	h.mu.Lock()
 	delete(h.freeing, off)

@@ -401,3 +401,39 @@ func TestMediaError(t *testing.T) {
 		_ = r.View(func() error { var p *int; *p = 1; return nil })
 	}()
 }
+
+// Blocks go from one goroutine to the next at once: who frees one that another has just freed must not be taken for the other.
+func TestFreedBlocksGoRound(t *testing.T) {
+	r := create(t, filepath.Join(scratch(t), "r"), scmlib.Options{Size: 4 * mib})
+	type cells struct{ Slots [8]scmlib.Off }
+	p, err := scmlib.Root[cells](r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slots := &p.In(r).Slots
+	var wg sync.WaitGroup
+	for g := range slots {
+		wg.Go(func() {
+			for range 4000 {
+				err := r.Update(func(tx *scmlib.Tx) error {
+					if err := scmlib.AddAll(tx, &slots[g]); err != nil {
+						return err
+					}
+					if slots[g] != 0 {
+						off := slots[g]
+						slots[g] = 0
+						return tx.Free(off)
+					}
+					off, err := tx.Alloc(64)
+					slots[g] = off
+					return err
+				})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
