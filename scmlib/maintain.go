@@ -35,12 +35,12 @@ func (r *Region) adopt() error {
 
 // Stamp writes into a region that nobody has open how often the memory device it lies on has lost what it had promised to save. The next open compares
 // that with what it was when the region was last in use: see docs/scm.md, unsafe shutdown. Nothing else is changed or recovered.
-func Stamp(path string, count uint64, device [16]byte) error {
+func Stamp(path string, count uint64, device [16]byte) (err error) {
 	f, _, err := openFile(path, &Options{})
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer func() { err = errors.Join(err, closeFile(f)) }()
 	st, err := f.Stat()
 	if err == nil && st.Size() < minSize {
 		err = fmt.Errorf("%w: the file has %d bytes", ErrSize, st.Size())
@@ -87,7 +87,7 @@ func Grow(path string, size int64, extend func(*os.File) error) (err error) {
 	}
 	r, err := mapFile(f, path, &o)
 	if err != nil {
-		return errors.Join(err, f.Close())
+		return errors.Join(err, closeFile(f))
 	}
 	err = r.grow(uint64(size), func() error {
 		if err := extend(f); err != nil {

@@ -63,10 +63,16 @@ func open(path string, o *Options) (*Region, error) {
 	r, err := mapFile(f, path, o)
 	if err != nil {
 		undo()
-		f.Close()
-		return nil, err
+		return nil, errors.Join(err, closeFile(f))
 	}
 	return r, nil
+}
+
+// closeFile ends the lock first. It belongs to the open file, which a child has too that another goroutine is just making, until the child
+// executes its program: whoever opens the region in that moment would be told that it is in use.
+func closeFile(f *os.File) error {
+	unlock := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK})
+	return errors.Join(unlock, f.Close())
 }
 
 // openDRAM makes a region in anonymous memory: for programs that shall run without SCM, by the user's choice.
@@ -134,8 +140,7 @@ func openFile(path string, o *Options) (f *os.File, undo func(), err error) {
 	}
 	if err := prepareFile(f, path, o, &grown); err != nil {
 		undo()
-		f.Close()
-		return nil, nil, err
+		return nil, nil, errors.Join(err, closeFile(f))
 	}
 	return f, undo, nil
 }
@@ -234,7 +239,7 @@ func mapFile(f *os.File, path string, o *Options) (*Region, error) {
 		unix.Munmap(b)
 		return nil, err
 	}
-	r.release = func() error { return errors.Join(unix.Munmap(b), f.Close()) }
+	r.release = func() error { return errors.Join(unix.Munmap(b), closeFile(f)) }
 	r.info.Filesystem, r.info.Mount, r.info.DAX, r.info.MapSync, r.info.EADR = p.fstype, p.mount, p.dax, p.mapSync, p.eadr
 	return r, nil
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -283,5 +284,43 @@ func TestFormatsZeros(t *testing.T) {
 	defer r.Close()
 	if i := r.Info(); i.Size != mib || i.Generation != 1 || i.Healed {
 		t.Fatalf("%+v", i)
+	}
+}
+
+// A child that another goroutine is just making has the open file for a moment, and must not hold the region with it.
+func TestCloseEndsTheLockOfAChild(t *testing.T) {
+	path := filepath.Join(scratch(t), "r")
+	r := create(t, path, scmlib.Options{Size: mib})
+	var child int // what it has
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range fds {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && to == path {
+			n, err := strconv.Atoi(e.Name())
+			if err == nil {
+				child, err = unix.Dup(n)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if child == 0 {
+		t.Fatal("no descriptor of the region")
+	}
+	defer unix.Close(child)
+	if _, err := scmlib.Open(path, scmlib.Options{}); !errors.Is(err, scmlib.ErrLocked) {
+		t.Fatalf("opened twice: %v", err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = scmlib.Open(path, scmlib.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -128,7 +128,8 @@ func (s *Store) Close() error {
 	if s.guard != nil {
 		err = s.guard.close()
 	}
-	return errors.Join(err, s.lock.Close())
+	// Explicitly: a child that is just being made has the open file too, until it executes its program.
+	return errors.Join(err, unix.Flock(int(s.lock.Fd()), unix.LOCK_UN), s.lock.Close())
 }
 
 func (s *Store) step(name string) {
