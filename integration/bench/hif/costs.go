@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -17,6 +16,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/image"
 	"github.com/nhybrid/nhybrid/integration/image/catalog"
+	"github.com/nhybrid/nhybrid/integration/thread"
 )
 
 // costRow is what the trace costs.
@@ -184,20 +184,9 @@ func (r *costRow) idle(ctx context.Context, s *stand, long time.Duration) error 
 
 // openLoop opens and closes files of a container's root filesystem in turn, in its mount namespace: once each at least,
 // and until the time is over. It returns opens per second.
-func openLoop(pid uint32, files int, long time.Duration) (float64, error) {
-	type answer struct {
-		rate float64
-		err  error
-	}
-	done := make(chan answer, 1)
-	go func() {
-		// Never unlocked: the thread is in the container's namespace and ends with the goroutine.
-		runtime.LockOSThread()
-		rate, err := openLoopHere(pid, files, long)
-		done <- answer{rate, err}
-	}()
-	a := <-done
-	return a.rate, a.err
+func openLoop(pid uint32, files int, long time.Duration) (rate float64, err error) {
+	thread.Run(func() { rate, err = openLoopHere(pid, files, long) })
+	return rate, err
 }
 
 func openLoopHere(pid uint32, files int, long time.Duration) (float64, error) {

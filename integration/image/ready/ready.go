@@ -15,11 +15,12 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"runtime"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/integration/thread"
 )
 
 // Check is nil when the program has given the right answer. It runs in the network namespace of the container and
@@ -31,14 +32,9 @@ const attemptTimeout = 10 * time.Second
 
 // Await asks in the network namespace of a process, each interval anew, until the answer is nil or the context ends,
 // whose error then comes with the last answer.
-func Await(ctx context.Context, pid int, check Check, interval time.Duration) error {
-	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the thread is in the container's namespace and ends with the goroutine.
-		runtime.LockOSThread()
-		done <- awaitHere(ctx, pid, check, interval)
-	}()
-	return <-done
+func Await(ctx context.Context, pid int, check Check, interval time.Duration) (err error) {
+	thread.Run(func() { err = awaitHere(ctx, pid, check, interval) })
+	return err
 }
 
 func awaitHere(ctx context.Context, pid int, check Check, interval time.Duration) error {
