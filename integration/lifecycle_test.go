@@ -221,6 +221,7 @@ func TestDaemonKilledRightAfterCommitsAndRemovals(t *testing.T) {
 		require.NoError(t, r.Pull(ctx, "app:1"))
 		require.NoError(t, r.Daemon.Kill())
 		require.NoError(t, r.Daemon.Start(ctx))
+		await(t, reachable(r))
 		out, err := r.RunContainer(ctx, "app:1", "c", "sh", "-c", "cat /data/*/* | sha256sum")
 		require.NoError(t, err)
 		require.Equal(t, contentSum(t, 7, 3), out)

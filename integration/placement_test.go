@@ -189,6 +189,7 @@ func TestImageAlreadyInTheContentStore(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "here:1", "--snapshotter", "overlayfs"))
 	require.NoError(t, r.Daemon.Restart(ctx)) // it has not seen them arrive
+	await(t, reachable(r))
 	seen := len(r.Link.Requests())
 	require.NoError(t, r.Pull(ctx, "here:1", "--snapshotter", "nhybrid"))
 	for _, q := range r.Link.Requests()[seen:] {

@@ -160,6 +160,7 @@ func TestPodsAfterRestarts(t *testing.T) {
 	ask("third")
 	require.NoError(t, r.Daemon.Restart(soon(t)))
 	awaitPlugin(t, r, 4)
+	await(t, reachable(r)) // for containerd, by its own connection to the snapshotter
 	ask("fourth")
 	awaitBytes(t, r, 0)
 	require.Empty(t, warnings(t, r))

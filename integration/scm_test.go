@@ -86,6 +86,7 @@ func TestRegionsOfContainers(t *testing.T) {
 	require.Equal(t, "xx 2097152", out)
 	require.NoError(t, r.Daemon.Stop())
 	require.NoError(t, r.Daemon.Start(soon(t)))
+	await(t, reachable(r))
 	out, err = r.Ctr(soon(t), "task", "start", "web")
 	require.NoError(t, err)
 	require.Equal(t, "xxx 2097152", out)
@@ -195,6 +196,7 @@ func TestRegionsFailAlone(t *testing.T) {
 	require.NoError(t, unix.Mount("none", store, "tmpfs", unix.MS_RDONLY, ""))
 	t.Cleanup(func() { _ = unix.Unmount(store, 0) }) // was done below, unless something failed
 	require.NoError(t, r.Daemon.Start(soon(t)))
+	await(t, reachable(r))
 	require.Contains(t, warnings(t, r), "regions are not served: make store of regions")
 	out, err := r.RunContainer(soon(t), "busybox:1", "plain", "echo", "works")
 	require.NoError(t, err)
@@ -206,6 +208,7 @@ func TestRegionsFailAlone(t *testing.T) {
 	require.NoError(t, r.Daemon.Stop())
 	require.NoError(t, unix.Unmount(store, 0))
 	require.NoError(t, r.Daemon.Start(soon(t)))
+	await(t, reachable(r))
 	require.Empty(t, warnings(t, r))
 	out, err = r.Ctr(soon(t), "run", "--rm", "--device", device("1m"), r.Ref("busybox:1"), "web", "wc", "-c", "/dev/scm/region")
 	require.NoError(t, err)

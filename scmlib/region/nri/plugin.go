@@ -30,8 +30,9 @@ const (
 	index = "50" // among other plugins; nothing depends on it
 	// retry is how long a containerd that comes back is without the plugin, at most.
 	retry = 500 * time.Millisecond
-	// slowest is the same where containerd is there and does not want the plugin, or drops it at once.
+	// slowest is the same where containerd is there and does not want the plugin, or drops it within brief.
 	slowest = 30 * time.Second
+	brief   = time.Second
 	// patience is how long containerd may take to answer a plugin. Its own for plugins is 5 s.
 	patience = 15 * time.Second
 )
@@ -72,7 +73,7 @@ func (p *Plugin) Run(ctx context.Context) {
 
 // pause is how long to wait after a connection that lasted so long, where the last pause was before.
 func pause(before time.Duration, absent bool, lasted time.Duration) time.Duration {
-	if absent || lasted > slowest {
+	if absent || lasted > brief {
 		return retry
 	}
 	return min(max(retry, 2*before), slowest)

@@ -79,5 +79,5 @@ func TestPause(t *testing.T) {
 	}
 	require.Equal(t, slowest, wait)
 	require.Equal(t, retry, pause(wait, true, time.Millisecond), "one that comes back has it soon")
-	require.Equal(t, retry, pause(wait, false, time.Hour), "one that goes away after it served is waited for like one that is not there")
+	require.Equal(t, retry, pause(wait, false, 2*time.Second), "one that goes away after it served is waited for like one that is not there")
 }
