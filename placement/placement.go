@@ -129,6 +129,17 @@ func (in Input) left() []int64 {
 	return out
 }
 
+// Downloading returns how many layers but the one in question are still on their way, and the bytes that they lack.
+func (in Input) Downloading() (n int, left int64) {
+	for i, b := range in.left() {
+		if i != in.Index && !in.here(i) {
+			n++
+			left += b
+		}
+	}
+	return n, left
+}
+
 // Decision is the answer of a policy.
 type Decision struct {
 	Tier     Tier   `json:"tier"`

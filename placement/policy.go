@@ -91,23 +91,12 @@ func roomOnNVM(in Input) int64 {
 	return room
 }
 
-// downloading returns how many layers but this one are still on their way, and the bytes that they lack.
-func downloading(in Input) (n int, left int64) {
-	for i, b := range in.left() {
-		if i != in.Index && !in.here(i) {
-			n++
-			left += b
-		}
-	}
-	return n, left
-}
-
 // lass is the paper's Layer-Aware Storage Strategy (strategy 3: the boundary is the last-downloading layer), bound late:
 // a layer goes to NVM if no other layer of its image is still downloading, because only then does its storing add to the time
 // of the pull. It is exact for sequential unpacking, where it gives "the LDL and all above it", and for parallel unpacking,
 // where the layers above the LDL that are stored before it need no NVM either.
 func lass(in Input) (Tier, string) {
-	if n, left := downloading(in); n > 0 {
+	if n, left := in.Downloading(); n > 0 {
 		return HDD, fmt.Sprintf("it is stored while %s, %s to go, so its storing costs the pull no time%s",
 			count(n, "other layer still downloads", "other layers still download"), FormatBytes(left), expected(in))
 	}
@@ -176,7 +165,7 @@ func boundary(n int) rule {
 // and says so.
 func drain(in Input) (Tier, string) {
 	me := in.Layers[in.Index]
-	others, left := downloading(in)
+	others, left := in.Downloading()
 	var missing string
 	switch {
 	case !(in.HDDRate > 0):

@@ -53,14 +53,10 @@ func NewDecision(d placement.Decision) *Decision {
 		UnpackRate:  in.UnpackRate,
 		Sequential:  in.Sequential,
 	}
-	for i, l := range in.Layers {
-		switch {
-		case i == in.Index:
-			m.Size, m.SizeExact = l.Size(), l.Exact
-		case !l.Downloaded:
-			m.Downloading++
-			m.BytesLeft += max(0, l.Compressed-l.Offset)
-		}
+	others, left := in.Downloading()
+	m.Downloading, m.BytesLeft = int32(others), left
+	if in.Index >= 0 && in.Index < len(in.Layers) {
+		m.Size, m.SizeExact = in.Layers[in.Index].Size(), in.Layers[in.Index].Exact
 	}
 	return m
 }
