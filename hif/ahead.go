@@ -8,6 +8,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/placement"
 )
@@ -34,9 +35,9 @@ const (
 // reader is enough for all containers of an image that start at once. Called
 // with mu held.
 //
-// Files of which only parts are on NVM are left to the start: to read them
-// through EROFS costs so much of the processor that runc was late by more than
-// the program was early.
+// Of files of which only parts are on NVM the parts are read, not the files:
+// through EROFS that costs so much of the processor that runc was late by more
+// than the program was early. They are few and in one piece, so they go first.
 func (m *Manager) readAhead(layers []string, image digest.Digest) {
 	top := layers[len(layers)-1]
 	if m.ahead[top] {
@@ -60,7 +61,7 @@ func (m *Manager) readAhead(layers []string, image digest.Digest) {
 			return
 		}
 		defer unix.Close(root)
-		left := int64(aheadBytes)
+		left := aheadBytes - parts.ReadAhead(m.store.PartsPath(top), aheadBytes)
 		for i := range p.Files {
 			if f := &p.Files[i]; f.Layer < len(layers) {
 				left -= willNeed(root, layers[f.Layer]+"/"+string(f.Path), expected(f))
@@ -70,6 +71,20 @@ func (m *Manager) readAhead(layers []string, image digest.Digest) {
 			}
 		}
 	})
+}
+
+// forgetParts takes the parts of a chain out of the page cache when a start is
+// over: what it used is cached a second time, with the files.
+func (m *Manager) forgetParts(top string) {
+	m.mu.Lock()
+	for _, o := range m.starts {
+		if len(o.Layers) > 0 && o.Layers[len(o.Layers)-1] == top {
+			m.mu.Unlock()
+			return // the last one will
+		}
+	}
+	m.mu.Unlock()
+	parts.Forget(m.store.PartsPath(top))
 }
 
 // expected is what the next start is expected to read of a file.

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/nhybrid/nhybrid/hif/parts"
+	"github.com/nhybrid/nhybrid/hif/trace"
 	"github.com/nhybrid/nhybrid/placement"
 )
 
@@ -23,10 +24,10 @@ import (
 // NVM. Images with the same chain share it.
 type division struct {
 	top     string
-	files   []parts.File
+	set     parts.Set
 	path    string          // of the image
 	have    map[string]bool // redirects that the image on NVM serves already
-	current bool            // it serves all of files
+	current bool            // it serves all of the set
 	used    time.Time
 	home    bool // all layers of the files have their home on HDD
 	touched map[string][]parts.Range
@@ -36,6 +37,7 @@ type division struct {
 func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*division {
 	all := map[string]*division{}
 	wants := map[string][]parts.Want{}
+	bytes := map[string]int64{} // of the images
 	for _, w := range images {
 		path := m.store.PartsPath(w.Top())
 		if path == "" {
@@ -59,28 +61,54 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 			}
 			wants[d.top] = append(wants[d.top], want(w.redirect(h.Layer, h.Path), h.Size, h.Ranges))
 		}
+		if len(wants[d.top]) > 0 && bytes[d.top] == 0 {
+			bytes[d.top] = m.bytesOf(w.Image)
+		}
 	}
+	m.sizes = bytes
 	for top, d := range all {
 		m.mu.Lock()
 		u := m.undivided[top]
 		m.mu.Unlock()
 		if !u.failed || time.Since(u.at) > partsRetry { // else the files are hot as a whole
 			all := merge(wants[top])
-			d.files = parts.Choose(all, parts.Rules{MinSize: m.config.PartsFrom})
+			d.set = parts.Choose(all, parts.Rules{MinSize: m.config.PartsFrom, Spare: int64(marginShare * float64(bytes[top]))})
 			d.touched = make(map[string][]parts.Range, len(all))
 			for _, w := range all {
 				d.touched[w.Redirect] = w.Ranges
 			}
 		}
 		d.have, d.current = m.served(d)
-		if len(d.files) == 0 && d.current {
+		if len(d.set.Files) == 0 && d.current {
 			delete(all, top) // none are wanted, and none are there
 		}
-		for _, f := range d.files {
+		for _, f := range d.set.Files {
 			d.home = d.home && home[layerOf(f.Redirect)]
 		}
 	}
 	return all
+}
+
+// marginShare is how much of an image's bytes the margins around what starts
+// touch may cost: little of a large image, whose starts differ most, and more
+// than it is worth of one that is nearly all program.
+const marginShare = 0.03
+
+// bytesOf is the size of an image's files, 0 if they cannot be listed. It never
+// changes, and listing takes long.
+func (m *Manager) bytesOf(image Image) (bytes int64) {
+	if n := m.sizes[image.Top()]; n > 0 {
+		return n
+	}
+	err := m.store.Files(m.ctx, image, func(f File) bool {
+		bytes += f.Size
+		return m.ctx.Err() == nil
+	})
+	if err != nil {
+		log.L.WithError(err).WithField("image", image.name()).Debug("parts of its files have no margin")
+		return 0
+	}
+	return bytes
 }
 
 // merge joins what several images of one chain want of a file.
@@ -108,19 +136,51 @@ func (m *Manager) served(d *division) (have map[string]bool, current bool) {
 		if !errors.Is(err, os.ErrNotExist) {
 			log.L.WithError(err).Warn("the parts of an image are unusable and are made again")
 		}
-		return have, len(d.files) == 0
+		return have, len(d.set.Files) == 0
 	}
 	byName := map[string]parts.File{}
-	for _, f := range stands {
+	for _, f := range stands.Files {
 		byName[f.Redirect] = f
 	}
-	current = len(stands) == len(d.files)
-	for _, f := range d.files {
+	current = len(stands.Files) == len(d.set.Files)
+	for _, f := range d.set.Files {
 		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && covers(s.Hot, parts.Hot(f.Size, d.touched[f.Redirect], 0)) {
 			have[f.Redirect] = true
 		}
 	}
-	return have, current && len(have) == len(d.files)
+	return have, current && len(have) == len(d.set.Files)
+}
+
+// leaveHot takes from the ranges of files of which parts are on NVM what is hot
+// already. It is known, and the kernel has read around what was touched: taken
+// for touched, too, that would let the parts grow from start to start.
+func (m *Manager) leaveHot(o *openStart, files []trace.File) {
+	if len(o.Layers) == 0 || !slices.ContainsFunc(files, func(f trace.File) bool { return f.Parts }) {
+		return
+	}
+	set, err := parts.Read(m.store.PartsPath(o.Layers[len(o.Layers)-1]))
+	if err != nil {
+		return // replaced or gone: all counts as touched
+	}
+	hot := make(map[string]parts.File, len(set.Files))
+	for _, f := range set.Files {
+		hot[f.Redirect] = f
+	}
+	for i := range files {
+		f := &files[i]
+		h, ok := hot["/"+f.Layer+"/"+f.Path]
+		if !f.Parts || !ok || h.Size != f.Size {
+			continue
+		}
+		ranges := make([]parts.Range, 0, len(f.Ranges))
+		for _, r := range f.Ranges {
+			ranges = append(ranges, parts.Range(r))
+		}
+		f.Ranges = nil
+		for _, r := range h.Cold(ranges) {
+			f.Ranges = append(f.Ranges, trace.Range(r))
+		}
+	}
 }
 
 // covers tells whether every range of wanted lies within one of stands; both
@@ -161,14 +221,14 @@ func (m *Manager) divide(todo []*division, floor int64) {
 const partsRetry = 10 * time.Minute
 
 func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error {
-	if len(d.files) == 0 {
+	if len(d.set.Files) == 0 {
 		if err := os.Remove(d.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 		return m.store.PartsChanged(m.ctx, d.top)
 	}
 	need := int64(0)
-	for _, f := range d.files {
+	for _, f := range d.set.Files {
 		need += f.Bytes()
 	}
 	free, _, err := m.tiers.Space(placement.NVM)
@@ -179,7 +239,7 @@ func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error
 		return fmt.Errorf("parts of %d bytes find no room on NVM: %w", need, errdefs.ErrResourceExhausted)
 	}
 	roots := parts.Roots{NVM: m.tiers.DataRoot(placement.NVM), HDD: m.tiers.DataRoot(placement.HDD)}
-	stats, err := parts.Write(m.ctx, d.path, roots, d.files, func(n int) error { return m.pace(n, limit) })
+	stats, err := parts.Write(m.ctx, d.path, roots, d.set, func(n int) error { return m.pace(n, limit) })
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	}
@@ -191,7 +251,7 @@ func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error
 	if err := m.pace(0, limit); err != nil {
 		return err
 	}
-	log.L.WithFields(log.Fields{"id": d.top, "files": len(d.files), "bytes": stats.Bytes, "whole": stats.Whole}).Info("parts of large files are on NVM")
+	log.L.WithFields(log.Fields{"id": d.top, "files": len(d.set.Files), "bytes": stats.Bytes, "whole": stats.Whole, "margin": d.set.Margin}).Info("parts of large files are on NVM")
 	return m.store.PartsChanged(m.ctx, d.top)
 }
 

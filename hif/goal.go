@@ -145,7 +145,7 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 func (m *Manager) forPlan(w wanted, d *division, here map[string]int64) plan.Image {
 	divided := map[string]bool{}
 	if d != nil {
-		for _, f := range d.files {
+		for _, f := range d.set.Files {
 			divided[f.Redirect] = true
 		}
 	}
@@ -180,7 +180,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	for _, d := range divisions {
 		rested := time.Since(m.undivided[d.top].at) > partsRetry
 		switch {
-		case len(d.files) == 0 && rested:
+		case len(d.set.Files) == 0 && rested:
 			unwanted = append(unwanted, d)
 		case p.Pressure && len(d.have) > 0:
 			todo = append(todo, d)
@@ -191,7 +191,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	slices.SortFunc(todo, func(a, b *division) int { return b.used.Compare(a.used) })
 	if p.Pressure && len(todo) > 0 {
 		last := todo[len(todo)-1]
-		last.files = nil
+		last.set = parts.Set{}
 		m.undivided[last.top] = undivided{at: time.Now()}
 		todo = []*division{last}
 	}

@@ -65,6 +65,7 @@ type Manager struct {
 
 	learner learner
 	cooled  map[[2]string]time.Time // by id of the top and digest, see cool; of the loop alone
+	sizes   map[string]int64        // of divided images, by id of the top; of the loop alone
 	release release
 
 	mu      sync.Mutex

@@ -103,6 +103,9 @@ func (m *Manager) follow(o *openStart) {
 		m.mu.Lock()
 		delete(m.starts, o.Snapshot)
 		m.mu.Unlock()
+		if len(o.Layers) > 0 {
+			m.forgetParts(o.Layers[len(o.Layers)-1])
+		}
 		close(o.recorded)
 		m.Kick() // the engine may have waited for its end
 	}()
@@ -138,6 +141,7 @@ func (m *Manager) record(ctx context.Context, o *openStart, tr trace.Trace) erro
 		log.G(ctx).WithFields(fields).Debug("no start: nothing was executed")
 		return nil
 	}
+	m.leaveHot(o, tr.Files)
 	images, err := m.candidates(ctx, o)
 	if err != nil {
 		return err

@@ -122,9 +122,9 @@ func (d *divided) path(id string) string {
 func (d *divided) forget(layer string) error {
 	images, err := filepath.Glob(d.image("*"))
 	for _, image := range images {
-		files, e := parts.Read(image)
+		set, e := parts.Read(image)
 		of := func(f parts.File) bool { return strings.HasPrefix(f.Redirect, "/"+layer+"/") }
-		if e != nil || slices.ContainsFunc(files, of) {
+		if e != nil || slices.ContainsFunc(set.Files, of) {
 			err = errors.Join(err, d.drop(strings.TrimSuffix(filepath.Base(image), ".erofs")))
 		}
 	}
@@ -147,12 +147,12 @@ func (d *divided) recover(ctx context.Context) {
 
 // bytes tells how much of each file of a chain stands on NVM in parts, by redirect.
 func (d *divided) bytes(id string) map[string]int64 {
-	files, err := parts.Read(d.image(id))
+	set, err := parts.Read(d.image(id))
 	if err != nil {
 		return nil
 	}
-	out := make(map[string]int64, len(files))
-	for _, f := range files {
+	out := make(map[string]int64, len(set.Files))
+	for _, f := range set.Files {
 		out[f.Redirect] = f.Bytes()
 	}
 	return out

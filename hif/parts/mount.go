@@ -110,7 +110,7 @@ func open(path, hdd string) (mnt int, err error) {
 		return -1, err
 	}
 	defer image.Close()
-	files, err := readFrom(image)
+	set, err := readFrom(image)
 	if err != nil {
 		return -1, err
 	}
@@ -119,24 +119,25 @@ func open(path, hdd string) (mnt int, err error) {
 		return -1, err
 	}
 	defer unix.Close(root)
-	devices := make([]*os.File, len(files))
+	devices := make([]*os.File, len(set.Files))
 	defer func() {
 		for _, d := range devices {
 			d.Close() // nil where it was not opened
 		}
 	}()
-	direct := canDirect(image)
-	for i := range files {
-		if devices[i], err = openData(root, &files[i]); err != nil {
-			return -1, fmt.Errorf("%q on HDD: %w", files[i].Redirect, err)
+	for i := range set.Files {
+		if devices[i], err = openData(root, &set.Files[i]); err != nil {
+			return -1, fmt.Errorf("%q on HDD: %w", set.Files[i].Redirect, err)
 		}
-		direct = direct && canDirect(devices[i])
 	}
-	return mount(image, devices, direct)
+	return readingAhead(set.ReadAhead(), func() (int, error) { return mount(image, devices) })
 }
 
 // mount uses the mount API with one option after the other: mount(2) takes a page of options at the most.
-func mount(image *os.File, devices []*os.File, direct bool) (int, error) {
+//
+// Without directio (Linux 6.15): pages are cached a second time below, but what [ReadAhead] has brought there costs a copy
+// instead of a request to the device, and the file on HDD has a read-ahead of its own.
+func mount(image *os.File, devices []*os.File) (int, error) {
 	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOSYS) {
 		return -1, fmt.Errorf("this kernel has no EROFS or no fsopen(2): %w", errdefs.ErrNotImplemented)
@@ -160,13 +161,6 @@ func mount(image *os.File, devices []*os.File, direct bool) (int, error) {
 	for _, d := range devices {
 		if err := unix.FsconfigSetString(fs, "device", byFD(d)); err != nil {
 			return -1, failed("device", err)
-		}
-	}
-	if direct {
-		// Linux 6.15 (commit 6422cde1b0d5). Without, each page is cached twice, and the file below has a read-ahead
-		// of its own.
-		if err := unix.FsconfigSetFlag(fs, "directio"); err != nil && !errors.Is(err, unix.EINVAL) {
-			return -1, failed("directio", err)
 		}
 	}
 	err = unix.FsconfigCreate(fs)
@@ -198,12 +192,4 @@ func messages(fs int) string {
 		return ""
 	}
 	return " (" + strings.Join(all, "; ") + ")"
-}
-
-// canDirect tells whether a file can be read in blocks past its page cache.
-func canDirect(f *os.File) bool {
-	var st unix.Statx_t
-	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
-	ok := func(align uint32) bool { return align > 0 && align <= erofs.BlockSize }
-	return err == nil && st.Mask&unix.STATX_DIOALIGN != 0 && ok(st.Dio_offset_align) && ok(st.Dio_mem_align)
 }

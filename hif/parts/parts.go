@@ -10,6 +10,7 @@
 package parts
 
 import (
+	"cmp"
 	"fmt"
 	"path"
 	"slices"
@@ -20,16 +21,12 @@ import (
 	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
-// Chunk is the unit in which a file is divided, in bytes: the grain of traces.
-const Chunk = 64 << 10
+// Chunk is the unit in which a file is divided, in bytes: the grain of traces, and a block of EROFS, so that what a page
+// fault reads need not touch the HDD for more than the page.
+const Chunk = erofs.BlockSize
 
-// ReadAround is how far from the page that is wanted the kernel reads on both sides of it when a mapped page is missing: half
-// of the read-ahead of a filesystem on no device, 128 KiB. With such a margin any page of a touched range may be the one
-// that is missing.
-const ReadAround = 64 << 10
-
-// MaxSize is the largest file that can be divided: 2^32 blocks.
-const MaxSize = erofs.BlockSize << 32
+// MaxSize is the largest file that can be divided, in bytes: its index of chunks, 32 MiB then, is made in memory.
+const MaxSize = 16 << 30
 
 // Range is a part of a file, in bytes.
 type Range struct{ Offset, Length int64 }
@@ -63,6 +60,26 @@ func (f *File) Bytes() (n int64) {
 // Saved is how much less of NVM the file needs than if it stood there whole.
 func (f *File) Saved() int64 { return f.Size - f.Bytes() - overhead(f) }
 
+// Cold is what of ranges, which are in order and do not touch, is not hot.
+func (f *File) Cold(ranges []Range) (cold []Range) {
+	for _, r := range ranges {
+		at := r.Offset
+		for _, h := range f.Hot {
+			if h.end() <= at || h.Offset >= r.end() {
+				continue
+			}
+			if h.Offset > at {
+				cold = append(cold, Range{at, h.Offset - at})
+			}
+			at = h.end()
+		}
+		if at < r.end() {
+			cold = append(cold, Range{at, r.end() - at})
+		}
+	}
+	return cold
+}
+
 // overhead is the metadata of a file: device, inode, name and entries of the list, index.
 func overhead(f *File) int64 {
 	return erofs.DeviceSlotSize + erofs.InodeSize + 3*int64(len(f.Redirect)) + chunks(f.Size)*8 + int64(len(f.Hot))*8
@@ -70,56 +87,86 @@ func overhead(f *File) int64 {
 
 func chunks(size int64) int64 { return (size + Chunk - 1) / Chunk }
 
+// Set is the divided files of an image, ordered by redirect.
+type Set struct {
+	Files []File
+	// Margin is how many bytes are kept before and after each touched range, for the pages that the next start touches and
+	// none did before: starts are not all alike.
+	Margin int64
+}
+
+// margins are those to choose from, the largest first; the last is always allowed.
+var margins = []int64{128 << 10, 64 << 10, 32 << 10, 16 << 10, 8 << 10, 4 << 10}
+
+// ReadAhead is how far the kernel shall read ahead on the files. Where a page of a mapping is missing it reads half of it before
+// the page and half behind (mm/filemap.c, do_sync_mmap_readahead): from any page in the inner half of a margin, hot chunks only.
+func (s *Set) ReadAhead() int64 { return s.Margin }
+
 // Rules say which files are worth dividing. The zero value of a field means its default.
 type Rules struct {
-	MinSize  int64   // of the file: 1 MiB
-	MinSaved int64   // bytes saved at least: 512 KiB
-	MinShare float64 // of its bytes saved at least: 0.2
-	Margin   int64   // bytes kept before and after each touched range: ReadAround; negative: none
+	MinSize  int64   // of the file: 256 KiB
+	MinSaved int64   // bytes saved at least: 64 KiB
+	MinShare float64 // of its bytes saved at least: 0.1
 	MaxFiles int     // of one image, each a device: 256
+	// Spare is how many bytes margins may cost: the largest is taken that stays within it, or the smallest.
+	Spare int64
 }
 
 func (r Rules) withDefaults() Rules {
 	if r.MinSize <= 0 {
-		r.MinSize = 1 << 20
+		r.MinSize = 256 << 10
 	}
 	if r.MinSaved <= 0 {
-		r.MinSaved = 512 << 10
+		r.MinSaved = 64 << 10
 	}
 	if r.MinShare <= 0 {
-		r.MinShare = 0.2
+		r.MinShare = 0.1
 	}
 	if r.MaxFiles <= 0 {
 		r.MaxFiles = 256
 	}
-	if r.Margin == 0 {
-		r.Margin = ReadAround
-	}
-	r.Margin = max(r.Margin, 0)
 	return r
 }
 
-// Choose returns the files that are worth dividing, ordered by redirect; those that save most if they are too many. What
-// cannot be divided (no redirect, an impossible size, the same file twice) is not chosen. It is pure.
-func Choose(wants []Want, r Rules) []File {
+// Choose returns the files that are worth dividing, those that save most if they are too many, with the largest margin that
+// the rules allow. What cannot be divided (no redirect, an impossible size, the same file twice) is not chosen. It is pure.
+func Choose(wants []Want, r Rules) Set {
 	r = r.withDefaults()
 	seen := map[string]bool{}
-	var files []File
+	var able []Want
 	for _, w := range wants {
-		if w.Size < r.MinSize || w.Size > MaxSize || CheckRedirect(w.Redirect) != nil || seen[w.Redirect] {
-			continue
+		if w.Size >= r.MinSize && w.Size <= MaxSize && CheckRedirect(w.Redirect) == nil && !seen[w.Redirect] {
+			seen[w.Redirect] = true
+			able = append(able, w)
 		}
-		f := File{w.Redirect, w.Size, Hot(w.Size, w.Ranges, r.Margin)}
-		if saved := f.Saved(); saved < r.MinSaved || float64(saved) < r.MinShare*float64(f.Size) {
-			continue
-		}
-		seen[w.Redirect] = true
-		files = append(files, f)
 	}
-	slices.SortStableFunc(files, func(a, b File) int { return int(min(max(b.Saved()-a.Saved(), -1), 1)) })
-	files = files[:min(len(files), r.MaxFiles)]
-	slices.SortFunc(files, func(a, b File) int { return strings.Compare(a.Redirect, b.Redirect) })
-	return files
+	_, most := r.choose(able, 0)
+	var set Set
+	for _, margin := range margins {
+		var saved int64
+		if set, saved = r.choose(able, margin); most-saved <= r.Spare {
+			break
+		}
+	}
+	return set
+}
+
+// choose takes the files that are worth dividing with a margin, and tells how many bytes they save.
+func (r Rules) choose(wants []Want, margin int64) (set Set, saved int64) {
+	set.Margin = margin
+	for _, w := range wants {
+		f := File{w.Redirect, w.Size, Hot(w.Size, w.Ranges, margin)}
+		if n := f.Saved(); n >= r.MinSaved && float64(n) >= r.MinShare*float64(f.Size) {
+			set.Files = append(set.Files, f)
+		}
+	}
+	slices.SortStableFunc(set.Files, func(a, b File) int { return cmp.Compare(b.Saved(), a.Saved()) })
+	set.Files = set.Files[:min(len(set.Files), r.MaxFiles)]
+	for _, f := range set.Files {
+		saved += f.Saved()
+	}
+	slices.SortFunc(set.Files, func(a, b File) int { return strings.Compare(a.Redirect, b.Redirect) })
+	return set, saved
 }
 
 // Hot rounds touched ranges to chunks, with a margin on both sides, and joins them. What is outside the file is cut off.
@@ -128,8 +175,8 @@ func Choose(wants []Want, r Rules) []File {
 // where a device ends before its block does.
 func Hot(size int64, touched []Range, margin int64) []Range {
 	var in []Range
-	if size > 0 && size%erofs.BlockSize != 0 {
-		in = append(in, Range{(size - 1) / Chunk * Chunk, (size-1)%Chunk + 1})
+	if size%Chunk != 0 {
+		in = append(in, Range{size / Chunk * Chunk, size % Chunk})
 	}
 	for _, r := range touched {
 		if r.Offset < 0 || r.Length <= 0 || r.Offset >= size {
@@ -145,7 +192,7 @@ func Hot(size int64, touched []Range, margin int64) []Range {
 		}
 		in = append(in, Range{begin, end - begin})
 	}
-	slices.SortFunc(in, func(a, b Range) int { return int(min(max(a.Offset-b.Offset, -1), 1)) })
+	slices.SortFunc(in, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	var out []Range
 	for _, r := range in {
 		if len(out) > 0 && r.Offset <= out[len(out)-1].end() {
@@ -181,8 +228,12 @@ const (
 	maxPath = 4095
 )
 
-// check refuses a list of files from which no image can be made.
-func check(files []File) error {
+// check refuses a set of which no image can be made.
+func (s *Set) check() error {
+	files := s.Files
+	if s.Margin < 0 || s.Margin > MaxSize {
+		return fmt.Errorf("a margin of %d bytes: %w", s.Margin, errdefs.ErrInvalidArgument)
+	}
 	if len(files) == 0 || len(files) > maxDevices {
 		return fmt.Errorf("%d files, want 1 to %d: %w", len(files), maxDevices, errdefs.ErrInvalidArgument)
 	}
@@ -203,7 +254,7 @@ func check(files []File) error {
 			}
 			end = r.end()
 		}
-		if f.Size%erofs.BlockSize != 0 && end != f.Size {
+		if f.Size%Chunk != 0 && end != f.Size {
 			return fmt.Errorf("the end of %q is not hot: %w", f.Redirect, errdefs.ErrInvalidArgument)
 		}
 	}

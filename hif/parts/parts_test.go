@@ -83,7 +83,7 @@ func (s *stand) hole(path, redirect string, size int64) {
 
 func (s *stand) write(files []File) Stats {
 	s.t.Helper()
-	st, err := Write(s.t.Context(), s.image, s.roots, files, noPace)
+	st, err := Write(s.t.Context(), s.image, s.roots, Set{Files: files}, noPace)
 	require.NoError(s.t, err)
 	return st
 }
@@ -147,7 +147,7 @@ func TestWholeFilesThroughAnOverlay(t *testing.T) {
 	st := s.write(files)
 	got, err := Read(s.image)
 	require.NoError(t, err)
-	require.Equal(t, files, got)
+	require.Equal(t, Set{Files: files}, got)
 	fi, err := os.Stat(s.image)
 	require.NoError(t, err)
 	require.Equal(t, fi.Size(), st.Bytes)

@@ -27,11 +27,11 @@ func Verify(ctx context.Context, path, hdd string, pace func(int) error) error {
 		return fmt.Errorf("verify parts image: %w", err)
 	}
 	defer image.Close()
-	files, err := readFrom(image)
+	set, err := readFrom(image)
 	if err != nil {
 		return err
 	}
-	w := &writer{files: files}
+	w := &writer{set: set}
 	if err := w.layout(); err != nil {
 		return fmt.Errorf("verify parts image %q: %w", path, err)
 	}
@@ -105,8 +105,8 @@ func Probe(ctx context.Context, nvm, hdd string) (err error) {
 		return fmt.Errorf("try parts: %w", err)
 	}
 	image, point := filepath.Join(dirs[0], "image"), filepath.Join(dirs[0], "point")
-	files := []File{{name, int64(len(data)), []Range{{Chunk, Chunk}}}}
-	if _, err := Write(ctx, image, Roots{NVM: dirs[0], HDD: dirs[1]}, files, func(int) error { return nil }); err != nil {
+	set := Set{Files: []File{{name, int64(len(data)), []Range{{Chunk, Chunk}}}}}
+	if _, err := Write(ctx, image, Roots{NVM: dirs[0], HDD: dirs[1]}, set, func(int) error { return nil }); err != nil {
 		return fmt.Errorf("try parts: %w", err)
 	}
 	if err := Mount(image, point, dirs[1]); err != nil {

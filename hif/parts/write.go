@@ -22,10 +22,7 @@ import (
 )
 
 const (
-	volumeName = "nhybrid-parts-1"
-
-	chunkBlocks     = Chunk / erofs.BlockSize
-	chunkBlocksLog2 = 4
+	volumeName = "nhybrid-parts-2"
 
 	// copyPiece is how many bytes are copied between two calls of pace.
 	copyPiece = 512 << 10
@@ -54,27 +51,27 @@ type node struct {
 }
 
 type writer struct {
-	files []File
+	set   Set
 	nodes []*node // in path order, the root first
 	meta  int64   // bytes
 	data  int64   // blocks
 	out   *erofs.Writer
 }
 
-// Write makes the image of files, which are ordered by redirect as [Choose] returns them, at path. What stood there is
+// Write makes the image of a set, as [Choose] returns it, at path. What stood there is
 // replaced once the new one is whole and synced; who has the old one mounted keeps it. Each file must stand on HDD with the
 // size that is given, durably; hot chunks are read from the whole file on NVM where there is one, else from HDD. pace is called
 // before each piece of at most 512 KiB with its size; it may sleep, and ends the work by an error.
 //
 // Errors: errdefs.ErrInvalidArgument for an impossible list, ErrNotFound for a file that is not on HDD, ErrFailedPrecondition
 // for one of another size.
-func Write(ctx context.Context, path string, roots Roots, files []File, pace func(int) error) (Stats, error) {
-	w := &writer{files: files}
+func Write(ctx context.Context, path string, roots Roots, set Set, pace func(int) error) (Stats, error) {
+	w := &writer{set: set}
 	s := Stats{}
-	if err := check(files); err != nil {
+	if err := set.check(); err != nil {
 		return s, fmt.Errorf("write parts image: %w", err)
 	}
-	for _, f := range files {
+	for _, f := range set.Files {
 		s.Hot += f.Bytes()
 		s.Whole += f.Size
 	}
@@ -95,7 +92,7 @@ func Write(ctx context.Context, path string, roots Roots, files []File, pace fun
 		if err := w.contents(ctx, src, pace); err != nil {
 			return err
 		}
-		list := appendList(nil, files)
+		list := appendList(nil, set)
 		footer := append([]byte(nil), footerMagic...)
 		footer = binary.LittleEndian.AppendUint64(footer, uint64(len(list)))
 		footer = binary.LittleEndian.AppendUint64(footer, uint64(len(meta)))
@@ -116,30 +113,30 @@ func Write(ctx context.Context, path string, roots Roots, files []File, pace fun
 func (w *writer) layout() error {
 	root := &node{}
 	w.nodes = []*node{root}
-	for i := range w.files {
+	for i := range w.set.Files {
 		at := root
-		names := strings.Split(w.files[i].Redirect[1:], "/")
+		names := strings.Split(w.set.Files[i].Redirect[1:], "/")
 		for j, name := range names {
 			// Redirects are in byte order, in which "a-b" stands before "a/b": the directory may not be the latest.
 			k := slices.IndexFunc(at.sub, func(n *node) bool { return n.name == name })
 			last := j == len(names)-1
 			switch {
 			case k >= 0 && (last || at.sub[k].file != nil):
-				return fmt.Errorf("%q is both a file and a directory: %w", w.files[i].Redirect, errdefs.ErrInvalidArgument)
+				return fmt.Errorf("%q is both a file and a directory: %w", w.set.Files[i].Redirect, errdefs.ErrInvalidArgument)
 			case k >= 0:
 				at = at.sub[k]
 				continue
 			}
 			n := &node{name: name, parent: at}
 			if last {
-				n.file, n.device = &w.files[i], uint16(i+1)
+				n.file, n.device = &w.set.Files[i], uint16(i+1)
 			}
 			at.sub = append(at.sub, n)
 			w.nodes = append(w.nodes, n)
 			at = n
 		}
 	}
-	pos := int64(erofs.SuperOffset + erofs.SuperSize + len(w.files)*erofs.DeviceSlotSize)
+	pos := int64(erofs.SuperOffset + erofs.SuperSize + len(w.set.Files)*erofs.DeviceSlotSize)
 	for _, n := range w.nodes {
 		tail := int64(0)
 		if n.file != nil {
@@ -225,13 +222,13 @@ func (w *writer) metadata() []byte {
 	super := erofs.Super{
 		Volume: volumeName, RootNid: uint16(w.nodes[0].nid), Inos: uint64(len(w.nodes)),
 		Blocks: uint32(w.meta/erofs.BlockSize + w.data), Incompat: erofs.IncompatChunkedFile | erofs.IncompatDeviceTable,
-		Devices: uint16(len(w.files)), DeviceTable: (erofs.SuperOffset + erofs.SuperSize) / erofs.DeviceSlotSize,
+		Devices: uint16(len(w.set.Files)), DeviceTable: (erofs.SuperOffset + erofs.SuperSize) / erofs.DeviceSlotSize,
 	}
-	sum := sha256.Sum256(appendList([]byte(volumeName), w.files))
+	sum := sha256.Sum256(appendList([]byte(volumeName), w.set))
 	copy(super.UUID[:], sum[:])
 	super.UUID[6], super.UUID[8] = super.UUID[6]&0x0f|0x80, super.UUID[8]&0x3f|0x80 // version 8: of a scheme of our own
 	b := append(make([]byte, erofs.SuperOffset, w.meta), super.Bytes()...)
-	for _, f := range w.files {
+	for _, f := range w.set.Files {
 		b = erofs.AppendDeviceSlot(b, uint32(min(f.Size/erofs.BlockSize, 1<<32-1)))
 	}
 	base := w.meta / erofs.BlockSize
@@ -239,7 +236,7 @@ func (w *writer) metadata() []byte {
 		b = append(b, make([]byte, int64(n.nid)*erofs.SlotSize-int64(len(b)))...)
 		in := erofs.Inode{Mode: n.mode(), Ino: uint32(i + 1), Nlink: 1}
 		if n.file != nil {
-			in.Layout, in.U, in.Size = erofs.LayoutChunk, erofs.ChunkIndexes|chunkBlocksLog2, uint64(n.file.Size)
+			in.Layout, in.U, in.Size = erofs.LayoutChunk, erofs.ChunkIndexes, uint64(n.file.Size)
 			b = n.appendChunks(in.Append(b), base)
 			continue
 		}
@@ -271,9 +268,9 @@ func (n *node) appendChunks(b []byte, base int64) []byte {
 		}
 		if len(hot) > 0 && hot[0].Offset <= c*Chunk {
 			b = erofs.AppendChunk(b, 0, uint32(next))
-			next += chunkBlocks
+			next++
 		} else {
-			b = erofs.AppendChunk(b, n.device, uint32(c*chunkBlocks))
+			b = erofs.AppendChunk(b, n.device, uint32(c))
 		}
 	}
 	return b

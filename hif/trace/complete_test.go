@@ -192,7 +192,7 @@ func TestTouched(t *testing.T) {
 	}
 	require.EqualValues(t, 100, by["small"].Touched)
 	require.EqualValues(t, 4096+128<<10, by["part"].Touched)
-	require.Equal(t, []Range{{0, 64 << 10}, {4 * mb, 128 << 10}}, by["part"].Ranges)
+	require.Equal(t, []Range{{0, 4096}, {4 * mb, 128 << 10}}, by["part"].Ranges)
 	require.EqualValues(t, by["part"].Touched, by["evicted"].Touched, "what was read and reclaimed again was read all the same")
 	require.Equal(t, by["part"].Ranges, by["evicted"].Ranges)
 	require.EqualValues(t, -1, by["warm"].Touched)
@@ -230,9 +230,9 @@ func pageOut(t *testing.T, path string, size int) {
 func TestJoin(t *testing.T) {
 	var many []Range
 	for i := range int64(1000) {
-		many = append(many, Range{i * 3 * RangeChunk, RangeChunk})
+		many = append(many, Range{i * 3 * RangeGrain, RangeGrain})
 	}
-	many = append(many, Range{1 << 40, RangeChunk})
+	many = append(many, Range{1 << 40, RangeGrain})
 	first, last := many[0], many[1000]
 	got := join(slices.Clone(many), 2)
 	require.Len(t, got, 2)

@@ -185,7 +185,7 @@ func (s *store) divide(name string, atLeast int64) (point string) {
 	}))
 	sort.Slice(files, func(i, j int) bool { return files[i].Redirect < files[j].Redirect })
 	image := filepath.Join(s.tiers[placement.HDD], name+".erofs") // not on tmpfs, from which EROFS does not mount
-	_, err := parts.Write(s.t.Context(), image, parts.Roots{NVM: s.root(placement.NVM), HDD: root}, files, func(int) error { return nil })
+	_, err := parts.Write(s.t.Context(), image, parts.Roots{NVM: s.root(placement.NVM), HDD: root}, parts.Set{Files: files, Margin: 64 << 10}, func(int) error { return nil })
 	require.NoError(s.t, err)
 	point = filepath.Join(filepath.Dir(s.tree), "parts-"+name)
 	err = parts.Mount(image, point, root)

@@ -13,10 +13,12 @@ import (
 )
 
 const (
-	// RangeChunk is the grain of [File.Ranges] in bytes.
-	RangeChunk = 64 << 10
+	// RangeGrain is the grain of [File.Ranges] in bytes: the page of most hosts.
+	RangeGrain = 4 << 10
+	// rangesFrom is the size of files above which ranges are listed.
+	rangesFrom = 64 << 10
 	// maxRanges bounds the ranges of one file; beyond it neighbours are joined.
-	maxRanges = 256
+	maxRanges = 512
 	// coldBytes: a file of which no more was in the page cache when its first
 	// open was seen counts as cold. Of others it cannot be told what was there
 	// before: the reader looks a moment after the open, and a start on fast
@@ -91,23 +93,34 @@ func touched(fd int, size, warm, before int64) (int64, []Range) {
 	if warm > coldBytes && (before > 0 || n > size/10*9) {
 		return -1, nil
 	}
-	if n == 0 || size <= RangeChunk {
+	if n == 0 || size <= rangesFrom {
 		return n, nil
 	}
 	if n == size {
 		return n, []Range{{0, size}}
 	}
 	var ranges []Range
-	for off := int64(0); off < size; off += RangeChunk {
-		length := min(RangeChunk, size-off)
-		switch in, _, err := used(off, length); {
+	// Asked for halves, and their halves where they are cached in part: most of a large file is not cached at all.
+	var look func(off, length int64) bool
+	look = func(off, length int64) bool {
+		in, _, err := used(off, min(length, size-off))
+		switch {
 		case err != nil:
-			return n, nil
+			return false
 		case in == 0:
+		case length > RangeGrain && in < min(length, size-off):
+			half := length / 2
+			return look(off, half) && (off+half >= size || look(off+half, half))
 		case len(ranges) > 0 && ranges[len(ranges)-1].end() == off:
-			ranges[len(ranges)-1].Length += length
+			ranges[len(ranges)-1].Length += min(length, size-off)
 		default:
-			ranges = append(ranges, Range{off, length})
+			ranges = append(ranges, Range{off, min(length, size-off)})
+		}
+		return true
+	}
+	for off := int64(0); off < size; off += rangesFrom {
+		if !look(off, rangesFrom) {
+			return n, nil
 		}
 	}
 	return n, join(ranges, maxRanges)
@@ -117,7 +130,7 @@ func (r Range) end() int64 { return r.Offset + r.Length }
 
 // join closes the smallest gaps until no more than limit ranges are left.
 func join(ranges []Range, limit int) []Range {
-	for gap := int64(RangeChunk); len(ranges) > limit; gap *= 2 {
+	for gap := int64(RangeGrain); len(ranges) > limit; gap *= 2 {
 		out := ranges[:1]
 		for _, r := range ranges[1:] {
 			if last := &out[len(out)-1]; r.Offset-last.end() <= gap {

@@ -116,7 +116,7 @@ type File struct {
 	// where that says nothing: all of it was cached before, or part of it had been
 	// evicted before, it is on DAX, it is gone.
 	Touched int64
-	// Ranges says which, for files of more than one chunk of [RangeChunk].
+	// Ranges says which, for files of more than 64 KiB, in steps of [RangeGrain].
 	Ranges []Range
 	// Assumed: the mount was gone before it could be tied to a container, and
 	// this start is one of those that have the layer.

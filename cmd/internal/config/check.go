@@ -110,7 +110,7 @@ func (h Hot) check() error {
 	case h.LowWatermark < 1 || h.LowWatermark > h.HighWatermark:
 		return invalid("hot.low_watermark: %d is not a share from 1 per cent to high_watermark, %d", h.LowWatermark, h.HighWatermark)
 	case h.Parts.Percent != 0 || (h.Parts.Bytes != 0 && h.Parts.Bytes < leastPart):
-		return invalid("hot.parts: %s is not a size from %s on; give one such as \"1MiB\", or \"0\"", h.Parts, FormatSize(leastPart))
+		return invalid("hot.parts: %s is not a size from %s on; give one such as \"256KiB\", or \"0\"", h.Parts, FormatSize(leastPart))
 	}
 	for host := range strings.SplitSeq(h.PlainHTTP, ",") {
 		if h.PlainHTTP != "" && (strings.TrimSpace(host) == "" || strings.Contains(host, "/")) {

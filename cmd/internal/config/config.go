@@ -137,7 +137,7 @@ func Default() Config {
 			Trace: true, Quiet: Duration(5 * time.Second), Window: Duration(time.Minute),
 			Predict: "files", FetchProfiles: true,
 			Migrate: true, Rate: 50_000_000, Operations: 2000, HighWatermark: 90, LowWatermark: 80,
-			Parts: Space{Bytes: 1 << 20},
+			Parts: Space{Bytes: 256 << 10},
 		},
 		// On: a region is made only where somebody who may start containers asks for one, and half of NVM stays the images' whatever they ask.
 		SCM: SCM{

@@ -119,8 +119,12 @@ func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
 	return &d, f.all
 }
 
-// mostReadAhead is the read-ahead from which on it shows in what starts touch; the kernel's default is 128 KiB.
-const mostReadAhead = 512 << 10
+// Read-ahead is counted with what starts touch. The kernel's default, 128 KiB, is made for disks that seek; docs/hif.md has
+// what less of it saves.
+const (
+	mostReadAhead   = 512 << 10
+	enoughReadAhead = 16 << 10
+)
 
 func nvm(f *findings, d host.Dir, c config.Config) {
 	switch {
@@ -133,10 +137,15 @@ func nvm(f *findings, d host.Dir, c config.Config) {
 	default:
 		f.ok("no DAX: files go through the page cache, as on any disk")
 	}
-	if c.Hot.Trace && d.DAX != host.Yes && d.ReadAhead > mostReadAhead {
-		f.add(Warn, fmt.Sprintf("echo 128 > /sys/class/bdi/%d:%d/read_ahead_kb, by a udev rule to keep it", unix.Major(d.Dev), unix.Minor(d.Dev)),
-			"the kernel reads %s ahead on this device, so that starts seem to touch more of large files than they do, and more of them stays on NVM",
+	if c.Hot.Trace && d.DAX != host.Yes && d.ReadAhead > enoughReadAhead {
+		text := fmt.Sprintf("the kernel reads %s ahead on this device, so that starts seem to touch more of large files than they do, and more of them stays on NVM",
 			placement.FormatBytes(d.ReadAhead))
+		cure := fmt.Sprintf("echo %d > /sys/class/bdi/%d:%d/read_ahead_kb, by a udev rule to keep it", enoughReadAhead>>10, unix.Major(d.Dev), unix.Minor(d.Dev))
+		if d.ReadAhead > mostReadAhead {
+			f.add(Warn, cure, "%s", text)
+		} else {
+			f.ok("%s; to change that, %s", text, cure)
+		}
 	}
 	if reserve := c.Placement.NVMReserve.Of(d.Total); d.Free <= reserve {
 		f.add(Warn, "remove images, or lower placement.nvm_reserve", "%s are free and %s are to stay free: new layers go to HDD", placement.FormatBytes(d.Free), placement.FormatBytes(reserve))

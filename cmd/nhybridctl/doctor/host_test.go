@@ -94,7 +94,9 @@ func TestReadAheadOfNVM(t *testing.T) {
 		return f.all
 	}
 	has(t, look(host.Dir{ReadAhead: 2560 << 10, Dev: unix.Mkdev(259, 3)}), Warn, "nvm", "2.62 MB ahead")
-	for _, d := range []host.Dir{{ReadAhead: 128 << 10}, {ReadAhead: -1}, {ReadAhead: 2560 << 10, DAX: host.Yes}} {
+	has(t, look(host.Dir{ReadAhead: 128 << 10, Dev: unix.Mkdev(259, 3)}), OK, "nvm", "131 kB ahead")
+	has(t, look(host.Dir{ReadAhead: 128 << 10, Dev: unix.Mkdev(259, 3)}), OK, "nvm", "echo 16 > /sys/class/bdi/259:3/read_ahead_kb")
+	for _, d := range []host.Dir{{ReadAhead: 16 << 10}, {ReadAhead: -1}, {ReadAhead: 2560 << 10, DAX: host.Yes}} {
 		for _, f := range look(d) {
 			require.NotContains(t, f.Text, "ahead")
 		}

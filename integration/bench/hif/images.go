@@ -156,6 +156,14 @@ func (s *stand) grown(variant string, before int64) (int64, error) {
 
 // cold starts a container with nothing in the caches.
 func (b *bench) cold(ctx context.Context, s *stand, p *place, img catalog.Image, id string) (*started, error) {
+	// The copy of the database is made after a change, such as what containerd collects of the container before, and might
+	// else be made during this start.
+	if err := p.collect(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.daemon.settled(ctx); err != nil {
+		return nil, err
+	}
 	if err := s.sync(); err != nil {
 		return nil, err
 	}

@@ -56,6 +56,9 @@ type setup struct {
 	overlay bool // overlayfs on NVM is wanted
 }
 
+// nvmReadAheadKiB is the read-ahead of nhybrid's NVM.
+const nvmReadAheadKiB = 16
+
 // patient is for stands whose starts all end by their sign of readiness: under strace a JVM may open nothing for seconds.
 const patient = "[hot]\nquiet = '1m'\nwindow = '5m'\n"
 
@@ -75,6 +78,10 @@ func (b *bench) newStand(ctx context.Context, o setup) (_ *stand, err error) {
 		return nil, err
 	}
 	if own.nvm, err = rig.NewNVM(ctx, filepath.Join(s.dir, "n"), o.size); err != nil {
+		return nil, err
+	}
+	// As docs/operations.md advises; overlayfs's has what the kernel gives it.
+	if err := block.SetReadAhead(own.nvm.Mountpoint(), nvmReadAheadKiB); err != nil {
 		return nil, err
 	}
 	if s.nvmEmpty, err = lab.UsedBytes(own.nvm.Mountpoint()); err != nil {

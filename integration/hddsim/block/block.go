@@ -26,7 +26,8 @@ type Loop struct {
 }
 
 // readAheadKiB is that of a real disk, fast or slow. A loop's own follows from its optimal I/O size, 2560 KiB here: it
-// would hide most of a disk's seeks, and make all of a file look touched of which a start reads a part.
+// would hide most of a disk's seeks, and make all of a file look touched of which a start reads a part. Over some files the
+// kernel sets it back to this, its default, at the next change of the device.
 const readAheadKiB = 128
 
 // Attach puts a loop device over a file. Its I/O passes the page cache of the file by, so that there is one cache, that
@@ -42,6 +43,19 @@ func Attach(file string) (*Loop, error) {
 		return nil, errors.Join(fmt.Errorf("set read-ahead of %q: %w", f.Name(), err), l.Close())
 	}
 	return l, nil
+}
+
+// SetReadAhead sets how far the kernel reads ahead on the filesystem that is mounted on dir.
+func SetReadAhead(dir string, kib int) error {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return fmt.Errorf("set read-ahead of %q: %w", dir, err)
+	}
+	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+	if err := os.WriteFile(path, []byte(strconv.Itoa(kib)), 0); err != nil {
+		return fmt.Errorf("set read-ahead of %q: %w", dir, err)
+	}
+	return nil
 }
 
 // Path is the device's path.
