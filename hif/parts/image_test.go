@@ -94,8 +94,8 @@ func TestChoose(t *testing.T) {
 		require.Less(t, f.Bytes()+f.Saved(), f.Size)
 	}
 	require.Equal(t, []string{"/3/a", "/3/untouched", "/3/z"}, names)
-	require.Equal(t, []Range{{mb - 4<<10, Chunk + 8<<10}}, set.Files[0].Hot)
-	require.EqualValues(t, 4<<10, set.Margin)
+	require.Equal(t, []Range{{mb - 16<<10, Chunk + 32<<10}}, set.Files[0].Hot)
+	require.EqualValues(t, 16<<10, set.Margin)
 	require.NoError(t, set.check())
 	few := Choose([]Want{large("/3/a", 2*mb), large("/3/b", 4*mb), large("/3/c", 3*mb)}, Rules{MaxFiles: 2})
 	require.Len(t, few.Files, 2)
@@ -110,7 +110,7 @@ func TestMargin(t *testing.T) {
 	wants := []Want{{"/3/a", 20 * mb, []Range{{mb, Chunk}, {5 * mb, Chunk}}}, {"/3/b", mb, []Range{{0, mb / 2}}}}
 	cost := func(margin int64) int64 { return 5 * margin } // two on both sides, one at its end
 	for _, tc := range []struct{ spare, margin int64 }{
-		{0, 4 << 10}, {cost(8<<10) - 1, 4 << 10}, {cost(8<<10) + 100, 8 << 10}, {cost(64<<10) + 100, 64 << 10}, {100 * mb, 128 << 10},
+		{0, 16 << 10}, {cost(32<<10) - 1, 16 << 10}, {cost(32<<10) + 100, 32 << 10}, {cost(64<<10) + 100, 64 << 10}, {100 * mb, 128 << 10},
 	} {
 		set := Choose(wants, Rules{Spare: tc.spare})
 		require.Equal(t, tc.margin, set.Margin, tc.spare)
