@@ -23,10 +23,6 @@ const (
 	// known what starts touch. Of larger ones the trace could not tell any more
 	// (package trace).
 	aheadUnknown = 256 << 10
-	// aheadStep is what one call asks for. Beyond the read-ahead of the device or
-	// the size of its largest request, whichever is more, the kernel silently cuts a
-	// request off (mm/readahead.c, force_page_cache_ra); 128 KiB is the default of the former.
-	aheadStep = 128 << 10
 )
 
 // readAhead brings what starts of an image have used from NVM into the page
@@ -114,13 +110,7 @@ func willNeed(root int, name string, ranges []profile.Range) (bytes int64) {
 	}
 	defer unix.Close(fd)
 	for _, r := range ranges {
-		for done := int64(0); done < r.Length; done += aheadStep {
-			n := min(aheadStep, r.Length-done)
-			if unix.Fadvise(fd, r.Offset+done, n, unix.FADV_WILLNEED) != nil {
-				return bytes
-			}
-			bytes += n
-		}
+		bytes += parts.WillNeed(fd, r.Offset, r.Length)
 	}
 	return bytes
 }

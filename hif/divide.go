@@ -90,8 +90,7 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 }
 
 // marginShare is how much of an image's bytes the margins around what starts
-// touch may cost: little of a large image, whose starts differ most, and more
-// than it is worth of one that is nearly all program.
+// touch may cost. Of a large image, whose starts differ most, that is plenty.
 const marginShare = 0.03
 
 // bytesOf is the size of an image's files, 0 if they cannot be listed. It never

@@ -63,7 +63,7 @@ func glob(pattern string) map[string]bool {
 }
 
 // aheadStep is what one call of posix_fadvise asks for. Beyond the read-ahead of the device or the size of its largest request,
-// whichever is more, the kernel silently cuts a request off (mm/readahead.c, force_page_cache_ra).
+// whichever is more, the kernel silently cuts a request off (mm/readahead.c, force_page_cache_ra); 128 KiB is the default of the former.
 const aheadStep = 128 << 10
 
 // ReadAhead has the kernel bring the image at path into the page cache, up to so many bytes, so that a start that reads its
@@ -78,11 +78,15 @@ func ReadAhead(path string, limit int64) (bytes int64) {
 	if err != nil {
 		return 0
 	}
-	limit = min(limit, st.Size())
-	for bytes < limit && unix.Fadvise(int(f.Fd()), bytes, aheadStep, unix.FADV_WILLNEED) == nil {
+	return WillNeed(int(f.Fd()), 0, min(limit, st.Size()))
+}
+
+// WillNeed has the kernel read a part of an open file into the page cache. It returns how many bytes were asked for.
+func WillNeed(fd int, off, length int64) (bytes int64) {
+	for bytes < length && unix.Fadvise(fd, off+bytes, min(aheadStep, length-bytes), unix.FADV_WILLNEED) == nil {
 		bytes += aheadStep
 	}
-	return min(bytes, limit)
+	return min(bytes, length)
 }
 
 // Forget takes the image at path out of the page cache: what was read of its files is cached with them.
