@@ -164,8 +164,13 @@ func mountTree(t testing.TB, image string) string {
 	return dir
 }
 
+// unmount waits for children of other tests that are being made: until they execute something they have all files open.
 func unmount(t testing.TB, dir string) {
-	if err := unix.Unmount(dir, 0); err != nil {
+	err := unix.Unmount(dir, 0)
+	for end := time.Now().Add(10 * time.Second); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = unix.Unmount(dir, 0) {
+		time.Sleep(time.Millisecond)
+	}
+	if err != nil {
 		t.Errorf("unmount %s: %v", dir, err)
 		_ = unix.Unmount(dir, unix.MNT_DETACH)
 	}
