@@ -143,7 +143,7 @@ func (m *Manager) served(d *division) (have map[string]bool, current bool) {
 	}
 	current = len(stands.Files) == len(d.set.Files)
 	for _, f := range d.set.Files {
-		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && covers(s.Hot, parts.Hot(f.Size, d.touched[f.Redirect], 0)) {
+		if s, ok := byName[f.Redirect]; ok && s.Size == f.Size && len(s.Cold(parts.Hot(f.Size, d.touched[f.Redirect], 0))) == 0 {
 			have[f.Redirect] = true
 		}
 	}
@@ -180,20 +180,6 @@ func (m *Manager) leaveHot(o *openStart, files []trace.File) {
 			f.Ranges = append(f.Ranges, trace.Range(r))
 		}
 	}
-}
-
-// covers tells whether every range of wanted lies within one of stands; both
-// are in order and do not touch.
-func covers(stands, wanted []parts.Range) bool {
-	for _, w := range wanted {
-		ok := slices.ContainsFunc(stands, func(s parts.Range) bool {
-			return s.Offset <= w.Offset && w.Offset+w.Length <= s.Offset+s.Length
-		})
-		if !ok {
-			return false
-		}
-	}
-	return true
 }
 
 // divide makes the images of parts that are wanted and not there, one after

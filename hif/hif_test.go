@@ -24,6 +24,7 @@ func TestCovers(t *testing.T) {
 		}
 		return all
 	}
+	covers := func(stands, wanted []parts.Range) bool { return len((&parts.File{Hot: stands}).Cold(wanted)) == 0 } // as served asks
 	require.True(t, covers(r(0, 10, 20, 10), r(0, 10, 22, 3)))
 	require.True(t, covers(r(0, 10), nil))
 	require.False(t, covers(r(0, 10, 20, 10), r(0, 11)))

@@ -104,7 +104,7 @@ func TestChoose(t *testing.T) {
 	require.Empty(t, Choose(nil, Rules{}).Files)
 }
 
-// The margin is the largest that costs no more than there is to spare, and the kernel reads no further than it.
+// The margin is the largest that costs no more than there is to spare.
 func TestMargin(t *testing.T) {
 	const mb = 1 << 20
 	wants := []Want{{"/3/a", 20 * mb, []Range{{mb, Chunk}, {5 * mb, Chunk}}}, {"/3/b", mb, []Range{{0, mb / 2}}}}

@@ -301,6 +301,13 @@ func pages(t *testing.T, name string) uint64 {
 	return st.Cache
 }
 
+// forgotten waits until nothing of a file is cached: what is dirty or being read stays.
+func forgotten(t *testing.T, name string) {
+	t.Helper()
+	unix.Sync()
+	require.Eventually(t, func() bool { Forget(name); return pages(t, name) == 0 }, 10*time.Second, time.Millisecond)
+}
+
 // The kernel reads no further around a page than the margin is wide.
 func TestNothingColdIsRead(t *testing.T) {
 	s := newStand(t)
@@ -314,9 +321,7 @@ func TestNothingColdIsRead(t *testing.T) {
 		p := s.point(fmt.Sprint(margin))
 		s.mount(p)
 		m := s.overlay(p)
-		unix.Sync() // dirty pages stay cached
-		Forget(home)
-		require.Zero(t, pages(t, home))
+		forgotten(t, home)
 		f, err := os.Open(m + "/3/f")
 		require.NoError(t, err)
 		mapped, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_PRIVATE)
@@ -337,15 +342,13 @@ func TestReadAhead(t *testing.T) {
 	const size = 400 * Chunk
 	s.put("/3/f", random(size))
 	st := s.write([]File{{"/3/f", size, []Range{{0, size}}}})
-	unix.Sync()
-	forgotten := func() bool { Forget(s.image); return pages(t, s.image) == 0 } // not while it is being read
-	require.Eventually(t, forgotten, 10*time.Second, time.Millisecond)
+	forgotten(t, s.image)
 	require.EqualValues(t, 2*aheadStep, ReadAhead(s.image, 2*aheadStep))
 	require.Eventually(t, func() bool { return pages(t, s.image) == 2*aheadStep/uint64(os.Getpagesize()) }, 10*time.Second, time.Millisecond)
 	require.Equal(t, st.Bytes, ReadAhead(s.image, 1<<40))
 	all := uint64(st.Bytes+int64(os.Getpagesize())-1) / uint64(os.Getpagesize())
 	require.Eventually(t, func() bool { return pages(t, s.image) == all }, 10*time.Second, time.Millisecond)
-	require.Eventually(t, forgotten, 10*time.Second, time.Millisecond)
+	forgotten(t, s.image)
 	require.Zero(t, ReadAhead(s.image+"-", 1<<40))
 	Forget(s.image + "-")
 }
