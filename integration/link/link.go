@@ -57,7 +57,7 @@ type Request struct {
 // Link is an http.Handler. All methods may be called at any time, from any goroutine.
 type Link struct {
 	proxy *httputil.ReverseProxy
-	wire  bucket
+	wire  wire
 
 	mu       sync.Mutex
 	latency  time.Duration
@@ -81,7 +81,7 @@ func New(o Options) (*Link, error) {
 		return nil, errors.New("link: Options.Upstream is empty; it must be the registry's host:port")
 	}
 	l := &Link{
-		wire:    bucket{rate: o.Rate},
+		wire:    wire{rate: o.Rate},
 		latency: o.Latency,
 		epoch:   make(chan struct{}),
 		rules:   map[string]*rule{},
@@ -262,7 +262,9 @@ func (l *Link) wrap(resp *http.Response) error {
 		return errors.New("response to a request that did not come through the link")
 	}
 	l.update(func() { record.Status = resp.StatusCode })
-	resp.Body = &body{ReadCloser: resp.Body, link: l, record: record, ctx: resp.Request.Context(), at: rangeStart(resp)}
+	resp.Body = &body{
+		ReadCloser: resp.Body, link: l, record: record, ctx: resp.Request.Context(), at: rangeStart(resp), flow: flow{wire: &l.wire},
+	}
 	return nil
 }
 
@@ -282,6 +284,7 @@ type body struct {
 	record *Request
 	ctx    context.Context
 	at     int64 // offset in the blob of the next byte
+	flow   flow
 }
 
 func (b *body) Read(p []byte) (int, error) {
@@ -292,7 +295,7 @@ func (b *body) Read(p []byte) (int, error) {
 	p = p[:min(int64(len(p)), limit, chunk)]
 	n, err := b.ReadCloser.Read(p)
 	if n > 0 {
-		if waitErr := sleepUntil(b.ctx, b.link.wire.reserve(time.Now(), n)); waitErr != nil {
+		if waitErr := sleepUntil(b.ctx, b.flow.send(time.Now(), n)); waitErr != nil {
 			return 0, fmt.Errorf("send chunk: %w", waitErr)
 		}
 		b.at += int64(n)

@@ -64,17 +64,6 @@ func within(t *testing.T) context.Context {
 	return ctx
 }
 
-func TestBucketSharesOneWire(t *testing.T) {
-	b := bucket{rate: 1000}
-	t0 := time.Unix(1000, 0)
-	require.Equal(t, t0.Add(100*time.Millisecond), b.reserve(t0, 100))
-	require.Equal(t, t0.Add(300*time.Millisecond), b.reserve(t0, 200), "a second connection queues behind the first")
-	later := t0.Add(time.Hour)
-	require.Equal(t, later.Add(time.Second), b.reserve(later, 1000), "an idle hour is not saved up")
-	b.setRate(0)
-	require.Equal(t, later.Add(time.Second), b.reserve(later, 1<<30), "no limit costs nothing more")
-}
-
 func TestPassesBlobsAndRangesUnchanged(t *testing.T) {
 	data := bytes.Repeat([]byte("0123456789"), 10000)
 	l, base := serve(t, Options{}, map[string][]byte{one: data})
