@@ -355,6 +355,12 @@ func (r *Rig) Context(ctx context.Context) context.Context {
 // Ref is the reference by which an image is pulled through the link.
 func (r *Rig) Ref(name string) string { return r.linkAddr + "/" + name }
 
+// BlobPath is where a blob of an image is fetched over the link: host, port and path.
+func (r *Rig) BlobPath(name, digest string) string {
+	repository, _, _ := strings.Cut(name, ":")
+	return r.linkAddr + "/v2/" + repository + "/blobs/" + digest
+}
+
 // Push stores an image in the registry, past the link.
 func (r *Rig) Push(ctx context.Context, name string, img v1.Image) error {
 	return image.Push(ctx, r.Registry.Addr()+"/"+name, img)

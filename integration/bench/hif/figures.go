@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 )
 
@@ -116,6 +117,13 @@ func categories(images []*imageRow) (names []string) {
 
 // firstFigures are medians over the images.
 func (rs rows) firstFigures(set func(string, float64)) {
+	var links []lab.LinkRate
+	for _, r := range rs {
+		if r.First != nil {
+			links = append(links, r.First.Link)
+		}
+	}
+	lab.LinkFigures(links, set)
 	for _, mode := range knowledge {
 		var ratios, space []float64
 		for _, r := range rs {

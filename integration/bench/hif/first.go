@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/nhybrid/nhybrid/hif/profile"
+	"github.com/nhybrid/nhybrid/integration/bench/lab"
 	"github.com/nhybrid/nhybrid/integration/image/catalog"
 	"github.com/nhybrid/nhybrid/integration/rig"
 	"github.com/nhybrid/nhybrid/placement"
@@ -36,6 +37,8 @@ var knowledge = []string{knowsNothing, knowsLayers, knowsFiles, knowsProfile}
 type firstRow struct {
 	Image string                `json:"image"`
 	Modes map[string]*firstMode `json:"modes"`
+	// Link is what the link really let through, measured before the first pull.
+	Link lab.LinkRate `json:"link"`
 }
 
 type firstMode struct {
@@ -57,8 +60,15 @@ func (b *bench) first(ctx context.Context, img catalog.Image) (*firstRow, error)
 	if err != nil {
 		return nil, err
 	}
+	rate, err := placement.ParseRate(b.options.link)
+	if err != nil {
+		return nil, err
+	}
+	if r.Link, err = b.measureLink(ctx, img, rate); err != nil {
+		return nil, err
+	}
 	for _, mode := range knowledge {
-		if r.Modes[mode], err = b.firstWith(ctx, img, mode, artifacts); err != nil {
+		if r.Modes[mode], err = b.firstWith(ctx, img, mode, rate, artifacts); err != nil {
 			return nil, fmt.Errorf("with %s: %w", mode, err)
 		}
 	}
@@ -73,11 +83,24 @@ func firstConfig(mode string) string {
 	return fmt.Sprintf("[placement]\npolicy = 'lass'\n[hot]\npredict = '%s'\nfetch_profiles = %t\n", predict, mode == knowsProfile)
 }
 
-func (b *bench) firstWith(ctx context.Context, img catalog.Image, mode, artifacts string) (m *firstMode, err error) {
-	rate, err := placement.ParseRate(b.options.link)
+// measureLink is done with a stand of its own, so that no fetch of its warms anything for the pulls.
+func (b *bench) measureLink(ctx context.Context, img catalog.Image, rate float64) (r lab.LinkRate, err error) {
+	m, err := b.images[img.Name].Manifest()
 	if err != nil {
-		return nil, err
+		return r, err
 	}
+	s, err := b.newStand(ctx, setup{size: b.deviceSize, rate: rate})
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := s.push(ctx, ref(img.Name), b.images[img.Name]); err != nil {
+		return r, err
+	}
+	return lab.MeasureLink(ctx, s.places[hybrid].rig, ref(img.Name), m.Layers, rate)
+}
+
+func (b *bench) firstWith(ctx context.Context, img catalog.Image, mode string, rate float64, artifacts string) (m *firstMode, err error) {
 	s, err := b.newStand(ctx, setup{size: b.deviceSize, overlay: true, rate: rate, config: firstConfig(mode)})
 	if err != nil {
 		return nil, err
