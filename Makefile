@@ -23,6 +23,8 @@ DEB_BUILD := ca-certificates gcc libc6-dev pkg-config libseccomp-dev
 DEB_RUN   := attr busybox-static containernetworking-plugins e2fsprogs erofs-utils iproute2 iptables mmdebstrap \
              mount strace util-linux xfsprogs
 DEB_GEN   := protobuf-compiler
+# igzip, which containerd takes where it is in its PATH: bench-deploy compares with that too.
+DEB_DEPLOY := isal
 # What bench-scm compares with, and builds its programs with.
 DEB_SCM   := gcc libc6-dev binutils libpmemobj-dev libsqlite3-dev redis-server redis-tools
 
@@ -116,6 +118,7 @@ test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, 
 # One package at a time: benchmarks drop the machine's caches, and traces of other tests would find that in theirs.
 .PHONY: test-integration
 test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).
+	@tools/deps $(DEB_DEPLOY)
 	go test -tags integration -count 1 -p 1 -timeout 20m ./integration/... ./scmlib/region/ctrd
 
 .PHONY: test-pmem
@@ -142,6 +145,7 @@ bench: bench-deploy bench-hif bench-scm ## Run every benchmark; figures go to ou
 
 .PHONY: bench-deploy
 bench-deploy: deps tools build ## Measure deployment against the overlayfs snapshotter.
+	@tools/deps $(DEB_DEPLOY)
 	go run ./integration/bench deploy
 
 .PHONY: bench-hif

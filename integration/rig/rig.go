@@ -57,6 +57,8 @@ type Options struct {
 	DaemonConfig string
 	// DaemonEnv is added to the daemon's environment, "NAME=value".
 	DaemonEnv []string
+	// ContainerdEnv is added to containerd's environment, "NAME=value".
+	ContainerdEnv []string
 	// ContainerdConfig is TOML added at the end of containerd's configuration file: tables.
 	ContainerdConfig string
 	// ConcurrentUnpacks above 1 lets containerd unpack so many layers of an image at a time, by the capability
@@ -273,7 +275,7 @@ func (r *Rig) makeTiers(ctx context.Context) (err error) {
 func (r *Rig) defineProcesses() {
 	path := "PATH=" + r.bin + ":" + os.Getenv("PATH")
 	r.Containerd = &Process{
-		name: "containerd", keep: r.options.Keep, env: []string{path},
+		name: "containerd", keep: r.options.Keep, env: append([]string{path}, r.options.ContainerdEnv...),
 		args:    []string{filepath.Join(r.bin, "containerd"), "--config", filepath.Join(r.Dir, "containerd.toml")},
 		logPath: filepath.Join(r.Dir, "log", "containerd.log"),
 		ready: func(ctx context.Context) error {

@@ -33,13 +33,13 @@ var parts = []string{partPull, partPrepare, partMetadata}
 
 // options of the command.
 type options struct {
-	out, bin, logs, cache              string
-	size                               string
-	images, bandwidths, variants, skip []string
-	rounds, repetitions, afterRounds   int
-	captureFiles                       []int
-	idle                               time.Duration
-	dropCaches, fresh                  bool
+	out, bin, logs, cache            string
+	size                             string
+	images, links, variants, skip    []string
+	rounds, repetitions, afterRounds int
+	captureFiles                     []int
+	idle                             time.Duration
+	dropCaches, fresh                bool
 }
 
 // Command is the subcommand.
@@ -66,8 +66,8 @@ func Command() *cobra.Command {
 	f.StringVar(&o.cache, "cache", "", "directory of built images (default: $NHYBRID_CACHE, or out/cache of the repository)")
 	f.StringVar(&o.logs, "logs", "", "directory for the logs of every run (default: none are kept)")
 	f.StringVar(&o.size, "size", full, "images: full (Debian packages) or small (generated, for a try)")
-	f.StringSliceVar(&o.images, "images", nil, "images to pull (default all)")
-	f.StringSliceVar(&o.bandwidths, "bandwidths", []string{"100Mbit", "1Gbit"}, "rates of the link; 0: no limit")
+	f.StringSliceVar(&o.images, "images", nil, strings.Join(imageNames, ", ")+" (default all)")
+	f.StringSliceVar(&o.links, "links", []string{"100Mbit", "1Gbit"}, "bandwidths of the link; 0: no limit")
 	f.StringSliceVar(&o.variants, "variants", nil, strings.Join(variantNames(), ", ")+" (default all but the last two)")
 	f.StringSliceVar(&o.skip, "skip", nil, "parts to leave out: "+strings.Join(parts, ", "))
 	f.IntVar(&o.rounds, "rounds", 5, "how often each pull is measured")
@@ -98,6 +98,11 @@ func (o *options) check() error {
 			return fmt.Errorf("--capture-files %d: must be at least 1", n)
 		}
 	}
+	for _, l := range o.links {
+		if _, err := linkRate(l); err != nil {
+			return fmt.Errorf("--links: %w", err)
+		}
+	}
 	_, err := lab.Choose("part for --skip", o.skip, parts)
 	return err
 }
@@ -109,9 +114,10 @@ type bench struct {
 	bin         string // copies of the programs
 	registryDir string
 	sizes       sizes
-	rates       map[string]float64
 	images      map[string]v1.Image
 	layers      map[string][]v1.Descriptor
+	data        map[string][]int64   // bytes of the files of each layer, by image
+	links       map[key]lab.LinkRate // by round, image and link
 	setting     string
 	progress    io.Writer
 	begun       time.Time

@@ -26,7 +26,7 @@ import (
 )
 
 func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
-	b := &bench{options: o, progress: progress, begun: time.Now(), sizes: sizes{HDD: 8 << 30, NVM: 3 << 30}}
+	b := &bench{options: o, progress: progress, begun: time.Now(), links: map[key]lab.LinkRate{}, sizes: sizes{HDD: 8 << 30, NVM: 3 << 30}}
 	if o.size == small {
 		b.sizes = sizes{HDD: 1 << 30, NVM: 512 << 20}
 	}
@@ -34,9 +34,6 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, rig.Remove(b.dir)) }()
-	if b.rates, err = rates(o.bandwidths); err != nil {
-		return err
-	}
 	found, err := lab.FindPrograms(o.bin)
 	if err != nil {
 		return err
@@ -47,6 +44,9 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	}
 	chosen, err := chosenVariants(o.variants)
 	if err != nil {
+		return err
+	}
+	if err := checkIgzip(chosen); err != nil {
 		return err
 	}
 	names, err := lab.Choose("image", o.images, imageNames)
@@ -75,7 +75,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	}
 	raw := rawRuns{}
 	if !slices.Contains(o.skip, partPull) {
-		if raw.Pulls, err = b.pulls(ctx, plan(o.rounds, names, o.bandwidths, chosen)); err != nil {
+		if raw.Pulls, err = b.pulls(ctx, plan(o.rounds, names, o.links, chosen)); err != nil {
 			return err
 		}
 	}
@@ -90,7 +90,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		}
 	}
 	r.Machine.LoadAfter = result.Load()
-	if err := raw.fill(r, policy, b.rates); err != nil {
+	if err := raw.fill(r, policy); err != nil {
 		return err
 	}
 	path, err := r.Write(o.out)
@@ -126,20 +126,20 @@ type rawRuns struct {
 }
 
 // fill derives figures and tables.
-func (raw rawRuns) fill(r *result.Result, policy string, bandwidth map[string]float64) error {
+func (raw rawRuns) fill(r *result.Result, policy string) error {
 	r.Runs = raw
-	raw.Pulls.figures(policy, r.Set)
+	raw.Pulls.figures(r.Set)
 	prepareFigures(raw.Preparations, r.Set)
 	metadataFigures(raw.Metadata, r.Set)
 	if len(raw.Pulls) == 0 {
 		return nil
 	}
-	simulated, err := raw.Pulls.simulated(bandwidth)
+	simulated, err := raw.Pulls.simulated(policy)
 	if err != nil {
 		return err
 	}
 	r.Tables = append(r.Tables, raw.Pulls.times("Seconds until the pull returned: median (range)", returned),
-		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.placed(), simulated, raw.Pulls.copied())
+		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.costs(), raw.Pulls.placed(), simulated, raw.Pulls.copied())
 	return nil
 }
 
@@ -173,6 +173,9 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 	return done, nil
 }
 
+// form is the version of what a run holds. Runs of another form are measured again.
+const form = 2
+
 // fingerprint is equal for runs that may be compared: the same programs, images and devices.
 func (b *bench) fingerprint() (string, error) {
 	h := sha256.New()
@@ -186,7 +189,7 @@ func (b *bench) fingerprint() (string, error) {
 			return "", err
 		}
 	}
-	if err := json.NewEncoder(h).Encode([]any{b.layers, b.sizes, hddsim.HDD(), b.options.dropCaches}); err != nil {
+	if err := json.NewEncoder(h).Encode([]any{form, b.layers, b.sizes, hddsim.HDD(), b.options.dropCaches}); err != nil {
 		return "", err
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16], nil

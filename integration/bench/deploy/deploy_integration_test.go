@@ -51,8 +51,8 @@ func checkGone(t *testing.T) {
 func TestDeploySmall(t *testing.T) {
 	out := t.TempDir()
 	args := []string{
-		"--out=" + out, "--rounds=1", "--images=middle", "--bandwidths=1Gbit", "--repetitions=3", "--capture-files=1000",
-		"--variants=" + strings.Join([]string{overlayHDD, overlayNVM, lass, overlayNVMParallel, lassParallel, drain}, ","),
+		"--out=" + out, "--rounds=1", "--images=middle", "--links=1Gbit", "--repetitions=3", "--capture-files=1000",
+		"--variants=" + strings.Join([]string{overlayHDD, overlayNVM, overlayNVMBest, hybrid, lass, lassBest}, ","),
 	}
 	var log bytes.Buffer
 	require.NoError(t, execute(t.Context(), io.MultiWriter(&log, t.Output()), args...))
@@ -60,15 +60,20 @@ func TestDeploySmall(t *testing.T) {
 	r, err := result.Read(filepath.Join(out, "deploy.json"))
 	require.NoError(t, err)
 	for _, figure := range []string{
-		"durable_vs_nvm", "durable_vs_hdd", "nvm_saved_sequential", "nvm_saved_parallel", "nvm_saved_drain",
-		"prepare_overhead_ms", "capture_s_1k", "tree_bytes_per_file_1k", "daemon_idle_rss_mb", "durable_vs_nvm.middle.1Gbit",
+		"durable_vs_nvm_1g", "durable_vs_hdd_1g", "durable_vs_best_1g", "durable_vs_link_1g", "durable_vs_nvm_1g.lass", "nvm_saved_1g",
+		"nvm_saved_1g.lass-best", "cpu_vs_overlayfs", "daemon_peak_mb", "write_amplification_hdd", "link_rate_1g", "link_rate_three_1g",
+		"prepare_overhead_ms", "capture_s_1k", "tree_bytes_per_file_1k", "daemon_idle_rss_mb",
 	} {
 		require.Contains(t, r.Figures, figure)
 	}
-	for _, figure := range []string{"durable_vs_nvm", "durable_vs_hdd", "daemon_idle_rss_mb", "capture_s_1k"} {
+	for _, figure := range []string{
+		"durable_vs_nvm_1g", "durable_vs_best_1g", "durable_vs_link_1g", "link_rate_1g", "daemon_idle_rss_mb", "daemon_peak_mb", "capture_s_1k",
+		"write_amplification_hdd",
+	} {
 		require.Positive(t, r.Figures[figure], figure)
 	}
-	require.Less(t, r.Figures["nvm_saved_sequential"], 1.0)
+	require.Less(t, r.Figures["nvm_saved_1g.nvm"], 0.5, "all is on NVM")
+	require.InDelta(t, 1, r.Figures["nvm_saved_1g.hdd"], 0.1, "nothing is on NVM")
 	var text strings.Builder
 	require.NoError(t, r.Markdown(&text))
 	require.Contains(t, text.String(), "| middle | 1Gbit | lass |")
@@ -80,7 +85,7 @@ func TestDeploySmall(t *testing.T) {
 	require.NotContains(t, log.String(), "returned")
 	again, err := result.Read(filepath.Join(out, "deploy.json"))
 	require.NoError(t, err)
-	require.Equal(t, r.Figures["durable_vs_nvm"], again.Figures["durable_vs_nvm"])
+	require.Equal(t, r.Figures["durable_vs_nvm_1g"], again.Figures["durable_vs_nvm_1g"])
 }
 
 // cancelOn cancels when a text is written.
@@ -98,7 +103,7 @@ func (c cancelOn) Write(p []byte) (int, error) {
 
 func TestInterruptedMeasurementLeavesItsRunsAndNothingElse(t *testing.T) {
 	out := t.TempDir()
-	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--bandwidths=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata"}
+	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--links=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata"}
 	ctx, cancel := context.WithCancel(t.Context())
 	require.ErrorContains(t, execute(ctx, cancelOn{"1/2", cancel}, args...), "goes on where it was")
 	checkGone(t)

@@ -7,7 +7,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"time"
 
@@ -70,7 +72,7 @@ func smallImages() map[string]image.TinySpec {
 
 // makeImages makes the chosen images, or takes them from the cache.
 func (b *bench) makeImages(ctx context.Context, names []string) error {
-	b.images, b.layers = map[string]v1.Image{}, map[string][]v1.Descriptor{}
+	b.images, b.layers, b.data = map[string]v1.Image{}, map[string][]v1.Descriptor{}, map[string][]int64{}
 	build, err := b.builder(ctx)
 	if err != nil {
 		return err
@@ -85,8 +87,47 @@ func (b *bench) makeImages(ctx context.Context, names []string) error {
 			return fmt.Errorf("make image %q: %w", name, err)
 		}
 		b.images[name], b.layers[name] = img, m.Layers
+		if b.data[name], err = fileBytes(img); err != nil {
+			return fmt.Errorf("measure image %q: %w", name, err)
+		}
 	}
 	return nil
+}
+
+// fileBytes adds up the sizes of the regular files of each layer.
+func fileBytes(img v1.Image) (sums []int64, err error) {
+	layers, err := img.Layers()
+	if err != nil {
+		return nil, err
+	}
+	for _, l := range layers {
+		sum, err := layerBytes(l)
+		if err != nil {
+			return nil, err
+		}
+		sums = append(sums, sum)
+	}
+	return sums, nil
+}
+
+func layerBytes(l v1.Layer) (sum int64, err error) {
+	content, err := l.Uncompressed()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, content.Close()) }()
+	for tr := tar.NewReader(content); ; {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return sum, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+		if h.Typeflag == tar.TypeReg {
+			sum += h.Size
+		}
+	}
 }
 
 func (b *bench) builder(ctx context.Context) (func(name string) (v1.Image, error), error) {

@@ -5,6 +5,7 @@ package deploy
 
 import (
 	"fmt"
+	"os/exec"
 	"slices"
 
 	"github.com/nhybrid/nhybrid/integration/bench/lab"
@@ -14,44 +15,46 @@ import (
 // variant is one way to keep snapshots. containerd's content and metadata stand on the HDD in all of them.
 type variant struct {
 	Name string
-	// Policy of nhybrid; "": containerd's overlayfs snapshotter.
+	// Hybrid is nhybrid's snapshotter; else it is containerd's overlayfs snapshotter.
+	Hybrid bool
+	// Policy of nhybrid; "": the one that a daemon has by default.
 	Policy string
 	// NVM puts the overlayfs snapshotter's directory on NVM.
 	NVM bool
-	// Unpacks is how many layers containerd unpacks at a time.
-	Unpacks int
-	// Baseline is the variant with all snapshots on NVM that this one is measured against.
-	Baseline string
+	// Best is containerd as fast as it can be made by configuration: unpacks layers at a time, decompressed by igzip. Else it
+	// unpacks one layer at a time, which is its default, and decompresses by itself.
+	Best bool
 	// Extra variants are measured only where they are asked for.
 	Extra bool
 }
 
-// parallel is containerd's max_concurrent_unpacks of the parallel variants.
-const parallel = 3
+// unpacks is containerd's max_concurrent_unpacks of the best variants.
+const unpacks = 3
 
 const (
-	overlayHDD         = "overlayfs-hdd"
-	overlayNVM         = "overlayfs-nvm"
-	overlayNVMParallel = "overlayfs-nvm-parallel"
-	lass               = "lass"
-	drain              = "drain"
-	lassParallel       = "lass-parallel"
-	drainParallel      = "drain-parallel"
-	allNVM             = "nvm"
-	allHDD             = "hdd"
+	overlayHDD     = "hdd"
+	overlayNVM     = "nvm"
+	overlayHDDBest = "hdd-best"
+	overlayNVMBest = "nvm-best"
+	hybrid         = "default"
+	lass           = "lass"
+	allHDD         = "all-hdd"
+	allNVM         = "all-nvm"
+	hybridBest     = "default-best"
+	lassBest       = "lass-best"
 )
 
 var variants = []variant{
-	{Name: overlayHDD, Unpacks: 1},
-	{Name: overlayNVM, Unpacks: 1, NVM: true},
-	{Name: lass, Unpacks: 1, Policy: "lass", Baseline: overlayNVM},
-	{Name: drain, Unpacks: 1, Policy: "drain", Baseline: overlayNVM},
-	{Name: overlayNVMParallel, Unpacks: parallel, NVM: true},
-	{Name: lassParallel, Unpacks: parallel, Policy: "lass", Baseline: overlayNVMParallel},
-	{Name: drainParallel, Unpacks: parallel, Policy: "drain", Baseline: overlayNVMParallel},
-	// What nhybrid costs where placement plays no part, and what it gains nothing by.
-	{Name: allNVM, Unpacks: 1, Policy: "nvm", Baseline: overlayNVM, Extra: true},
-	{Name: allHDD, Unpacks: 1, Policy: "hdd", Baseline: overlayNVM, Extra: true},
+	{Name: overlayHDD},
+	{Name: overlayNVM, NVM: true},
+	{Name: overlayHDDBest, Best: true},
+	{Name: overlayNVMBest, NVM: true, Best: true},
+	{Name: hybrid, Hybrid: true},
+	{Name: lass, Hybrid: true, Policy: "lass"},
+	{Name: allHDD, Hybrid: true, Policy: "hdd"},
+	{Name: allNVM, Hybrid: true, Policy: "nvm"},
+	{Name: hybridBest, Hybrid: true, Best: true, Extra: true},
+	{Name: lassBest, Hybrid: true, Policy: "lass", Best: true, Extra: true},
 }
 
 func variantNames() (names []string) {
@@ -63,10 +66,22 @@ func variantNames() (names []string) {
 
 // chosenVariants are those that were asked for, or all but the extra ones.
 func chosenVariants(wanted []string) ([]string, error) {
-	if len(wanted) > 0 {
-		return lab.Choose("variant", wanted, variantNames())
+	if len(wanted) == 0 {
+		return slices.DeleteFunc(variantNames(), func(name string) bool { v, _ := variantByName(name); return v.Extra }), nil
 	}
-	return slices.DeleteFunc(variantNames(), func(name string) bool { v, _ := variantByName(name); return v.Extra }), nil
+	return lab.Choose("variant", wanted, variantNames())
+}
+
+// checkIgzip finds out before anything is pulled that the best variants can be measured.
+func checkIgzip(chosen []string) error {
+	for _, name := range chosen {
+		if v, _ := variantByName(name); v.Best {
+			if _, err := exec.LookPath("igzip"); err != nil {
+				return fmt.Errorf("variant %q: %w; install Debian's package isal", name, err)
+			}
+		}
+	}
+	return nil
 }
 
 func variantByName(name string) (variant, bool) {
@@ -79,30 +94,30 @@ func variantByName(name string) (variant, bool) {
 
 // key is what a run is of.
 type key struct {
-	Round     int    `json:"round"` // from 1
-	Image     string `json:"image"`
-	Bandwidth string `json:"bandwidth"`
-	Variant   string `json:"variant"`
+	Round   int    `json:"round"` // from 1
+	Image   string `json:"image"`
+	Link    string `json:"link"` // bandwidth as --links has it
+	Variant string `json:"variant"`
 }
 
 func (k key) String() string {
-	return fmt.Sprintf("round %d, %s, %s, %s", k.Round, k.Image, k.Bandwidth, k.Variant)
+	return fmt.Sprintf("round %d, %s, %s, %s", k.Round, k.Image, k.Link, k.Variant)
 }
 
 // cell is what runs are compared within.
-func (k key) cell() key { return key{Image: k.Image, Bandwidth: k.Bandwidth} }
+func (k key) cell() key { return key{Image: k.Image, Link: k.Link} }
 
-// plan lists the runs in their order. The variants of one image, bandwidth and round follow each other, so that what
+// plan lists the runs in their order. The variants of one image, link and round follow each other, so that what
 // drifts with time touches them alike; each round begins with another variant, so that none always has the same one
 // before it.
-func plan(rounds int, images, bandwidths, variants []string) (keys []key) {
+func plan(rounds int, images, links, variants []string) (keys []key) {
 	for round := 1; round <= rounds; round++ {
 		first := (round - 1) % len(variants)
 		order := append(slices.Clone(variants[first:]), variants[:first]...)
 		for _, image := range images {
-			for _, bandwidth := range bandwidths {
+			for _, link := range links {
 				for _, v := range order {
-					keys = append(keys, key{round, image, bandwidth, v})
+					keys = append(keys, key{round, image, link, v})
 				}
 			}
 		}
@@ -110,19 +125,19 @@ func plan(rounds int, images, bandwidths, variants []string) (keys []key) {
 	return keys
 }
 
-// rates reads bandwidths; "0" is no limit.
-func rates(bandwidths []string) (map[string]float64, error) {
-	m := map[string]float64{}
-	for _, b := range bandwidths {
-		if b == "0" {
-			m[b] = 0
-			continue
-		}
-		r, err := placement.ParseRate(b)
-		if err != nil {
-			return nil, err
-		}
-		m[b] = r
+// linkRate reads a bandwidth, in bytes a second; "0" is no limit.
+func linkRate(link string) (float64, error) {
+	if link == "0" {
+		return 0, nil
 	}
-	return m, nil
+	return placement.ParseRate(link)
+}
+
+// suffix names a link at the end of a figure.
+func suffix(link string) string {
+	rate, err := linkRate(link)
+	if err != nil {
+		return link
+	}
+	return lab.LinkSuffix(rate)
 }

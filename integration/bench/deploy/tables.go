@@ -26,7 +26,7 @@ func (rs runs) times(title string, of func(run) float64) result.Table {
 	names := slices.DeleteFunc(variantNames(), func(v string) bool { return len(rs.pick(v, key{})) == 0 })
 	t := result.Table{Title: title, Head: append([]string{"image", "link"}, names...)}
 	for _, c := range rs.cells() {
-		row := []string{c.Image, c.Bandwidth}
+		row := []string{c.Image, c.Link}
 		for _, v := range names {
 			values := rs.pick(v, c).values(of)
 			if len(values) == 0 {
@@ -40,7 +40,44 @@ func (rs runs) times(title string, of func(run) float64) result.Table {
 	return t
 }
 
-// placed shows what stood where, by image, bandwidth and variant of nhybrid.
+// costs shows what the pulls took beside time: medians over the rounds.
+func (rs runs) costs() result.Table {
+	t := result.Table{
+		Title: "What it took until all was durable",
+		Head: []string{
+			"image", "link", "variant", "times the link's time", "CPU s", "NVM used MB", "of MB", "HDD written MB", "for each byte", "HDD busy s", "daemon's peak MB",
+		},
+	}
+	for _, c := range rs.cells() {
+		for _, v := range variantNames() {
+			picked := rs.pick(v, c)
+			if len(picked) == 0 {
+				continue
+			}
+			median := func(format string, of func(run) float64) string {
+				return fmt.Sprintf(format, result.Median(picked.values(of)))
+			}
+			peak := "-"
+			if picked[0].DaemonSettled != nil {
+				peak = median("%.0f", func(r run) float64 { return float64(r.DaemonSettled.Peak) / 1e6 })
+			}
+			t.Rows = append(t.Rows, []string{
+				c.Image, c.Link, v, median("%.2f", vsLink), median("%.1f", cpu), median("%.1f", func(r run) float64 { return float64(r.NVMUsedBytes) / 1e6 }),
+				median("%.1f", func(r run) float64 { return float64(r.DataBytes) / 1e6 }),
+				median("%.1f", func(r run) float64 { return float64(r.HDDToDurable.WrittenBytes) / 1e6 }), median("%.2f", amplification),
+				median("%.1f", func(r run) float64 { return float64(r.HDDToDurable.BusyMS) / 1e3 }), peak,
+			})
+		}
+	}
+	return t
+}
+
+// savedData compares files alone, as the simulator does: what of them stood on NVM, and the tree, with all of them.
+func savedData(r run) float64 {
+	return 1 - float64(r.NVMDataBytes+r.TreeBytes)/float64(r.DataBytes)
+}
+
+// placed shows what stood where, by image, link and variant of nhybrid.
 func (rs runs) placed() result.Table {
 	t := result.Table{
 		Title: "What stood on NVM when the pull returned",
@@ -49,7 +86,7 @@ func (rs runs) placed() result.Table {
 	for _, c := range rs.cells() {
 		for _, v := range variants {
 			picked := rs.pick(v.Name, c)
-			if v.Policy == "" || len(picked) == 0 {
+			if !v.Hybrid || len(picked) == 0 {
 				continue
 			}
 			tiers, ldl := "", ""
@@ -70,8 +107,8 @@ func (rs runs) placed() result.Table {
 				return fmt.Sprintf("%.1f", result.Median(picked.values(func(r run) float64 { return float64(of(r)) / 1e6 })))
 			}
 			t.Rows = append(t.Rows, []string{
-				c.Image, c.Bandwidth, v.Name, tiers, ldl, mb(func(r run) int64 { return r.NVMDataBytes + r.TreeBytes }),
-				mb(func(r run) int64 { return r.DataBytes }), fmt.Sprintf("%.2f", result.Median(picked.values(saved))),
+				c.Image, c.Link, v.Name, tiers, ldl, mb(func(r run) int64 { return r.NVMDataBytes + r.TreeBytes }),
+				mb(func(r run) int64 { return r.DataBytes }), fmt.Sprintf("%.2f", result.Median(picked.values(savedData))),
 				fmt.Sprintf("%.1f of %.1f", result.Median(picked.values(func(r run) float64 { return float64(r.HDDToReturn.BusyMS) / 1e3 })), result.Median(picked.values(returned))),
 			})
 		}
@@ -84,7 +121,7 @@ func (rs runs) copied() result.Table {
 	t := result.Table{Title: "Copying from NVM to HDD afterwards", Head: []string{"image", "link", "variant", "round", "MB", "seconds"}}
 	for _, r := range rs {
 		if w := r.WriteBack; w != nil {
-			t.Rows = append(t.Rows, []string{r.Image, r.Bandwidth, r.Variant, strconv.Itoa(r.Round), fmt.Sprintf("%.1f", float64(w.Bytes)/1e6), fmt.Sprintf("%.1f", w.Seconds)})
+			t.Rows = append(t.Rows, []string{r.Image, r.Link, r.Variant, strconv.Itoa(r.Round), fmt.Sprintf("%.1f", float64(w.Bytes)/1e6), fmt.Sprintf("%.1f", w.Seconds)})
 		}
 	}
 	return t
@@ -92,18 +129,25 @@ func (rs runs) copied() result.Table {
 
 // simulated sets beside the measured runs what the simulator says of the same images. Its disk writes as fast as the
 // emulated one did in the runs with everything on HDD, metadata and seeks included.
-func (rs runs) simulated(bandwidth map[string]float64) (result.Table, error) {
+func (rs runs) simulated(defaultPolicy string) (result.Table, error) {
 	t := result.Table{
 		Title: "Measured and simulated",
 		Head:  []string{"image", "link", "variant", "NVM saved", "simulated", "durable s", "simulated"},
 	}
 	o := placement.DefaultOptions()
-	o.Unpacks = parallel
 	if rate := result.Median(rs.pick(overlayHDD, key{}).values(diskRate)); rate > 0 {
 		o.HDDWrite = rate
 	}
+	strategies := []struct{ variant, key string }{{overlayHDD, "hdd"}, {overlayNVM, "nvm"}, {lass, "sequential"}}
+	if defaultPolicy == "drain" {
+		strategies = append(strategies, struct{ variant, key string }{hybrid, "drain"})
+	}
 	for _, c := range rs.cells() {
-		if o.Bandwidth = bandwidth[c.Bandwidth]; o.Bandwidth <= 0 {
+		rate, err := linkRate(c.Link)
+		if err != nil {
+			return t, err
+		}
+		if o.Bandwidth = rate; rate <= 0 {
 			continue
 		}
 		img := rs.image(c)
@@ -115,16 +159,13 @@ func (rs runs) simulated(bandwidth map[string]float64) (result.Table, error) {
 			return t, err
 		}
 		sim := report.Images[0]
-		for _, v := range []struct{ variant, key string }{
-			{overlayHDD, "hdd"}, {overlayNVM, "nvm"}, {lass, "sequential"}, {drain, "drain"},
-			{overlayNVMParallel, "nvm_parallel"}, {lassParallel, "parallel"}, {drainParallel, "drain_parallel"},
-		} {
+		for _, v := range strategies {
 			picked := rs.pick(v.variant, c)
 			if len(picked) == 0 {
 				continue
 			}
 			t.Rows = append(t.Rows, []string{
-				c.Image, c.Bandwidth, v.variant, fmt.Sprintf("%.2f", result.Median(picked.values(saved))),
+				c.Image, c.Link, v.variant, fmt.Sprintf("%.2f", result.Median(picked.values(savedData))),
 				fmt.Sprintf("%.2f", sim.NVMSavedStored[v.key]),
 				fmt.Sprintf("%.2f", result.Median(picked.values(durable))), fmt.Sprintf("%.2f", sim.TTotal[v.key]),
 			})
@@ -139,11 +180,11 @@ func diskRate(r run) float64 {
 	return float64(r.HDDToDurable.WrittenBytes) / (float64(r.HDDToDurable.BusyMS) / 1e3)
 }
 
-// image is a row of the simulator's table, from a run in which the daemon told the sizes of the layers.
+// image is a row of the simulator's table.
 func (rs runs) image(c key) placement.Image {
 	img := placement.Image{Name: c.Image}
 	for _, r := range rs {
-		if r.cell() == c && len(r.Layers) > 0 && r.Layers[0].Tier != "" {
+		if r.cell() == c && len(r.Layers) > 0 {
 			for _, l := range r.Layers {
 				img.Layers = append(img.Layers, placement.ImageLayer{Digest: l.Digest, Compressed: l.Compressed, Uncompressed: l.Data})
 			}

@@ -44,6 +44,12 @@ func (w *watcher) await(ctx context.Context, satisfied func(*control.StatusRespo
 	})
 }
 
+// awaitDurable waits until the daemon vouches for an image of so many layers: it has committed all of them, and all of
+// their data and metadata are on a device. What that takes is the daemon's business; only this function knows how to ask.
+func (w *watcher) awaitDurable(ctx context.Context, layers int) error {
+	return w.await(ctx, allDurable(layers))
+}
+
 func allDurable(layers int) func(*control.StatusResponse) error {
 	return func(s *control.StatusResponse) error {
 		if s.GetCommitted() < int64(layers) || s.GetNotDurable() > 0 {

@@ -139,19 +139,20 @@ func MemoryOf(pid int) (m Memory, err error) {
 // clockTick is USER_HZ, 100 a second on all architectures that Go runs on.
 const clockTick = 10 * time.Millisecond
 
-// CPUOf is the processor time that a process has used, all its threads together.
+// CPUOf is the processor time that a process has used, all its threads and all children that it has waited for.
 func CPUOf(pid int) (time.Duration, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, fmt.Errorf("read CPU time of process: %w", err)
 	}
-	// The name, in parentheses, may hold anything. utime and stime are fields 14 and 15 of proc_pid_stat(5).
+	// The name, in parentheses, may hold anything. utime, stime, cutime and cstime are fields 14 to 17 of
+	// proc_pid_stat(5).
 	words := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	if len(words) < 13 {
+	if len(words) < 15 {
 		return 0, fmt.Errorf("process %d: %d fields in stat", pid, len(words))
 	}
 	var ticks int64
-	for _, w := range words[11:13] {
+	for _, w := range words[11:15] {
 		n, err := strconv.ParseInt(w, 10, 64)
 		if err != nil {
 			return 0, fmt.Errorf("process %d: %w", pid, err)
