@@ -118,7 +118,7 @@ type bench struct {
 	layers      map[string][]v1.Descriptor
 	data        map[string][]int64   // bytes of the files of each layer, by image
 	links       map[key]lab.LinkRate // by round, image and link
-	setting     string
+	settings    map[string]string    // by image
 	progress    io.Writer
 	begun       time.Time
 }

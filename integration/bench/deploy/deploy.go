@@ -56,7 +56,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 	if err := b.makeImages(ctx, names); err != nil {
 		return err
 	}
-	if b.setting, err = b.fingerprint(); err != nil {
+	if b.settings, err = b.fingerprints(); err != nil {
 		return err
 	}
 	policy, err := b.defaultPolicy(ctx)
@@ -67,7 +67,7 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		Name: "deploy", Command: lab.ShellCommand(), Machine: result.ThisMachine(), Targets: targets,
 		Settings: map[string]any{
 			"hdd": hddsim.HDD(), "devices": b.sizes, "drop_caches": o.dropCaches, "idle": o.idle.String(), "rounds": o.rounds,
-			"images": b.layers, "setting": b.setting, "default_policy": policy,
+			"images": b.layers, "setting": b.settings, "default_policy": policy,
 		},
 	}
 	if r.Versions, err = result.Versions(ctx, found, "containerd", "ctr", "containerd-nhybrid-grpc"); err != nil {
@@ -152,7 +152,7 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 	defer func() { err = errors.Join(err, log.Close()) }()
 	have := map[key]run{}
 	for _, r := range earlier {
-		if r.Setting == b.setting && !b.options.fresh {
+		if r.Setting != "" && r.Setting == b.settings[r.Image] && !b.options.fresh {
 			have[r.key] = r
 		}
 	}
@@ -176,21 +176,27 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 // form is the version of what a run holds. Runs of another form are measured again.
 const form = 2
 
-// fingerprint is equal for runs that may be compared: the same programs, images and devices.
-func (b *bench) fingerprint() (string, error) {
-	h := sha256.New()
+// fingerprints are equal for runs of an image that may be compared: the same programs, layers and devices. Each image has
+// its own, so that measurements of some images and of others add up.
+func (b *bench) fingerprints() (map[string]string, error) {
+	programs := sha256.New()
 	for _, p := range []string{"containerd", "ctr", "containerd-nhybrid-grpc"} {
 		f, err := os.Open(filepath.Join(b.bin, p))
 		if err != nil {
-			return "", err
+			return nil, err
 		}
-		_, err = io.Copy(h, f)
+		_, err = io.Copy(programs, f)
 		if err = errors.Join(err, f.Close()); err != nil {
-			return "", err
+			return nil, err
 		}
 	}
-	if err := json.NewEncoder(h).Encode([]any{form, b.layers, b.sizes, hddsim.HDD(), b.options.dropCaches}); err != nil {
-		return "", err
+	all := map[string]string{}
+	for image, layers := range b.layers {
+		h := sha256.New()
+		if err := json.NewEncoder(h).Encode([]any{form, programs.Sum(nil), layers, b.sizes, hddsim.HDD(), b.options.dropCaches}); err != nil {
+			return nil, err
+		}
+		all[image] = hex.EncodeToString(h.Sum(nil))[:16]
 	}
-	return hex.EncodeToString(h.Sum(nil))[:16], nil
+	return all, nil
 }

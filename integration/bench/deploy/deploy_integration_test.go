@@ -86,6 +86,13 @@ func TestDeploySmall(t *testing.T) {
 	again, err := result.Read(filepath.Join(out, "deploy.json"))
 	require.NoError(t, err)
 	require.Equal(t, r.Figures["durable_vs_nvm_1g"], again.Figures["durable_vs_nvm_1g"])
+
+	// Another image beside it is pulled alone.
+	log.Reset()
+	require.NoError(t, execute(t.Context(), &log,
+		"--out="+out, "--rounds=1", "--images=middle,top", "--links=1Gbit", "--variants="+overlayNVM, "--skip=prepare,metadata"))
+	require.Equal(t, 1, strings.Count(log.String(), "returned"))
+	require.Contains(t, log.String(), "top, 1Gbit, nvm: returned")
 }
 
 // cancelOn cancels when a text is written.

@@ -12,7 +12,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/bench/result"
 )
 
-// runs are those of one benchmark, all of one setting.
+// runs are those of one benchmark; those of one image are all of one setting.
 type runs []run
 
 // pick are the runs of a variant, of one image and link where the cell names them.

@@ -107,7 +107,7 @@ func (b *bench) once(ctx context.Context, k key) (r run, err error) {
 	if err := g.Push(ctx, imageName, b.images[k.Image]); err != nil {
 		return r, err
 	}
-	r = run{key: k, Setting: b.setting, Begun: time.Now().UTC()}
+	r = run{key: k, Setting: b.settings[k.Image], Begun: time.Now().UTC()}
 	if r.LinkRate, err = b.measureLink(ctx, g, k, rate); err != nil {
 		return r, err
 	}

@@ -33,7 +33,11 @@ func (rs runs) times(title string, of func(run) float64) result.Table {
 				row = append(row, "-")
 				continue
 			}
-			row = append(row, fmt.Sprintf("%.2f (%.2f–%.2f)", result.Median(values), slices.Min(values), slices.Max(values)))
+			text := fmt.Sprintf("%.2f", result.Median(values))
+			if len(values) > 1 {
+				text += fmt.Sprintf(" (%.2f–%.2f)", slices.Min(values), slices.Max(values))
+			}
+			row = append(row, text)
 		}
 		t.Rows = append(t.Rows, row)
 	}

@@ -64,7 +64,7 @@ func TestQuick(t *testing.T) {
 	for _, figure := range []string{
 		"trace_missing_max", "nvm_saved_mean", "nvm_saved_min", "second_start_hdd_reads_max", "second_start_vs_nvm", "second_start_vs_hdd",
 		"first_start_profile_vs_nvm", "integrity_errors", "trace_overhead", "static_recall", "static_precision", "crowd_foreign_files",
-		"crowd_3_vs_nvm", "first_start_layers_vs_nvm", "daemon_idle_cpu_share", "trace_kb_per_1000_files",
+		"crowd_3_vs_nvm", "first_start_layers_vs_nvm", "link_rate_1g", "link_rate_three_1g", "daemon_idle_cpu_share", "trace_kb_per_1000_files",
 	} {
 		require.Contains(t, r.Figures, figure)
 	}
