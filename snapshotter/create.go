@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
@@ -25,11 +26,25 @@ import (
 // isExtraction tells whether containerd is going to unpack a layer into the
 // snapshot. Such a snapshot is written by path, never mounted.
 //
-// The key tells: containerd's unpacker makes it, and its metadata layer turns
-// it into "<namespace>/<n>/<key>". Labels do not: ctr pull --local sets none, and
-// CRI passes on what it finds in the annotations of a pod.
-func isExtraction(key string) bool {
-	return strings.HasPrefix(clientKey(key), snapshots.UnpackKeyPrefix+"-")
+// The key tells: containerd's unpacker makes it by snapshots.UnpackKeyFormat,
+// and its metadata layer turns it into "<namespace>/<n>/<key>". The prefix alone
+// does not, since some clients take the name that a user gives a container for
+// the key of its snapshot; such a name has no blank. Labels do not tell either:
+// ctr pull --local sets none, and CRI passes on what it finds in the annotations
+// of a pod.
+func isExtraction(key string) bool { return chainIDInKey(key) != "" }
+
+// chainIDInKey is the chain id in the key of an extraction,
+// "extract-<time>-<random> <chain id>"; "" if the key is not of this form.
+func chainIDInKey(key string) string {
+	unique, chainID, _ := strings.Cut(clientKey(key), " ")
+	if unique, ok := strings.CutPrefix(unique, snapshots.UnpackKeyPrefix+"-"); !ok || unique == "" {
+		return ""
+	}
+	if _, err := digest.Parse(chainID); err != nil {
+		return ""
+	}
+	return chainID
 }
 
 func clientKey(key string) string {
@@ -41,16 +56,12 @@ func clientKey(key string) string {
 	return key
 }
 
-// chainIDOf is the chain id that an extraction will be committed as, "" if unknown.
+// chainIDOf is the chain id that an extraction will be committed as.
 func chainIDOf(key string, labels map[string]string) string {
 	if ref := labels[labelRef]; ref != "" {
 		return ref
 	}
-	// "extract-<time>-<random> <chain id>"
-	if i := strings.LastIndexByte(key, ' '); i >= 0 {
-		return key[i+1:]
-	}
-	return ""
+	return chainIDInKey(key)
 }
 
 func namespaceOf(ctx context.Context, key string) string {

@@ -241,7 +241,7 @@ func TestUnknownLayerCountsAsLarge(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, clean()) })
 	s := start(t, dir, func(c *Config) { c.Root, c.NVMRoot = root, nvm })
-	mounts, err := s.Prepare(inNamespace(t), "test/1/extract-1 sha256:0", "")
+	mounts, err := s.Prepare(inNamespace(t), "test/1/extract-1 "+digest.FromString("unknown").String(), "")
 	require.NoError(t, err)
 	require.Equal(t, placement.HDD, tierOf(t, s, upperOf(t, mounts)))
 }
@@ -259,16 +259,23 @@ func TestCancelledPullLeavesNothing(t *testing.T) {
 }
 
 func TestIsExtraction(t *testing.T) {
+	chain, other := digest.FromString("chain").String(), digest.FromString("other").String()
 	for _, c := range []struct {
 		key    string
 		labels map[string]string
 		want   bool
 		chain  string
 	}{
-		{"default/3/extract-123-abc sha256:11", nil, true, "sha256:11"},
-		{"extract-123-abc sha256:11", nil, true, "sha256:11"},
-		{"default/3/extract-1 sha256:11", map[string]string{labelRef: "sha256:22"}, true, "sha256:22"},
-		{"default/3/pod", map[string]string{labelRef: "sha256:22"}, false, ""}, // an annotation of a pod
+		{"default/3/extract-123-abc " + chain, nil, true, chain},
+		{"extract-123-abc " + chain, nil, true, chain},
+		{"default/3/extract-1 " + chain, map[string]string{labelRef: other}, true, other},
+		{"default/3/pod", map[string]string{labelRef: other}, false, ""}, // an annotation of a pod
+		{"default/3/extract-1", nil, false, ""},                          // a name of a container
+		{"default/3/extract-1", map[string]string{labelRef: other}, false, ""},
+		{"default/3/extract-1 ", nil, false, ""},
+		{"default/3/extract-1 2", nil, false, ""},
+		{"default/3/extract- " + chain, nil, false, ""},
+		{"default/3/extract-1 " + chain + " " + chain, nil, false, ""},
 		{"default/3/my-extract-container", nil, false, ""},
 		{"default/3/extractor", nil, false, ""},
 		{"default/3//tmp/initialC", nil, false, ""},
@@ -279,4 +286,21 @@ func TestIsExtraction(t *testing.T) {
 			require.Equal(t, c.chain, chainIDOf(c.key, c.labels), c.key)
 		}
 	}
+}
+
+// A container may have any name where a client takes names for ids, and its snapshot is mounted (faasd issue 358).
+func TestContainerNamedLikeAnExtraction(t *testing.T) {
+	d := newDownloads(1000)
+	s := start(t, t.TempDir(), nil)
+	key, upper := prepareLayer(t, s, d, 0, "")
+	require.NoError(t, os.WriteFile(filepath.Join(upper, "f"), []byte("of the image"), 0o644))
+	parent := commitLayer(t, s, d, 0, key)
+	mounts, err := s.Prepare(inNamespace(t), "test/7/extract-1", parent)
+	require.NoError(t, err)
+	root := t.TempDir()
+	require.NoError(t, mount.All(mounts, root), "%+v", mounts)
+	t.Cleanup(func() { require.NoError(t, mount.UnmountAll(root, 0)) })
+	got, err := os.ReadFile(filepath.Join(root, "f"))
+	require.NoError(t, err)
+	require.Equal(t, "of the image", string(got))
 }
