@@ -31,9 +31,10 @@ type shown struct {
 		HotBytes      int64 `json:"hot_bytes"`
 	}
 	Profile struct {
-		Image     string
-		Inherited string
-		Files     []struct {
+		Image      string
+		Repository string
+		Inherited  string
+		Files      []struct {
 			Path, Kind string
 			Starts     int64
 			Touched    int64

@@ -31,7 +31,8 @@ func (s *Snapshotter) Control() control.Backend { return backend{s} }
 // are known by what the pulls left in the database.
 type ImageSource interface {
 	Images(ctx context.Context, namespace string) ([]*pull.Image, error)
-	Lookup(ctx context.Context, namespace, ref string) (*pull.Image, error)
+	// Lookup returns at least one image, the likeliest first.
+	Lookup(ctx context.Context, namespace, ref string) ([]*pull.Image, error)
 	Version(ctx context.Context) (string, error)
 	Address() string
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/pull"
 )
 
 // defaultNamespace is containerd's own default, and ctr's.
@@ -30,23 +31,24 @@ func (s backend) manager() (*hif.Manager, error) {
 }
 
 // digestOf is the digest of the manifest that ref names, by itself or through
-// containerd's image store.
+// containerd's image store. A digest that containerd does not know is returned
+// as it is: there may be a profile of an image that was removed.
 func (s backend) digestOf(ctx context.Context, namespace, ref string) (digest.Digest, error) {
-	if d, err := digest.Parse(ref); err == nil {
-		return d, nil
-	}
-	images, err := s.images()
-	if err != nil {
-		return "", err
-	}
 	if namespace == "" {
 		namespace = defaultNamespace
 	}
-	img, err := images.Lookup(ctx, namespace, ref)
-	if err != nil {
-		return "", err
+	d, noDigest := digest.Parse(ref)
+	images, err := s.images()
+	if err == nil {
+		var img *pull.Image
+		if img, err = s.unpackedImage(ctx, images, namespace, ref); err == nil {
+			return img.Manifest, nil
+		}
 	}
-	return img.Manifest, nil
+	if noDigest == nil && (errdefs.IsNotFound(err) || errdefs.IsUnavailable(err)) {
+		return d, nil
+	}
+	return "", err
 }
 
 // hotImage is the image of the store that ref names.
@@ -59,7 +61,7 @@ func (s backend) hotImage(ctx context.Context, namespace, ref string) (*hif.Mana
 	if err != nil {
 		return nil, hif.Image{}, err
 	}
-	if namespace == "" && ref != d.String() {
+	if _, err := digest.Parse(ref); namespace == "" && err != nil {
 		namespace = defaultNamespace
 	}
 	i, err := m.Find(ctx, namespace, d)

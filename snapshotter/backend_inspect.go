@@ -49,23 +49,61 @@ func (s backend) subject(ctx context.Context, ref, ns string) (*subject, error) 
 	if ns == "" {
 		ns = "default"
 	}
-	img, err := source.Lookup(ctx, ns, ref)
+	named, err := source.Lookup(ctx, ns, ref)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
 			return nil, fmt.Errorf("no image and no snapshot %q in namespace %q; nhybridctl ls shows what there is: %w", ref, ns, errdefs.ErrNotFound)
 		}
 		return nil, err
 	}
-	found := &subject{img: img, layers: make([]snapshot, len(img.Layers))}
-	for i, l := range img.Layers {
-		for j := range all {
-			if all[j].Info.Kind == snapshots.KindCommitted && all[j].namespace() == ns && clientKey(all[j].Info.Name) == l.ChainID.String() {
-				found.layers[i] = all[j]
-				found.top = &all[j]
-			}
+	img, layers := unpackedOf(all, named)
+	found := &subject{img: img, layers: make([]snapshot, len(layers))}
+	for i, sn := range layers {
+		if sn != nil {
+			found.layers[i], found.top = *sn, sn
 		}
 	}
 	return found, nil
+}
+
+// unpackedOf chooses among the images that a reference names: the first that is unpacked whole, or else the first. layers has
+// a snapshot for each layer of it, bottom first; nil where the layer is not unpacked.
+func unpackedOf(all []snapshot, named []*pull.Image) (img *pull.Image, layers []*snapshot) {
+	byChain := map[[2]string]*snapshot{} // by namespace and chain id
+	for i := range all {
+		if all[i].Info.Kind == snapshots.KindCommitted {
+			byChain[[2]string{all[i].namespace(), clientKey(all[i].Info.Name)}] = &all[i]
+		}
+	}
+	for _, i := range named {
+		of := make([]*snapshot, len(i.Layers))
+		for n, l := range i.Layers {
+			of[n] = byChain[[2]string{i.Namespace, l.ChainID.String()}]
+		}
+		whole := !slices.Contains(of, nil)
+		if img == nil || whole {
+			img, layers = i, of
+		}
+		if whole {
+			break
+		}
+	}
+	return img, layers
+}
+
+// unpackedImage is the image that ref names, a name of containerd's image store or a digest. Of an index it is the one
+// that is unpacked, or the host's.
+func (s *Snapshotter) unpackedImage(ctx context.Context, source ImageSource, ns, ref string) (*pull.Image, error) {
+	named, err := source.Lookup(ctx, ns, ref)
+	if err != nil {
+		return nil, err
+	}
+	all, err := s.db.snapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	img, _ := unpackedOf(all, named)
+	return img, nil
 }
 
 func findSnapshot(all []snapshot, ref, ns string) (*snapshot, error) {

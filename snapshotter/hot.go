@@ -90,7 +90,10 @@ func (s hotStore) Images(ctx context.Context) ([]hif.Image, error) {
 
 func hotImage(k *pull.Image, ids map[[2]string]string) (hif.Image, bool) {
 	i := hif.Image{Namespace: k.Namespace, Name: k.Name}
-	i.Digest, i.Repository = k.Manifest, hif.Repository(k.Name)
+	i.Digest = k.Manifest
+	if k.Recorded { // a name made up of where the content came from lacks the registry's port
+		i.Repository = hif.Repository(k.Name)
+	}
 	for _, l := range k.Layers {
 		id, ok := ids[[2]string{k.Namespace, l.ChainID.String()}]
 		if !ok {
@@ -107,7 +110,7 @@ func (s hotStore) Config(ctx context.Context, image hif.Image) (ocispec.Image, e
 	if err != nil {
 		return ocispec.Image{}, err
 	}
-	img, err := source.Lookup(ctx, image.Namespace, image.Digest.String())
+	img, err := s.unpackedImage(ctx, source, image.Namespace, image.Digest.String())
 	if err != nil {
 		return ocispec.Image{}, err
 	}
@@ -124,7 +127,7 @@ func (s hotStore) ImageOf(ctx context.Context, namespace, snapshot string) (imag
 	if err != nil {
 		return "", "", err
 	}
-	img, err := source.Lookup(ctx, namespace, c.Image)
+	img, err := s.unpackedImage(ctx, source, namespace, c.Image)
 	if err != nil {
 		return "", "", err
 	}

@@ -29,10 +29,12 @@ const (
 
 // manifest is what is needed of an image's manifest and config. It never changes, as it is named by its digest.
 type manifest struct {
-	digest  digest.Digest
-	config  ocispec.Descriptor
-	layers  []LayerInfo
-	history []string
+	digest digest.Digest
+	config ocispec.Descriptor
+	// platform is what the config says: an index need not, and the digest of a manifest names none.
+	platform ocispec.Platform
+	layers   []LayerInfo
+	history  []string
 }
 
 // index returns the index of the layer with that chain ID, -1 if m is nil or has none.
@@ -46,7 +48,7 @@ func (m *manifest) index(chain digest.Digest) int {
 // blob is what a small blob turned out to be: an image's manifest, an index, or neither.
 type blob struct {
 	manifest *manifest
-	children []digest.Digest // of an index
+	children []ocispec.Descriptor // of an index
 }
 
 // cache remembers blobs by digest. What a digest names is the same in all namespaces and for ever; whether it is there is for the
@@ -113,7 +115,7 @@ func parse(ctx context.Context, cs content.Store, i content.Info) (b blob, lasti
 	if len(m.Manifests) > 0 && (m.MediaType == "" || images.IsIndexType(m.MediaType)) {
 		for _, d := range m.Manifests {
 			if d.Digest.Validate() == nil {
-				b.children = append(b.children, d.Digest)
+				b.children = append(b.children, ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size})
 			}
 		}
 		return b, true, nil
@@ -139,13 +141,20 @@ func parse(ctx context.Context, cs content.Store, i content.Info) (b blob, lasti
 	return b, true, nil
 }
 
+// mayUnpack tells layers from what else a manifest of the form of an image's holds. The attestation that BuildKit puts beside
+// an image has a config with a diff ID for each of its statements (application/vnd.in-toto+json), but is never unpacked.
+func mayUnpack(layer ocispec.Descriptor) bool {
+	return layer.MediaType == "" || images.IsLayerType(layer.MediaType)
+}
+
 // combine returns the image that layers and config describe; nil if they are no image or do not fit together.
 func combine(d digest.Digest, layers []ocispec.Descriptor, config []byte) *manifest {
 	var c struct {
+		ocispec.Platform
 		RootFS  ocispec.RootFS    `json:"rootfs"`
 		History []ocispec.History `json:"history"`
 	}
-	if json.Unmarshal(config, &c) != nil || len(c.RootFS.DiffIDs) != len(layers) {
+	if json.Unmarshal(config, &c) != nil || len(c.RootFS.DiffIDs) != len(layers) || !slices.ContainsFunc(layers, mayUnpack) {
 		return nil
 	}
 	for _, id := range c.RootFS.DiffIDs {
@@ -154,7 +163,7 @@ func combine(d digest.Digest, layers []ocispec.Descriptor, config []byte) *manif
 		}
 	}
 	chain := identity.ChainIDs(slices.Clone(c.RootFS.DiffIDs)) // overwrites what it is given
-	m := &manifest{digest: d, history: make([]string, len(layers))}
+	m := &manifest{digest: d, platform: c.Platform, history: make([]string, len(layers))}
 	for i, l := range layers {
 		if l.Digest.Validate() != nil || l.Size < 0 {
 			return nil

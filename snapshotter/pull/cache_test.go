@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -85,7 +87,7 @@ func TestCache(t *testing.T) {
 	assert.Same(t, got, s.load(&c, m).manifest)
 
 	index := s.put(ocispec.Index{Manifests: []ocispec.Descriptor{m, {Digest: "nonsense"}}})
-	assert.Equal(t, []digest.Digest{m.Digest}, s.load(&c, index).children)
+	assert.Equal(t, []ocispec.Descriptor{m}, s.load(&c, index).children)
 
 	for name, v := range map[string]any{
 		"gzip":                       []byte{0x1f, 0x8b, 8, 0},
@@ -100,6 +102,7 @@ func TestCache(t *testing.T) {
 		"a layer without digest":     ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{layers[0], {Digest: "sha256:short"}}},
 		"a negative size":            ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{layers[0], {Digest: layers[1].Digest, Size: -1}}},
 		"a huge config":              ocispec.Manifest{Config: ocispec.Descriptor{Digest: config.Digest, Size: 1 << 40}, Layers: layers},
+		"an attestation":             ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{statement("a"), statement("b")}},
 		"another media type":         ocispec.Manifest{MediaType: "application/x", Config: config, Layers: layers},
 	} {
 		b := s.load(&c, s.put(v))
@@ -107,6 +110,21 @@ func TestCache(t *testing.T) {
 		assert.Empty(t, b.children, name)
 	}
 	assert.Equal(t, blob{}, s.load(&c, ocispec.Descriptor{Digest: digest.FromString("large"), Size: 1 << 40}), "large blobs are not read at all")
+}
+
+// statement is a layer of an attestation as BuildKit makes it.
+func statement(of string) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: "application/vnd.in-toto+json", Digest: digest.FromString(of), Size: 7}
+}
+
+func TestOrder(t *testing.T) {
+	at := func(architecture string, second int64) *Image {
+		return &Image{platform: ocispec.Platform{OS: "linux", Architecture: architecture}, Started: time.Unix(second, 0)}
+	}
+	old, now, foreign, runnable, unknown := at("amd64", 1), at("amd64", 2), at("arm64", 4), at("386", 5), at("", 3)
+	all := []*Image{unknown, foreign, old, runnable, now}
+	order(all, platforms.Only(ocispec.Platform{OS: "linux", Architecture: "amd64"}))
+	assert.Equal(t, []*Image{now, old, runnable, foreign, unknown}, all)
 }
 
 func m2(s shelf, text string) ocispec.Descriptor { return s.put([]byte(text)) }

@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/labels"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -37,11 +38,13 @@ type Image struct {
 	Namespace string
 	Manifest  digest.Digest
 	Name      string      // reference, as far as it is known; during a pull that may be registry/repository@digest only (without the registry's port), or ""
+	Recorded  bool        // the image store has Name
 	Layers    []LayerInfo // bottom first, at least one
 	History   []string    // what made each layer ("RUN …"); "" where the config does not tell
 	Started   time.Time   // when the manifest arrived
 
-	config ocispec.Descriptor
+	config   ocispec.Descriptor
+	platform ocispec.Platform
 
 	mu   sync.Mutex
 	seen []arrival // by layer
@@ -126,7 +129,7 @@ func (w *Watcher) Find(ctx context.Context, ns, chainID string, hints map[string
 	if err != nil {
 		return nil, 0, w.classify(ctx, what, err)
 	}
-	img.Name = bestName(names[best.digest], hints[snapshotters.TargetRefLabel], info)
+	img.Name, img.Recorded = bestName(names[best.digest], hints[snapshotters.TargetRefLabel], info), len(names[best.digest]) > 0
 	return img, img.Index(chain), nil
 }
 
@@ -183,42 +186,97 @@ func (w *Watcher) Images(ctx context.Context, ns string) ([]*Image, error) {
 	out := make([]*Image, 0, len(found))
 	for _, m := range found {
 		img := newImage(ns, m, l[m.digest])
-		img.Name = bestName(names[m.digest], "", l[m.digest])
+		img.Name, img.Recorded = bestName(names[m.digest], "", l[m.digest]), len(names[m.digest]) > 0
 		out = append(out, img)
 	}
 	sort.SliceStable(out, func(a, b int) bool { return out[a].Started.After(out[b].Started) })
 	return out, nil
 }
 
-// Lookup returns the image of namespace ns that ref names: a name of the image store, or the digest of a manifest. Of an
-// index, the newest of its images that is in the content store is taken. The error is errdefs.ErrNotFound if there is none.
-func (w *Watcher) Lookup(ctx context.Context, ns, ref string) (*Image, error) {
+// Lookup returns the images of namespace ns that ref names, at least one: ref is a name of the image store, or the digest of a
+// manifest or an index. Of an index they are those that are in the content store, in containerd's order: the host's platform
+// first, then those that it can run, then others; among equals the newest. The error is errdefs.ErrNotFound if there is none.
+func (w *Watcher) Lookup(ctx context.Context, ns, ref string) ([]*Image, error) {
 	what := fmt.Sprintf("look up image %q in namespace %q", ref, ns)
-	all, err := w.Images(ctx, ns)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
-	}
-	for _, i := range all {
-		if i.Manifest.String() == ref {
-			return i, nil
-		}
-	}
 	c, inner, cancel, err := w.begin(ctx, ns)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	defer cancel()
-	names, err := w.names(inner, c.ContentStore(), c.ImageService())
+	found, err := w.named(inner, c.ContentStore(), c.ImageService(), ns, ref)
 	if err != nil {
 		return nil, w.classify(ctx, what, err)
 	}
-	for _, i := range all {
-		if slices.Contains(names[i.Manifest], ref) {
-			i.Name = ref
-			return i, nil
-		}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("%s: %w", what, errdefs.ErrNotFound)
 	}
-	return nil, fmt.Errorf("%s: %w", what, errdefs.ErrNotFound)
+	return found, nil
+}
+
+// named does the work of Lookup.
+func (w *Watcher) named(ctx context.Context, cs content.Store, is images.Store, ns, ref string) ([]*Image, error) {
+	var root ocispec.Descriptor
+	var names map[digest.Digest][]string
+	record, err := is.Get(ctx, ref)
+	d, noDigest := digest.Parse(ref)
+	switch {
+	case err == nil: // CRI has records with digests of configs for names, too
+		root = record.Target
+	case errdefs.IsNotFound(err) && noDigest == nil:
+		info, err := cs.Info(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		// The blob itself tells whether it is an index.
+		root = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageIndex, Digest: d, Size: info.Size}
+		if names, err = w.names(ctx, cs, is); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, err
+	}
+	digests, err := w.below(ctx, cs, root)
+	if err != nil {
+		return nil, err
+	}
+	var found []*Image
+	for _, d := range digests {
+		info, err := cs.Info(ctx, d)
+		if errdefs.IsNotFound(err) {
+			continue // of another platform, and not fetched
+		}
+		if err != nil {
+			return nil, err
+		}
+		b, err := w.cache.load(ctx, cs, info)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		if b.manifest == nil {
+			continue
+		}
+		img := newImage(ns, b.manifest, info)
+		img.Name, img.Recorded = ref, true
+		if names != nil {
+			img.Name, img.Recorded = bestName(names[d], "", info), len(names[d]) > 0
+		}
+		found = append(found, img)
+	}
+	order(found, platforms.Default())
+	return found, nil
+}
+
+// order sorts images by platform as host prefers them, and those of the same worth by age, the newest first.
+func order(all []*Image, host platforms.MatchComparer) {
+	slices.SortStableFunc(all, func(a, b *Image) int {
+		switch {
+		case host.Less(a.platform, b.platform):
+			return -1
+		case host.Less(b.platform, a.platform):
+			return 1
+		}
+		return b.Started.Compare(a.Started)
+	})
 }
 
 // names returns the names that the image store has for each manifest, sorted, those that name it through an index among them.
@@ -229,13 +287,9 @@ func (w *Watcher) names(ctx context.Context, cs content.Store, is images.Store) 
 	}
 	out := map[digest.Digest][]string{}
 	for _, r := range records {
-		targets := []digest.Digest{r.Target.Digest}
-		if images.IsIndexType(r.Target.MediaType) {
-			b, err := w.cache.load(ctx, cs, content.Info{Digest: r.Target.Digest, Size: r.Target.Size})
-			if err != nil && !errdefs.IsNotFound(err) {
-				return nil, err
-			}
-			targets = append(targets, b.children...)
+		targets, err := w.below(ctx, cs, r.Target)
+		if err != nil {
+			return nil, err
 		}
 		for _, t := range targets {
 			out[t] = append(out[t], r.Name)
@@ -247,8 +301,30 @@ func (w *Watcher) names(ctx context.Context, cs content.Store, is images.Store) 
 	return out, nil
 }
 
+// below returns the digest of a manifest or index and, each once, those of all that an index names, by way of other indexes
+// too. What is not in the content store is named, but not looked into.
+func (w *Watcher) below(ctx context.Context, cs content.Store, root ocispec.Descriptor) ([]digest.Digest, error) {
+	var all []digest.Digest
+	for next := []ocispec.Descriptor{root}; len(next) > 0; next = next[1:] {
+		d := next[0]
+		if slices.Contains(all, d.Digest) {
+			continue
+		}
+		all = append(all, d.Digest)
+		if !images.IsIndexType(d.MediaType) {
+			continue
+		}
+		b, err := w.cache.load(ctx, cs, content.Info{Digest: d.Digest, Size: d.Size})
+		if err != nil && !errdefs.IsNotFound(err) {
+			return nil, err
+		}
+		next = append(next, b.children...)
+	}
+	return all, nil
+}
+
 func newImage(ns string, m *manifest, i content.Info) *Image {
-	return &Image{Namespace: ns, Manifest: m.digest, config: m.config, Layers: m.layers, History: m.history, Started: i.CreatedAt, seen: make([]arrival, len(m.layers))}
+	return &Image{Namespace: ns, Manifest: m.digest, config: m.config, platform: m.platform, Layers: m.layers, History: m.history, Started: i.CreatedAt, seen: make([]arrival, len(m.layers))}
 }
 
 // bestName picks a name for people: of the image store, else from the snapshot's label, else where containerd fetched it from.

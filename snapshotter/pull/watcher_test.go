@@ -10,16 +10,19 @@ import (
 	"io"
 	"net"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
-	"github.com/google/go-containerregistry/pkg/name"
+	registryname "github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -52,7 +55,7 @@ func TestContainerd(t *testing.T) {
 		name string
 		test func(*testing.T, *daemon, *Watcher)
 	}{
-		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"open layer", testOpenLayer}, {"restart", testRestart},
+		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"platforms", testPlatforms}, {"open layer", testOpenLayer}, {"restart", testRestart},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			d.t = t // what fails now fails here
@@ -86,6 +89,7 @@ func testPull(t *testing.T, d *daemon, w *Watcher) {
 	assert.Equal(t, 1, index)
 	assert.Equal(t, img.digest, found.Manifest.String())
 	assert.Equal(t, "127.0.0.1/app@"+img.digest, found.Name, "no image record yet, so where it comes from")
+	assert.False(t, found.Recorded)
 	assert.Equal(t, []string{"RUN step 0", "RUN step 1", "RUN step 2"}, found.History)
 	assert.WithinDuration(t, time.Now(), found.Started, time.Minute)
 	for i, l := range found.Layers {
@@ -151,6 +155,7 @@ func testPull(t *testing.T, d *daemon, w *Watcher) {
 	again, _, err := w.Find(t.Context(), ns, img.chain[2], nil)
 	require.NoError(t, err)
 	assert.Equal(t, s.host+"/app:1", again.Name, "now there is an image record")
+	assert.True(t, again.Recorded)
 	select {
 	case <-other:
 		// The wake-up after connecting is for all; there may have been one, but no second.
@@ -235,9 +240,7 @@ func testHints(t *testing.T, d *daemon, w *Watcher) {
 	assert.True(t, errdefs.IsInvalidArgument(err), err)
 
 	for _, ref := range []string{s.host + "/a:1", a.digest} {
-		got, err := w.Lookup(t.Context(), ns, ref)
-		require.NoError(t, err)
-		assert.Equal(t, a.digest, got.Manifest.String())
+		assert.Equal(t, []string{a.digest}, lookup(t, w, ns, ref))
 	}
 	_, err = w.Lookup(t.Context(), ns, "a:1")
 	assert.True(t, errdefs.IsNotFound(err), err)
@@ -248,16 +251,86 @@ func testIndex(t *testing.T, d *daemon, w *Watcher) {
 	s := newSource(t)
 	img := s.push("part:1", 2000)
 	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: img.image, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})
-	ref, err := name.ParseReference(s.up+"/whole:1", name.Insecure)
+	ref, err := registryname.ParseReference(s.up+"/whole:1", registryname.Insecure)
 	require.NoError(t, err)
 	require.NoError(t, remote.WriteIndex(ref, index))
 	d.pull(ns, s.host+"/whole:1")()
 	found, _, err := w.Find(t.Context(), ns, img.chain[0], nil)
 	require.NoError(t, err)
 	assert.Equal(t, s.host+"/whole:1", found.Name)
-	got, err := w.Lookup(t.Context(), ns, s.host+"/whole:1")
+	assert.Equal(t, []string{img.digest}, lookup(t, w, ns, s.host+"/whole:1"))
+	outer, err := index.Digest()
 	require.NoError(t, err)
-	assert.Equal(t, img.digest, got.Manifest.String())
+	assert.Equal(t, []string{img.digest}, lookup(t, w, ns, outer.String()), "the digest of the index")
+	_, err = w.Lookup(t.Context(), ns, digest.FromString("not there").String())
+	assert.True(t, errdefs.IsNotFound(err), err)
+}
+
+// lookup are the digests of what a reference names.
+func lookup(t *testing.T, w *Watcher, ns, ref string) (digests []string) {
+	t.Helper()
+	all, err := w.Lookup(t.Context(), ns, ref)
+	require.NoError(t, err)
+	for _, i := range all {
+		digests = append(digests, i.Manifest.String())
+	}
+	return digests
+}
+
+// testPlatforms has an index as BuildKit makes it, with an image for another platform and an attestation, in an index of its
+// own. The other platform's image has one layer more, and is older or newer in the content store, as chance has it.
+func testPlatforms(t *testing.T, d *daemon, w *Watcher) {
+	const ns = "platforms"
+	s := newSource(t)
+	img := s.push("part:1", 2000)
+	made, err := img.image.ConfigFile()
+	require.NoError(t, err)
+	made = made.DeepCopy()
+	made.Architecture = runtime.GOARCH
+	native, err := mutate.ConfigFile(img.image, made)
+	require.NoError(t, err)
+	want, err := native.Digest()
+	require.NoError(t, err)
+	above, _ := layerOf(t, 300)
+	other, err := mutate.Append(img.image, mutate.Addendum{Layer: above, MediaType: types.OCILayer})
+	require.NoError(t, err)
+	config, err := other.ConfigFile()
+	require.NoError(t, err)
+	config = config.DeepCopy()
+	config.Architecture = "s390x"
+	other, err = mutate.ConfigFile(other, config)
+	require.NoError(t, err)
+	foreign, err := other.Digest()
+	require.NoError(t, err)
+	unknown := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	unknown, err = mutate.Append(unknown, mutate.Addendum{Layer: static.NewLayer([]byte("{}"), "application/vnd.in-toto+json")})
+	require.NoError(t, err)
+	platform := func(os, architecture string) v1.Descriptor {
+		return v1.Descriptor{Platform: &v1.Platform{OS: os, Architecture: architecture}}
+	}
+	inner := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex),
+		mutate.IndexAddendum{Add: unknown, Descriptor: platform("unknown", "unknown")},
+		mutate.IndexAddendum{Add: other, Descriptor: platform("linux", "s390x")},
+		mutate.IndexAddendum{Add: native, Descriptor: platform("linux", runtime.GOARCH)})
+	outer := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: inner})
+	for name, index := range map[string]v1.ImageIndex{"plain:1": inner, "nested:1": outer} {
+		ref, err := registryname.ParseReference(s.up+"/"+name, registryname.Insecure)
+		require.NoError(t, err)
+		require.NoError(t, remote.WriteIndex(ref, index))
+		d.run(ns, "content", "fetch", "--plain-http", "--all-platforms", s.host+"/"+name)
+		top, err := index.Digest()
+		require.NoError(t, err)
+		for _, ref := range []string{s.host + "/" + name, top.String()} {
+			assert.Equal(t, []string{want.String(), foreign.String()}, lookup(t, w, ns, ref), ref)
+		}
+	}
+	all, err := w.Images(t.Context(), ns)
+	require.NoError(t, err)
+	assert.Len(t, all, 2, "and no attestation")
+	for _, i := range all {
+		assert.True(t, i.Recorded)
+		assert.Equal(t, s.host+"/nested:1", i.Name, "with the port")
+	}
 }
 
 func testOpenLayer(t *testing.T, d *daemon, w *Watcher) {
