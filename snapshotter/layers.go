@@ -334,7 +334,7 @@ func (s *Snapshotter) removal(id string) func(context.Context) error {
 			}
 			return err
 		}
-		err := errors.Join(unmount(s.state("i", id)), unmount(s.state("t", id)), s.divided.drop(id))
+		err := errors.Join(s.dropIDMapped(id), unmount(s.state("t", id)), s.divided.drop(id))
 		if err == nil {
 			for _, f := range append(s.treeImages(id), s.capturePath(id)) {
 				if e := os.Remove(f); e != nil && !errors.Is(e, os.ErrNotExist) {

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -48,7 +47,7 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 		return nil, fmt.Errorf("mount snapshot %q: %w", info.Name, err)
 	}
 	if r.UIDMap != "" {
-		if tree, err = s.idmapped(tree, sn.ID, r.UIDMap, r.GIDMap); err != nil {
+		if tree, err = s.idmapped(tree, sn.ID, sn.ParentIDs[0], r.UIDMap, r.GIDMap); err != nil {
 			return nil, err
 		}
 	}
@@ -80,13 +79,16 @@ var notByPath = mount.Mount{Type: "none", Source: "none", Options: []string{"rem
 // in front of what follows "lowerdir=" (mount.WithReadonlyTempMount). With the
 // newer lowerdir+ and datadir+ it finds nothing there, and the commit of a
 // container would be empty without a word.
+//
+// An idmapped tree has commas in its path, at which containerd shall find the
+// pieces of it; see idmapped.
 func (s *Snapshotter) lowerOptions(tree, parts string) []string {
 	lower := []string{tree, s.tiers.DataRoot(placement.NVM)}
 	if parts != "" {
 		lower = append(lower, parts)
 	}
 	lower = append(lower, s.tiers.DataRoot(placement.HDD))
-	return append([]string{"lowerdir=" + strings.Join(lower, "::")}, s.features.Options()...)
+	return append(strings.Split("lowerdir="+strings.Join(lower, "::"), ","), s.features.Options()...)
 }
 
 // extractionMounts are written to by path and never mounted: the upper
@@ -112,52 +114,6 @@ func (s *Snapshotter) ownDirs(ids []string) (dirs []string) {
 		}
 	}
 	return dirs
-}
-
-// idmapped returns a mount of the tree in which owners are shifted by the maps.
-// Only the tree needs it: the owner of every file comes from there.
-func (s *Snapshotter) idmapped(tree, id, uidmap, gidmap string) (string, error) {
-	dir := s.state("i", id)
-	if isErofs(dir) {
-		return dir, nil
-	}
-	if !s.features.IDMap {
-		return "", fmt.Errorf("this kernel cannot idmap an EROFS mount; run the pod without a user namespace: %w", errdefs.ErrNotImplemented)
-	}
-	userns, err := mount.GetUsernsFD(uidmap, gidmap)
-	if err != nil {
-		return "", fmt.Errorf("make a user namespace for uid map %q, gid map %q: %w", uidmap, gidmap, err)
-	}
-	defer userns.Close()
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return "", fmt.Errorf("create mount point: %w", err)
-	}
-	if err := mount.IDMapMount(tree, dir, int(userns.Fd())); err != nil {
-		return "", fmt.Errorf("idmap the tree for snapshot id %s: %w", id, err)
-	}
-	return dir, nil
-}
-
-// mappedRoot is the host id of root in a map "container:host:size[,…]".
-func mappedRoot(idmap string) (int, error) {
-	for m := range strings.SplitSeq(idmap, ",") {
-		p := strings.Split(m, ":")
-		if len(p) != 3 {
-			return 0, fmt.Errorf("id map %q: want container:host:size: %w", idmap, errdefs.ErrInvalidArgument)
-		}
-		var n [3]uint64
-		for i := range p {
-			v, err := strconv.ParseUint(p[i], 10, 32)
-			if err != nil {
-				return 0, fmt.Errorf("id map %q: %q is not a number: %w", idmap, p[i], errdefs.ErrInvalidArgument)
-			}
-			n[i] = v
-		}
-		if n[0] == 0 && n[2] > 0 {
-			return int(n[1]), nil
-		}
-	}
-	return 0, fmt.Errorf("id map %q does not map root: %w", idmap, errdefs.ErrInvalidArgument)
 }
 
 // erofsMagic is EROFS_SUPER_MAGIC_V1.

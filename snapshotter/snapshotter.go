@@ -130,13 +130,16 @@ func New(ctx context.Context, c Config) (_ *Snapshotter, err error) {
 	if s.tiers.SameFilesystem() {
 		log.G(ctx).Warnf("root %q and nvm_root %q stand on one filesystem: placement has no effect; give NVM a filesystem of its own", c.Root, c.NVMRoot)
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state("i"), s.state("p"), filepath.Join(s.tiers.Root(placement.NVM), "p")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), s.state("t"), s.state(idmappedDir), s.state(unmappedDir), s.state("p"), filepath.Join(s.tiers.Root(placement.NVM), "p")} {
 		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, fmt.Errorf("create %q: %w", dir, err)
 		}
 		if st, err := os.Lstat(dir); err != nil || !st.IsDir() {
 			return nil, fmt.Errorf("%q is not a directory; remove it or choose another root: %w", dir, errdefs.ErrFailedPrecondition)
 		}
+	}
+	if err := s.linkTrees(); err != nil {
+		return nil, fmt.Errorf("link the directories of trees: %w", err)
 	}
 	if s.features, err = s.probe(ctx); err != nil {
 		return nil, err

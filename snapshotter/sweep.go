@@ -26,7 +26,7 @@ func (s *Snapshotter) inventory() (map[string]bool, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), filepath.Join(s.tiers.Root(placement.NVM), "p"), s.state("t"), s.state("i"), s.state("p")} {
+	for _, dir := range []string{s.path("m"), s.path("t"), filepath.Join(s.tiers.Root(placement.NVM), "t"), filepath.Join(s.tiers.Root(placement.NVM), "p"), s.state("t"), s.state(idmappedDir), s.state(unmappedDir), s.state("p")} {
 		entries, err := os.ReadDir(dir)
 		if err != nil {
 			return nil, fmt.Errorf("list %q: %w", dir, err)
@@ -90,7 +90,7 @@ func (s *Snapshotter) dropFormerState(ctx context.Context) {
 	dir := filepath.Join(filepath.Dir(s.tiers.State()), s.tiers.Former())
 	s.dropLooks(ctx, dir)
 	var err error
-	for _, sub := range []string{"i", "t", "p"} {
+	for _, sub := range []string{idmappedDir, "t", "p"} {
 		mounts, _ := filepath.Glob(filepath.Join(dir, sub, "*"))
 		for _, m := range mounts {
 			err = errors.Join(err, unmount(m))

@@ -17,6 +17,7 @@ func TestOverlayOf(t *testing.T) {
 		"ro,lowerdir=/run/t/7::/nvm/d::/hdd/d,redirect_dir=on":                            {"/run/t/7", ""},
 		"ro,lowerdir+=/run/t/7,datadir+=/nvm/d,datadir+=/hdd/d":                           {"/run/t/7", ""},
 		`rw,lowerdir=/run/a\040b::/nvm/d,upperdir=/u\040v`:                                {"/run/a b", "/u v"},
+		`ro,lowerdir=/run/i\134\054workdir=\134\054uidmap\134\054/7::/nvm/d`:              {`/run/i\,workdir=\,uidmap\,/7`, ""}, // as it was given
 		"rw,lowerdir=/l1:/l2,upperdir=/u":                                                 {"/l1", "/u"},
 		"rw":                                                                              {"", ""},
 	} {
