@@ -58,7 +58,7 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 	parts := s.divided.mounted(ctx, sn.ParentIDs[0])
 	options = append(options, s.lowerOptions(tree, parts)...)
 	s.watchStart(sn, info, r, trace.Start{Upper: upper, Tree: tree, Parts: parts})
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}, notByPath}, nil
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}, notByPath(sn.Kind)}, nil
 }
 
 // notByPath is a second mount that does nothing (mount.Mount makes no call for
@@ -69,7 +69,17 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 // directories from what stands between the colons of "lowerdir=", an empty
 // name being the host's root. Neither knows of trees and data-only layers. For
 // a mount of a type they do not know both mount, as they should.
-var notByPath = mount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
+//
+// Run by mount(8), as the command that ctr snapshots mounts prints, it changes
+// nothing either: what is read-only stays so, where mount(8) would refuse to
+// make it writable.
+func notByPath(kind snapshots.Kind) mount.Mount {
+	options := []string{"remount"}
+	if kind == snapshots.KindView {
+		options = append(options, "ro")
+	}
+	return mount.Mount{Type: "none", Source: "none", Options: options}
+}
 
 // lowerOptions are the overlay options for a tree with the two data roots
 // behind it, and between them the parts of large files if there are some.
