@@ -23,9 +23,11 @@ func TestPullAndRun(t *testing.T) {
 	if err := r.Pull(ctx, "busybox:1"); err != nil {
 		t.Fatal(err)
 	}
-	out, err := r.RunContainer(ctx, "busybox:1", "c1", "echo", "hello from nhybrid")
-	if err != nil || !strings.Contains(out, "hello from nhybrid") {
-		t.Fatalf("run: %v: %q", err, out)
+	for _, id := range []string{"c1", "extract-1"} { // a name that begins like the key of an unpack
+		out, err := r.RunContainer(ctx, "busybox:1", id, "echo", "hello from nhybrid")
+		if err != nil || !strings.Contains(out, "hello from nhybrid") {
+			t.Fatalf("run: %v: %q", err, out)
+		}
 	}
 	// Each view shows it, by whatever policy is the default.
 	for _, c := range []struct {
