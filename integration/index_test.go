@@ -93,3 +93,28 @@ func TestImageOfAnIndex(t *testing.T) {
 		require.NoError(t, err)
 	}
 }
+
+// A container of another platform than the host's (by binfmt_misc, say) is committed on top of the image that it runs.
+func TestCommitOfAnotherPlatform(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	r, device := regionRig(t)
+	img, err := image.Busybox()
+	require.NoError(t, err)
+	to, err := name.ParseReference(r.Registry.Addr()+"/both:1", name.Insecure)
+	require.NoError(t, err)
+	require.NoError(t, remote.WriteIndex(to, attested(t, img), remote.WithContext(ctx)))
+	ref := r.Ref("both:1")
+	require.NoError(t, r.Pull(ctx, "both:1"))
+	require.NoError(t, r.Pull(ctx, "both:1", "--local", "--platform", "linux/s390x"))
+	_, err = r.Ctr(ctx, "run", "-d", "--platform", "linux/s390x", "--cgroup", "/"+r.Namespace+"-web", "--device", device("1m"), ref, "web", "sleep", "1000")
+	require.NoError(t, err)
+	execute(t, r, "web", "sh", "-ec", "test -e /foreign; echo n >/new")
+	_, err = r.Nhybridctl(ctx, "scm", "commit", "web", "committed:1")
+	require.NoError(t, err)
+	layers := layersOf(t, r, "committed:1")
+	require.Len(t, layers, 4)
+	require.Contains(t, layers[1], "foreign")
+	require.Contains(t, layers[2], "new")
+	endSleeper(t, r, "web")
+}

@@ -86,15 +86,7 @@ func Commit(ctx context.Context, c *client.Client, store *region.Store, a Commit
 	if err != nil {
 		return fail(err)
 	}
-	base, err := c.GetImage(ctx, info.Image)
-	if err != nil {
-		return fail(fmt.Errorf("its image: %w", err))
-	}
-	manifest, err := images.Manifest(ctx, c.ContentStore(), base.Target(), base.Platform())
-	if err != nil {
-		return fail(fmt.Errorf("its image: %w", err))
-	}
-	config, err := readConfig(ctx, c.ContentStore(), manifest.Config)
+	manifest, config, err := baseOf(ctx, c, info)
 	if err != nil {
 		return fail(err)
 	}
