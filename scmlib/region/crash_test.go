@@ -12,8 +12,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
@@ -36,6 +38,7 @@ var works = map[string]func(ctx context.Context, s *Store) error{
 	"clone": func(ctx context.Context, s *Store) error {
 		return second(s.Clone(ctx, vol("base"), "made", CreateOptions{Size: 4 * mib}))
 	},
+	"copy": func(ctx context.Context, s *Store) error { return second(s.Clone(ctx, vol("base"), "made", CreateOptions{})) },
 	"import": func(ctx context.Context, s *Store) error {
 		var b bytes.Buffer
 		if _, err := s.Export(ctx, vol("base"), &b); err != nil {
@@ -66,16 +69,29 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// crashPool is the pool of the daemon that is killed: none, or one region of each size that the works make.
+func crashPool() map[int64]int {
+	if os.Getenv(crashEnv+"_POOL") == "" {
+		return nil
+	}
+	return map[int64]int{mib: 1, 2 * mib: 1}
+}
+
 func crash(what, dir, at string) int {
-	left, _ := strconv.Atoi(at)
+	n, _ := strconv.ParseInt(at, 10, 64)
+	var left atomic.Int64 // steps of the keeper of the pool count as well
+	left.Store(n)
 	die := func(string) {
-		if left--; left == 0 {
+		if left.Add(-1) == 0 {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
 		}
 	}
-	s, err := Open(context.Background(), filepath.Join(dir, "r"), Options{step: die})
+	s, err := Open(context.Background(), filepath.Join(dir, "r"), Options{step: die, Pool: crashPool()})
 	if err == nil {
+		for os.Getenv(crashEnv+"_POOL") != "" && (s.Pooled(mib) == 0 || s.Pooled(2*mib) == 0) {
+			time.Sleep(tick)
+		}
 		err = errors.Join(works[what](context.Background(), s), s.Close())
 	}
 	if err != nil {
@@ -87,6 +103,15 @@ func crash(what, dir, at string) int {
 
 // A daemon that is killed at any step leaves each region whole or not at all, and nothing else.
 func TestKilledAtEachStep(t *testing.T) {
+	killedAtEachStep(t, "")
+}
+
+// With a pool, what it holds is zeros besides: it is given to the next container of any namespace.
+func TestKilledAtEachStepWithPool(t *testing.T) {
+	killedAtEachStep(t, "yes")
+}
+
+func killedAtEachStep(t *testing.T, pool string) {
 	for what := range works {
 		t.Run(what, func(t *testing.T) {
 			t.Parallel()
@@ -96,7 +121,7 @@ func TestKilledAtEachStep(t *testing.T) {
 				require.NoError(t, os.RemoveAll(filepath.Join(dir, "r")))
 				prepare(t, dir)
 				cmd := exec.Command(os.Args[0])
-				cmd.Env = append(os.Environ(), crashEnv+"="+what, crashEnv+"_DIR="+dir, crashEnv+"_AT="+strconv.Itoa(at))
+				cmd.Env = append(os.Environ(), crashEnv+"="+what, crashEnv+"_DIR="+dir, crashEnv+"_AT="+strconv.Itoa(at), crashEnv+"_POOL="+pool)
 				out, err := cmd.CombinedOutput()
 				var exit *exec.ExitError
 				if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
@@ -104,6 +129,7 @@ func TestKilledAtEachStep(t *testing.T) {
 				} else {
 					require.NoError(t, err, "%s", out)
 				}
+				poolIsZero(t, dir)
 				afterwards(t, dir, what)
 				if err == nil {
 					break
@@ -112,6 +138,17 @@ func TestKilledAtEachStep(t *testing.T) {
 			require.GreaterOrEqual(t, steps, 2)
 			t.Logf("killed at %d steps", steps)
 		})
+	}
+}
+
+func poolIsZero(t *testing.T, dir string) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "r", "pool", "*", "data"))
+	require.NoError(t, err)
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		require.NoError(t, err)
+		require.True(t, len(bytes.Trim(b, "\x00")) == 0, "%s has content", file)
 	}
 }
 
@@ -148,7 +185,7 @@ func afterwards(t *testing.T, dir, what string) {
 		require.Empty(t, rep.Problems, "%s", r.Ref)
 		require.Empty(t, r.Frozen)
 		require.Zero(t, r.GrowTo)
-		if r.Name == "base" || r.Kind == Snapshot || (what == "clone" || what == "import") && r.Name == "made" {
+		if r.Name == "base" || r.Kind == Snapshot || (what == "clone" || what == "copy" || what == "import") && r.Name == "made" {
 			n, _ := get(t, s.data(r.Ref))
 			require.EqualValues(t, 7, n, "%s", r.Ref)
 		}

@@ -23,7 +23,7 @@ type plan struct {
 	from     extents // nil: zeros
 	fromSize int64   // of the region that from is of, if it shall be larger than that
 	limit    *rate.Limiter
-	pooled   bool // the directory is from the pool
+	pooled   bool // the directory is in the pool
 	promise  *promise
 }
 
@@ -60,7 +60,11 @@ func (s *Store) make(ctx context.Context, r Record, p plan) (_ Record, err error
 			err = makeData(ctx, p.limit, dir, p.fromSize, p.from)
 		}
 	case p.from != nil:
-		err = overlay(ctx, p.limit, filepath.Join(dir, "data"), r.Size, p.from)
+		// Its new place is not one from which a crash brings it back: see findPool. So it is made like one that never waited.
+		p.pooled = false
+		if dir, err = s.leavePool(dir); err == nil {
+			err = overlay(ctx, p.limit, filepath.Join(dir, "data"), r.Size, p.from)
+		}
 	}
 	if err == nil {
 		err = s.finish(ctx, dir, &r, p)

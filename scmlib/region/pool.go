@@ -20,8 +20,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The pool holds regions of zeros, written and synced, in directories SIZE-RANDOM, with room for metadata. One that is taken has its metadata on the
-// medium before its new name, so both places are looked at after a crash.
+// The pool holds regions of zeros, written and synced, in directories SIZE-RANDOM, with room for metadata. One that is taken as it is has its metadata on
+// the medium before its new name, so both places are looked at after a crash. One that is to have content leaves the pool before the first byte is written:
+// what stands in the pool without metadata is given to the next container of any namespace.
 
 func (s *Store) findPool() error {
 	base := filepath.Join(s.root, "pool")
@@ -37,7 +38,7 @@ func (s *Store) findPool() error {
 		ok = ok && serr == nil && st.Mode().IsRegular() && st.Size() == size
 		r, free, err := claimed(dir)
 		switch {
-		case ok && err == nil && free && len(s.pool[size]) < s.o.Pool[size]:
+		case ok && err == nil && free && !writtenTo(dir, st) && len(s.pool[size]) < s.o.Pool[size]:
 			s.pool[size] = append(s.pool[size], dir)
 		case ok && err == nil && !free && r.Size == size:
 			owned[dir] = r
@@ -67,6 +68,23 @@ func (s *Store) restoreOwned(owned map[string]Record) error {
 		return nil
 	}
 	return syncDir(filepath.Join(s.root, "k"))
+}
+
+// writtenTo reports whether data of a directory that nobody claimed was written after its metadata, which is made last: earlier versions wrote content into
+// the pool.
+func writtenTo(dir string, data os.FileInfo) bool {
+	meta, err := os.Lstat(filepath.Join(dir, "meta"))
+	return err != nil || data.ModTime().After(meta.ModTime())
+}
+
+// leavePool moves a directory out of the pool and returns its new place, from which the next start sweeps it. It is durable when this returns: what is written
+// there afterwards may reach the medium at any time, and must not be found in the pool after a loss of power.
+func (s *Store) leavePool(dir string) (string, error) {
+	away := filepath.Join(s.root, "tmp", randomID())
+	if err := os.Rename(dir, away); err != nil {
+		return dir, fmt.Errorf("take region from the pool: %w", err)
+	}
+	return away, errors.Join(syncDir(filepath.Dir(away)), syncDir(filepath.Dir(dir)))
 }
 
 func poolSize(name string) (int64, bool) {

@@ -53,3 +53,30 @@ func TestAfterPowerLoss(t *testing.T) {
 		require.Empty(t, left)
 	}
 }
+
+// An earlier version wrote the content of copies into the pool. What it has left there is not taken for zeros.
+func TestPoolOfEarlierVersion(t *testing.T) {
+	ctx := t.Context()
+	dir := filesystem(t, "tmpfs", 64*mib)
+	o := Options{Pool: map[int64]int{mib: 2}}
+	s, err := Open(ctx, filepath.Join(dir, "r"), o)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return s.Pooled(mib) == 2 }, waitFor, tick)
+	require.NoError(t, s.Close())
+	files, err := filepath.Glob(filepath.Join(s.root, "pool", "*", "data"))
+	require.NoError(t, err)
+	require.Len(t, files, 2)
+	f, err := os.OpenFile(files[0], os.O_RDWR, 0)
+	require.NoError(t, err)
+	_, err = f.WriteAt([]byte("secret"), 5000)
+	require.NoError(t, errors.Join(err, f.Close()))
+	later := time.Now().Add(time.Second) // the kernel's own times may be those of one tick of its clock
+	require.NoError(t, os.Chtimes(files[0], later, later))
+	kept := inode(t, files[1])
+
+	s = open(t, dir, o)
+	_, err = os.Stat(files[0])
+	require.ErrorIs(t, err, os.ErrNotExist)
+	require.Equal(t, kept, inode(t, files[1]))
+	require.Eventually(t, func() bool { return s.Pooled(mib) == 2 }, waitFor, tick)
+}
