@@ -97,7 +97,7 @@ func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
 	if err != nil {
 		return r, err
 	}
-	r.Users = slices.DeleteFunc(r.Users, func(u User) bool { return !u.Alive() || u == user })
+	r.Users = slices.DeleteFunc(living(r.Users), func(u User) bool { return u == user })
 	if err := inUse(r, "attach"); err != nil && !r.Shared {
 		return r, fmt.Errorf("%w, or make the volume shared", err)
 	}
@@ -109,13 +109,7 @@ func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
 func (s *Store) attachOwn(ctx context.Context, fresh Record, a api.Attach, image *os.File) (Record, error) {
 	r, err := s.get(fresh.Ref)
 	if err == nil && r.Instance != fresh.Instance {
-		log.G(ctx).WithField("container", a.Container).Info("region of an earlier container of this id is removed")
-		if r.Keep || s.o.Keep {
-			err = s.becomeVolume(r)
-		} else {
-			err = s.drop(r)
-		}
-		if err != nil {
+		if err = s.replaced(ctx, r); err != nil {
 			return r, err
 		}
 		err = errdefs.ErrNotFound
@@ -129,8 +123,21 @@ func (s *Store) attachOwn(ctx context.Context, fresh Record, a api.Attach, image
 		return r, fmt.Errorf("container %s has a region of %s, not %s: remove it by nhybridctl scm rm container/%s, or ask for its size: %w",
 			a.Container, FormatSize(r.Size), FormatSize(a.Size), a.Container, errdefs.ErrFailedPrecondition)
 	}
-	r.Users = fresh.Users
+	// One that an earlier start has left behind still has it.
+	r.Users = append(slices.DeleteFunc(living(r.Users), func(u User) bool { return u == fresh.Users[0] }), fresh.Users...)
 	return r, s.updateUse(r)
+}
+
+// replaced makes way for the region of another container of the same id. The caller holds the region of the earlier one.
+func (s *Store) replaced(ctx context.Context, r Record) error {
+	if r.Keep || s.o.Keep {
+		return s.becomeVolume(r)
+	}
+	if err := inUse(r, "remove region of an earlier container of this id,"); err != nil {
+		return err
+	}
+	log.G(ctx).WithField("container", r.Name).Info("region of an earlier container of this id is removed")
+	return s.drop(r)
 }
 
 func (s *Store) makeOwn(ctx context.Context, r Record, a api.Attach, image *os.File) (Record, error) {

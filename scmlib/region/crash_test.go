@@ -38,7 +38,9 @@ var works = map[string]func(ctx context.Context, s *Store) error{
 	"clone": func(ctx context.Context, s *Store) error {
 		return second(s.Clone(ctx, vol("base"), "made", CreateOptions{Size: 4 * mib}))
 	},
-	"copy": func(ctx context.Context, s *Store) error { return second(s.Clone(ctx, vol("base"), "made", CreateOptions{})) },
+	"copy": func(ctx context.Context, s *Store) error {
+		return second(s.Clone(ctx, vol("base"), "made", CreateOptions{}))
+	},
 	"import": func(ctx context.Context, s *Store) error {
 		var b bytes.Buffer
 		if _, err := s.Export(ctx, vol("base"), &b); err != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/time/rate"
 
 	"github.com/nhybrid/nhybrid/scmlib/region/stream"
@@ -241,7 +242,8 @@ func (s *Store) SetKeep(ctx context.Context, ref Ref, keep bool) error {
 	return s.update(r)
 }
 
-// Release is called when a container is gone: its region is removed, or becomes a volume of its name. Where the store can ask, it is not believed.
+// Release is called when a container is gone: its region is removed, or becomes a volume of its name. Where the store can ask, it is not believed. A region
+// that a process still maps is not removed, as its blocks would not be free: Release has to be called again when the process has ended.
 func (s *Store) Release(ctx context.Context, namespace, container string) error {
 	ref := Ref{Container, namespace, container}
 	if ref.check() != nil {
@@ -267,17 +269,21 @@ func (s *Store) Release(ctx context.Context, namespace, container string) error 
 			return fmt.Errorf("is container %s of namespace %q gone: %w", container, namespace, err)
 		}
 	}
-	if r.Keep || s.o.Keep {
+	switch {
+	case r.Keep || s.o.Keep:
 		return s.becomeVolume(r)
+	case alive(r.Users):
+		log.G(ctx).WithFields(log.Fields{"region": ref.String(), "namespace": namespace}).Info("container is gone, but a process of it has its region, which stays until that ends")
+		return nil
 	}
 	return s.drop(r)
 }
 
-// becomeVolume turns a container's region into a volume. The caller holds it. The directory alone says what it is: see readMeta.
+// becomeVolume turns a container's region into a volume, which whoever has it still has. The caller holds it. The directory alone says what it is: see readMeta.
 func (s *Store) becomeVolume(r Record) error {
 	old := r
 	r.Ref = Ref{Volume, r.Owner(), r.Name}
-	r.Origin, r.Tenant, r.Instance, r.Keep, r.Users = "container "+old.Name, "", "", false, nil
+	r.Origin, r.Tenant, r.Instance, r.Keep, r.Users = "container "+old.Name, "", "", false, living(r.Users)
 	s.guard.forget(s.data(old.Ref))
 	s.mu.Lock()
 	_, taken := s.regs[r.key()]
@@ -295,6 +301,9 @@ func (s *Store) becomeVolume(r Record) error {
 	}
 	s.step("renamed")
 	err = errors.Join(s.updateUse(r), s.update(r))
+	if len(r.Users) > 0 {
+		err = errors.Join(err, s.guard.watch(s.data(r.Ref)))
+	}
 	s.tell()
 	return errors.Join(err, syncDir(filepath.Join(s.root, "k")))
 }

@@ -224,7 +224,7 @@ func (s *Store) List(namespace string) []Record {
 	var out []Record
 	for _, key := range slices.Sorted(maps.Keys(s.regs)) {
 		if r := s.regs[key]; namespace == "" || r.Namespace == namespace {
-			r.Users = slices.DeleteFunc(slices.Clone(r.Users), func(u User) bool { return !u.Alive() })
+			r.Users = living(r.Users)
 			out = append(out, r)
 		}
 	}
@@ -244,7 +244,7 @@ func (s *Store) Inspect(ref Ref) (Record, error) {
 		return Record{}, err
 	}
 	r, err := s.get(ref)
-	r.Users = slices.DeleteFunc(r.Users, func(u User) bool { return !u.Alive() })
+	r.Users = living(r.Users)
 	return r, err
 }
 
@@ -351,6 +351,16 @@ func (s *Store) tell() {
 		s.told = append([]string{}, list...)
 		s.o.Volumes(list)
 	}
+}
+
+// living returns those of the users that still run.
+func living(users []User) (all []User) {
+	for _, u := range users {
+		if u.Alive() {
+			all = append(all, u)
+		}
+	}
+	return all
 }
 
 // alive tells whether any of the users still runs.

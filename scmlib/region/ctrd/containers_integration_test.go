@@ -22,9 +22,11 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/integration/image"
 	"github.com/nhybrid/nhybrid/integration/rig"
@@ -176,6 +178,47 @@ func TestVolumes(t *testing.T) {
 	n.call(region.OpRemove, region.Args{Namespace: n.Namespace, Region: "orders"}, nil)
 	_, err = n.Ctr(t.Context(), "run", "--rm", "--device", n.device("orders"), n.Ref("app:1"), "c", "/app", "count")
 	require.ErrorContains(t, err, "unresolvable CDI devices")
+}
+
+// The record of a container can be deleted while its process runs. The region is in use as long as that runs, whether it is kept or not.
+func TestRecordDeletedBeforeProcess(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, rig.Options{}, region.Options{})
+	n.app("app:1")
+	require.NoError(t, n.Pull(t.Context(), "app:1"))
+	deleteRecord := func(id string) {
+		t.Helper()
+		require.NoError(t, n.connect().ContainerService().Delete(namespaces.WithNamespace(t.Context(), n.Namespace), id))
+	}
+	find := func(kind region.Kind, name string) (r region.Record, ok bool) {
+		r, err := n.store.Inspect(region.Ref{Kind: kind, Namespace: n.Namespace, Name: name})
+		return r, err == nil
+	}
+	var pids []int
+	for _, id := range []string{"kept", "goes"} {
+		n.ctr("run", "-d", "--device", n.device("1m"), n.Ref("app:1"), id, "/app", "keep")
+		r, ok := find(region.Container, id)
+		require.True(t, ok)
+		pids = append(pids, r.Users[0].Pid)
+	}
+	n.call(region.OpKeep, region.Args{Namespace: n.Namespace, Region: "container/kept", Keep: true}, nil)
+	deleteRecord("goes")
+	deleteRecord("kept") // its event comes after that of the other
+	require.Eventually(t, func() bool { _, ok := find(region.Volume, "kept"); return ok }, time.Minute, 10*time.Millisecond)
+	_, ok := find(region.Container, "goes")
+	require.True(t, ok, "the process has its blocks")
+	_, err := n.Ctr(t.Context(), "run", "--rm", "--device", n.device("kept"), n.Ref("app:1"), "second", "/app", "count")
+	require.ErrorContains(t, err, "container "+n.Namespace+"/kept uses it")
+	_, err = api.Call(filepath.Join(n.Dir, "scm.sock"), region.OpRemove, region.Args{Namespace: n.Namespace, Region: "kept"}, nil)
+	require.ErrorContains(t, err, "uses it")
+
+	for _, pid := range pids {
+		require.NoError(t, unix.Kill(pid, unix.SIGKILL))
+	}
+	require.Eventually(t, func() bool { _, ok := find(region.Container, "goes"); return !ok }, time.Minute, 10*time.Millisecond)
+	require.Eventually(t, func() bool { r, ok := find(region.Volume, "kept"); return ok && len(r.Users) == 0 }, time.Minute, 10*time.Millisecond)
+	n.call(region.OpRemove, region.Args{Namespace: n.Namespace, Region: "kept"}, nil)
+	n.clean()
 }
 
 // The paper's flow: commit a container, run the image, here and on another node: both start from exactly that state.

@@ -76,7 +76,8 @@ func follow(ctx context.Context, connect func() (*client.Client, error), store *
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ch, errs := c.Subscribe(ctx, `topic=="/containers/delete"`)
+	// A container whose record was deleted before its process ended is released at the end of that.
+	ch, errs := c.Subscribe(ctx, `topic=="/containers/delete"`, `topic=="/tasks/exit"`)
 	if err := store.Reconcile(ctx); err != nil {
 		return err
 	}
@@ -92,7 +93,7 @@ func follow(ctx context.Context, connect func() (*client.Client, error), store *
 				log.G(ctx).WithError(err).Warn("regions of containers that are gone")
 			}
 		case e := <-ch:
-			if id, ok := deleted(e); ok {
+			if id, ok := maybeGone(e); ok {
 				if err := store.Release(ctx, e.Namespace, id); err != nil {
 					log.G(ctx).WithError(err).WithFields(log.Fields{"container": id, "namespace": e.Namespace}).Warn("region of a container that is gone")
 				}
@@ -101,14 +102,20 @@ func follow(ctx context.Context, connect func() (*client.Client, error), store *
 	}
 }
 
-func deleted(e *events.Envelope) (string, bool) {
+// maybeGone returns the container that an event is about. The store asks whether it is gone.
+func maybeGone(e *events.Envelope) (string, bool) {
 	if e == nil {
 		return "", false
 	}
 	v, err := typeurl.UnmarshalAny(e.Event)
-	d, ok := v.(*eventsapi.ContainerDelete)
-	if err != nil || !ok {
+	if err != nil {
 		return "", false
 	}
-	return d.ID, true
+	switch v := v.(type) {
+	case *eventsapi.ContainerDelete:
+		return v.ID, true
+	case *eventsapi.TaskExit:
+		return v.ContainerID, true
+	}
+	return "", false
 }
