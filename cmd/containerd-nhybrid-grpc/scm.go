@@ -21,6 +21,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/scmlib/region"
+	"github.com/nhybrid/nhybrid/scmlib/region/api"
 	"github.com/nhybrid/nhybrid/scmlib/region/ctrd"
 	"github.com/nhybrid/nhybrid/scmlib/region/nri"
 	"github.com/nhybrid/nhybrid/scmlib/region/registry"
@@ -220,7 +221,7 @@ func (r *regions) warnings() (all []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.failed != nil {
-		all = append(all, fmt.Sprintf("regions are not served: %v", r.failed))
+		all = append(all, api.NotServed+r.failed.Error())
 	}
 	if r.spec != nil {
 		all = append(all, fmt.Sprintf("containers cannot ask for regions: %v", r.spec))
@@ -231,9 +232,9 @@ func (r *regions) warnings() (all []string) {
 		}
 	}
 	if r.store != nil {
-		broken := r.store.Broken()
-		for _, key := range slices.Sorted(maps.Keys(broken)) {
-			all = append(all, broken[key].Error())
+		problems := r.store.Problems()
+		for _, key := range slices.Sorted(maps.Keys(problems)) {
+			all = append(all, problems[key].Error())
 		}
 	}
 	return all

@@ -48,7 +48,7 @@ func (s *Store) Attach(ctx context.Context, a api.Attach, image *os.File) (_ *os
 	}
 	return s.give(ctx, ref, func() (Record, error) {
 		if a.Volume != "" {
-			return s.attachVolume(ref, user)
+			return s.attachVolume(ctx, ref, user)
 		}
 		return s.attachOwn(ctx, Record{Ref: ref, Tenant: a.Tenant, Instance: instance, Users: []User{user}}, a, image)
 	})
@@ -65,7 +65,7 @@ func (s *Store) Use(ctx context.Context, namespace, volume string, pid int) (*os
 		return nil, Record{}, err
 	}
 	return s.give(ctx, ref, func() (Record, error) {
-		return s.attachVolume(ref, User{namespace, fmt.Sprintf("(process %d of the host)", pid), process})
+		return s.attachVolume(ctx, ref, User{namespace, fmt.Sprintf("(process %d of the host)", pid), process})
 	})
 }
 
@@ -89,7 +89,7 @@ func (s *Store) give(ctx context.Context, ref Ref, find func() (Record, error)) 
 	return mount, r, err
 }
 
-func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
+func (s *Store) attachVolume(ctx context.Context, ref Ref, user User) (Record, error) {
 	r, err := s.get(ref)
 	if errdefs.IsNotFound(err) {
 		return r, missing(ref, err)
@@ -100,6 +100,9 @@ func (s *Store) attachVolume(ref Ref, user User) (Record, error) {
 	r.Users = slices.DeleteFunc(living(r.Users), func(u User) bool { return u == user })
 	if err := inUse(r, "attach"); err != nil && !r.Shared {
 		return r, fmt.Errorf("%w, or make the volume shared", err)
+	}
+	if err := s.restoreBlocks(ctx, r, len(r.Users) == 0); err != nil {
+		return r, err
 	}
 	r.Users = append(r.Users, user)
 	return r, s.updateUse(r)
@@ -124,7 +127,11 @@ func (s *Store) attachOwn(ctx context.Context, fresh Record, a api.Attach, image
 			a.Container, FormatSize(r.Size), FormatSize(a.Size), a.Container, errdefs.ErrFailedPrecondition)
 	}
 	// One that an earlier start has left behind still has it.
-	r.Users = append(slices.DeleteFunc(living(r.Users), func(u User) bool { return u == fresh.Users[0] }), fresh.Users...)
+	r.Users = slices.DeleteFunc(living(r.Users), func(u User) bool { return u == fresh.Users[0] })
+	if err := s.restoreBlocks(ctx, r, len(r.Users) == 0); err != nil {
+		return r, err
+	}
+	r.Users = append(r.Users, fresh.Users...)
 	return r, s.updateUse(r)
 }
 
@@ -137,7 +144,7 @@ func (s *Store) replaced(ctx context.Context, r Record) error {
 		return err
 	}
 	log.G(ctx).WithField("container", r.Name).Info("region of an earlier container of this id is removed")
-	return s.drop(r)
+	return unlessLeft(s.drop(r))
 }
 
 func (s *Store) makeOwn(ctx context.Context, r Record, a api.Attach, image *os.File) (Record, error) {

@@ -169,7 +169,7 @@ func afterwards(t *testing.T, dir, what string) {
 	s, err := Open(t.Context(), filepath.Join(dir, "r"), Options{})
 	require.NoError(t, err)
 	defer func() { require.NoError(t, s.Close()) }()
-	require.Empty(t, s.Broken())
+	require.Empty(t, s.Problems())
 	left, err := os.ReadDir(filepath.Join(s.root, "tmp"))
 	require.NoError(t, err)
 	require.Empty(t, left)

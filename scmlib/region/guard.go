@@ -120,39 +120,23 @@ func (g *guard) close() error {
 func (s *Store) trespass(path string, f *os.File) {
 	ref, err := refOfKey(filepath.Base(filepath.Dir(path)))
 	if err == nil {
-		err = s.restoreSize(ref, f)
+		err = s.restore(ref, f)
 	}
 	if err != nil {
-		log.L.WithError(err).WithField("region", path).Error("cannot give a region its size back")
+		log.L.WithError(err).WithField("region", path).Error("cannot give a region its size and blocks back")
 	}
 }
 
-// restoreSize cuts a region that its container has extended, and allocates what it has cut off, which is zeros now.
-func (s *Store) restoreSize(ref Ref, f *os.File) error {
-	s.mu.Lock() // so that the record is not about to say something else: see Resize
-	defer s.mu.Unlock()
-	r, ok := s.regs[ref.key()]
-	if !ok || r.GrowTo != 0 || r.Kind == Snapshot {
-		return nil
-	}
-	st, err := f.Stat()
-	if err != nil || st.Size() == r.Size {
-		return err
-	}
-	log.L.WithFields(log.Fields{"region": ref.String(), "namespace": ref.Namespace, "size": r.Size, "found": st.Size()}).
-		Warn("a region's file had another size: its container has extended or cut it; given its size back")
-	if err := f.Truncate(r.Size); err != nil {
-		return fmt.Errorf("give region %s its size back: %w", ref, err)
-	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, r.Size); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("give region %s its blocks back: %w", ref, err)
-	}
-	return nil
-}
-
-// openData opens the file of a region. A container may have taken a lease on it, which must not block.
+// openData opens the file of a region. A container may have taken a lease on it, which must not block, and may have made it immutable.
 func openData(path string, flags int) (*os.File, error) {
-	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	flags |= unix.O_NONBLOCK | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	f, err := os.OpenFile(path, flags, 0)
+	if errors.Is(err, unix.EPERM) {
+		err = makeWritable(path)
+		if err == nil {
+			f, err = os.OpenFile(path, flags, 0)
+		}
+	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return nil, fmt.Errorf("open %q: its container has a lease on it: %w", path, errdefs.ErrUnavailable)
 	}
@@ -168,4 +152,13 @@ func openData(path string, flags int) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+func makeWritable(path string) error {
+	f, err := openData(path, os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	log.L.WithField("file", path).Warn("a region's file was immutable: its container has made it so; made writable")
+	return errors.Join(clearFlags(f), f.Close())
 }

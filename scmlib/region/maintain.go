@@ -40,6 +40,9 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 	case size == r.Size:
 		return r, nil
 	}
+	if err := s.restoreBlocks(ctx, r, true); err != nil {
+		return r, err
+	}
 	promise, err := s.reserve(want{namespace: r.Owner(), size: size - r.Size})
 	if err != nil {
 		return r, fmt.Errorf("resize %s: %w", ref, err)
@@ -61,7 +64,10 @@ func (s *Store) Resize(ctx context.Context, ref Ref, size int64) (Record, error)
 
 // cutBack undoes growth that failed.
 func (s *Store) cutBack(r Record) error {
-	err := os.Truncate(s.data(r.Ref), r.Size)
+	f, err := openData(s.data(r.Ref), os.O_RDWR)
+	if err == nil {
+		err = errors.Join(f.Truncate(r.Size), f.Close())
+	}
 	if err == nil {
 		r.GrowTo = 0
 		err = s.update(r)
@@ -144,7 +150,7 @@ type Report struct {
 }
 
 // Check examines a region: its file, both copies of its header, its log, and each block of its heap. One that is in use is examined in a copy. With
-// repair one that is not in use is opened as a program would, which heals and recovers it.
+// repair one that is not in use gets its blocks back, and is opened as a program would, which heals and recovers it.
 func (s *Store) Check(ctx context.Context, ref Ref, repair bool) (Report, error) {
 	rep := Report{Ref: ref}
 	r, err := s.Inspect(ref)
@@ -169,7 +175,17 @@ func (s *Store) Check(ctx context.Context, ref Ref, repair bool) (Report, error)
 			return rep, fmt.Errorf("repair %s: a snapshot stays as it is; clone it: %w", ref, errdefs.ErrInvalidArgument)
 		}
 	}
-	if err := s.checkFile(&rep, r); err != nil || !rep.ContainerOn && !rep.Formatted {
+	var short error
+	if repair {
+		if short = s.restoreBlocks(ctx, r, true); short != nil && !errdefs.IsResourceExhausted(short) {
+			return rep, short
+		}
+	}
+	err = s.checkFile(&rep, r)
+	if short != nil && len(rep.Problems) == 0 {
+		rep.Problems = append(rep.Problems, short.Error())
+	}
+	if err != nil || !rep.ContainerOn && !rep.Formatted {
 		return rep, err
 	}
 	if rep.ContainerOn {

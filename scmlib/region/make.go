@@ -213,11 +213,12 @@ func (s *Store) drop(r Record) error {
 	s.guard.forget(s.data(r.Ref))
 	s.mu.Lock()
 	delete(s.regs, r.key())
+	delete(s.short, r.key())
 	s.mu.Unlock()
 	s.step("forgotten")
 	err := s.discard(s.dir(r.Ref))
-	if err == nil && r.Kind != Container { // what containers have is asked for again
-		err = syncDir(filepath.Join(s.root, "k"))
+	if unlessLeft(err) == nil && r.Kind != Container { // what containers have is asked for again
+		err = errors.Join(err, syncDir(filepath.Join(s.root, "k")))
 	}
 	s.refill()
 	s.tell()
@@ -276,7 +277,7 @@ func (s *Store) Release(ctx context.Context, namespace, container string) error 
 		log.G(ctx).WithFields(log.Fields{"region": ref.String(), "namespace": namespace}).Info("container is gone, but a process of it has its region, which stays until that ends")
 		return nil
 	}
-	return s.drop(r)
+	return unlessLeft(s.drop(r))
 }
 
 // becomeVolume turns a container's region into a volume, which whoever has it still has. The caller holds it. The directory alone says what it is: see readMeta.
@@ -293,6 +294,7 @@ func (s *Store) becomeVolume(r Record) error {
 	err := os.Rename(s.dir(old.Ref), s.dir(r.Ref))
 	if err == nil {
 		delete(s.regs, old.key())
+		delete(s.short, old.key()) // it is looked for again under the new name
 		s.regs[r.key()] = r
 	}
 	s.mu.Unlock()
@@ -303,13 +305,18 @@ func (s *Store) becomeVolume(r Record) error {
 	err = errors.Join(s.updateUse(r), s.update(r))
 	if len(r.Users) > 0 {
 		err = errors.Join(err, s.guard.watch(s.data(r.Ref)))
+		// It may have been written to while it was not watched. What lacks blocks then is in Problems.
+		if rerr := s.restoreBlocks(context.Background(), r, false); !errdefs.IsResourceExhausted(rerr) {
+			err = errors.Join(err, rerr)
+		}
 	}
 	s.tell()
 	return errors.Join(err, syncDir(filepath.Join(s.root, "k")))
 }
 
-// Reconcile releases the regions of all containers that are gone, as far as the store can ask.
+// Reconcile releases the regions of all containers that are gone, as far as the store can ask, and tries again to remove what could not be removed.
 func (s *Store) Reconcile(ctx context.Context) error {
+	s.retryErase()
 	if s.o.Identify == nil {
 		return nil
 	}

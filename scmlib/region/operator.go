@@ -85,7 +85,7 @@ func (s *Store) serveOperator(srv *Server) {
 		for _, r := range l.Regions {
 			l.Namespaces[r.Owner()] = accounts[r.Owner()]
 		}
-		for key, err := range s.Broken() {
+		for key, err := range s.Problems() {
 			l.Broken[key] = err.Error()
 		}
 		return l, nil

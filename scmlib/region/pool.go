@@ -43,7 +43,7 @@ func (s *Store) findPool() error {
 		case ok && err == nil && !free && r.Size == size:
 			owned[dir] = r
 		default:
-			if err := os.RemoveAll(dir); err != nil {
+			if err := unlessLeft(s.erase(dir)); err != nil {
 				return fmt.Errorf("clear pool of regions: %w", err)
 			}
 		}
@@ -58,7 +58,7 @@ func (s *Store) restoreOwned(owned map[string]Record) error {
 	for _, dir := range byAge {
 		err := os.Rename(dir, s.dir(owned[dir].Ref))
 		if errors.Is(err, os.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
-			err = s.discard(dir)
+			err = unlessLeft(s.discard(dir))
 		}
 		if err != nil {
 			return fmt.Errorf("restore region %s: %w", owned[dir].Ref, err)
@@ -122,21 +122,6 @@ func (s *Store) giveUp(dirs []string) {
 			log.L.WithError(err).Warn("cannot give up a region of the pool")
 		}
 	}
-}
-
-// discard removes a directory. It is gone at once from where it was; its blocks are free when this returns.
-func (s *Store) discard(dir string) error {
-	away := filepath.Join(s.root, "tmp", randomID())
-	if err := os.Rename(dir, away); errors.Is(err, os.ErrNotExist) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("remove region: %w", err)
-	}
-	s.step("moved away")
-	if err := os.RemoveAll(away); err != nil {
-		return fmt.Errorf("remove region: %w", err)
-	}
-	return nil
 }
 
 // settle is settleTime once anything was taken: nobody waits at the start.

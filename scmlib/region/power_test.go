@@ -41,7 +41,7 @@ func TestAfterPowerLoss(t *testing.T) {
 	require.NoError(t, s.Close())
 
 	s = open(t, dir, Options{})
-	require.Empty(t, s.Broken())
+	require.Empty(t, s.Problems())
 	require.Len(t, s.List(""), 2)
 	for name, want := range map[string]uint64{"a": 1, "b": 3} {
 		n, _ := get(t, s.data(vol(name)))

@@ -72,7 +72,9 @@ type Store struct {
 
 	mu      sync.Mutex
 	regs    map[string]Record
-	broken  map[string]error // what could not be read; never touched
+	broken  map[string]error // what could not be read, by key; never touched
+	short   map[string]error // what lacks blocks, by key
+	left    map[string]error // what could not be removed, by its path below root
 	busy    map[string]chan struct{}
 	pool    map[int64][]string
 	making  map[string]Usage
@@ -94,7 +96,7 @@ func Open(ctx context.Context, root string, o Options) (_ *Store, err error) {
 	if err := os.Chmod(root, 0o700); err != nil {
 		return nil, fmt.Errorf("make store of regions: %w", err)
 	}
-	s := &Store{root: root, o: o, regs: map[string]Record{}, broken: map[string]error{}, busy: map[string]chan struct{}{}, pool: map[int64][]string{},
+	s := &Store{root: root, o: o, regs: map[string]Record{}, broken: map[string]error{}, short: map[string]error{}, left: map[string]error{}, busy: map[string]chan struct{}{}, pool: map[int64][]string{},
 		making: map[string]Usage{}, fill: make(chan struct{}, 1), slow: rate.NewLimiter(rate.Inf, burst), fast: rate.NewLimiter(rate.Inf, burst)}
 	if o.Rate > 0 {
 		s.slow = rate.NewLimiter(rate.Limit(o.Rate), burst)
@@ -231,11 +233,15 @@ func (s *Store) List(namespace string) []Record {
 	return out
 }
 
-// Broken returns what is wrong with directories that could not be read at the start. They are left alone.
-func (s *Store) Broken() map[string]error {
+// Problems returns what is wrong below the store's directory, by what it is wrong with: regions that could not be read at the start and are left alone, regions
+// that lack blocks, for which NVM has no room, and directories (DIR/NAME) of removed regions that cannot be removed.
+func (s *Store) Problems() map[string]error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return maps.Clone(s.broken)
+	all := maps.Clone(s.broken)
+	maps.Copy(all, s.short)
+	maps.Copy(all, s.left)
+	return all
 }
 
 // Inspect returns one region.
@@ -250,7 +256,7 @@ func (s *Store) Inspect(ref Ref) (Record, error) {
 
 // recover brings the store into order at the start.
 func (s *Store) recover(ctx context.Context) error {
-	if err := sweep(filepath.Join(s.root, "tmp")); err != nil {
+	if err := s.sweep(); err != nil {
 		return err
 	}
 	if err := s.findPool(); err != nil {
@@ -278,7 +284,7 @@ func (s *Store) recoverOne(ref Ref) error {
 	_, newErr := os.Lstat(filepath.Join(s.dir(ref), unsure))
 	switch {
 	case err != nil && newErr == nil:
-		return s.discard(s.dir(ref)) // nobody was told of it
+		return unlessLeft(s.discard(s.dir(ref))) // nobody was told of it
 	case err != nil:
 		return err
 	case newErr == nil:
@@ -310,25 +316,13 @@ func (s *Store) recoverOne(ref Ref) error {
 			log.L.WithError(err).Error("cannot watch the size of a region")
 		}
 	}
-	f, err := openData(s.data(ref), os.O_RDWR)
-	if err != nil {
-		return err
+	// Blocks that have no room now are asked for again when it is attached.
+	err = s.restoreBlocks(context.Background(), r, false)
+	if errdefs.IsResourceExhausted(err) {
+		log.L.WithError(err).Error("a store into a region fails while NVM is full")
+		return nil
 	}
-	defer f.Close()
-	return s.restoreSize(ref, f)
-}
-
-func sweep(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("sweep %q: %w", dir, err)
-	}
-	for _, e := range entries {
-		if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-			return fmt.Errorf("sweep %q: %w", dir, err)
-		}
-	}
-	return nil
+	return err
 }
 
 // tell reports the names of volumes if they changed.

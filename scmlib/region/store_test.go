@@ -373,7 +373,7 @@ func TestBrokenIsLeftAlone(t *testing.T) {
 	require.NoError(t, os.WriteFile(filepath.Join(s.dir(a.Ref), "meta"), []byte(`{"version":1,"size":`), 0o600))
 	require.NoError(t, os.Mkdir(filepath.Join(s.root, "k", "something else"), 0o700))
 	s = open(t, dir, Options{})
-	require.Len(t, s.Broken(), 2)
+	require.Len(t, s.Problems(), 2)
 	require.Len(t, s.List(""), 1)
 	_, err = s.Create(ctx, "default", "a", CreateOptions{Size: mib})
 	require.ErrorContains(t, err, "left alone")

@@ -32,6 +32,8 @@ const (
 	Device = "/dev/scm/region"
 	// Kind of the CDI devices.
 	Kind = "nhybrid.io/scm"
+	// NotServed begins the warning of a daemon that serves no regions. The reason follows.
+	NotServed = "regions are not served: "
 )
 
 // Request is a call. Args depends on Op.
