@@ -7,6 +7,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/cmd/nhybridctl/doctor"
+	"github.com/nhybrid/nhybrid/scmlib/region/api"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
@@ -29,7 +32,8 @@ func (a *app) doctor() *cobra.Command {
 			all = append(all, found...)
 			bar()
 			if settings != nil {
-				all = append(all, doctor.Host(*settings)...)
+				served := !slices.ContainsFunc(found, func(f doctor.Finding) bool { return f.Area == "regions" && f.Level == doctor.Fail })
+				all = append(all, doctor.Host(*settings, served)...)
 				bar()
 				whole, raw, err := doctor.Read(c.Context(), containerd, program)
 				bar()
@@ -104,6 +108,10 @@ func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []
 		}
 	}
 	for _, w := range status.GetWarnings() {
+		if strings.HasPrefix(w, api.NotServed) {
+			add("regions", doctor.Fail, "no container with a region starts: "+w, "mend what the reason names, and restart the daemon; no container notices")
+			continue
+		}
 		add("daemon", doctor.Warn, w, "")
 	}
 	if len(status.GetWarnings()) == 0 {

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/cmd/nhybridctl/doctor"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 // containerdConfig is one that fits the daemon's, for machines without containerd.
@@ -73,6 +75,33 @@ func TestDoctor(t *testing.T) {
 	require.Equal(t, exitFailure, code)
 	require.Empty(t, errs)
 	require.Contains(t, out, `fail  containerd: [proxy_plugins.nhybrid] has address "/run/other.sock"`)
+}
+
+// withoutRegions is a daemon that could not open its store of regions.
+type withoutRegions struct{ backend }
+
+func (b *withoutRegions) Status(ctx context.Context) (*control.StatusResponse, error) {
+	s, err := b.backend.Status(ctx)
+	s.Warnings = append(s.Warnings, "regions are not served: read store of regions: input/output error")
+	return s, err
+}
+
+// Where no regions are served, no container with one starts: that is a failure, said once, and nothing of regions is ok.
+func TestDoctorWithoutRegions(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("doctor mounts, which needs root")
+	}
+	c := config.Default()
+	c.Root, c.NVMRoot = filepath.Join(t.TempDir(), "hdd"), filepath.Join(t.TempDir(), "nvm")
+	socket := serve(t, &withoutRegions{}, c)
+	code, out, _ := ctl(t, "doctor", "--address", socket, "--containerd", "", "--containerd-config", containerdConfig(t, c))
+	require.Equal(t, exitFailure, code)
+	require.Contains(t, out, "fail  regions: no container with a region starts: regions are not served: read store of regions: input/output error\n      cure: ")
+	require.Equal(t, 1, strings.Count(out, "not served"))
+	require.NotContains(t, out, "ok    regions")
+	code, out, _ = ctl(t, "status", "--address", socket)
+	require.Zero(t, code)
+	require.Equal(t, 1, strings.Count(out, "not served"))
 }
 
 func TestDoctorWithoutDaemon(t *testing.T) {

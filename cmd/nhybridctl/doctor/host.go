@@ -20,8 +20,8 @@ import (
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
-// Host looks at the kernel and at the filesystems of both tiers, by trial. It needs root.
-func Host(c config.Config) []Finding {
+// Host looks at the kernel and at the filesystems of both tiers, by trial. It needs root. served is false if the daemon says that it serves no regions.
+func Host(c config.Config, served bool) []Finding {
 	k := &findings{area: "kernel"}
 	if os.Geteuid() != 0 {
 		k.add(Fail, "run nhybridctl doctor as root", "trial mounts need root")
@@ -31,7 +31,7 @@ func Host(c config.Config) []Finding {
 	hdd, hddFound := tier("hdd", c.Root, c)
 	all := append(nvmFound, hddFound...)
 	if nvm != nil && !nvm.ReadOnly {
-		all = append(all, Regions(*nvm, c)...)
+		all = append(all, Regions(*nvm, c, served)...)
 	}
 	if nvm != nil && hdd != nil {
 		all = append(all, Trace(*nvm, *hdd)...)

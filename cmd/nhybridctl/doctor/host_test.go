@@ -45,7 +45,7 @@ func has(t *testing.T, all []Finding, level Level, area, text string) {
 
 func TestHost(t *testing.T) {
 	nvm, root := tmpfs(t, 0), t.TempDir()
-	all := Host(settings(root, filepath.Join(nvm, "nhybrid")))
+	all := Host(settings(root, filepath.Join(nvm, "nhybrid")), true)
 	for _, f := range all {
 		require.NotEqual(t, Fail, f.Level, "%+v", f)
 		require.NotContains(t, f.Text+f.Cure, "\n")
@@ -63,26 +63,26 @@ func TestHost(t *testing.T) {
 
 func TestHostFindsFaults(t *testing.T) {
 	one := tmpfs(t, 0)
-	all := Host(settings(filepath.Join(one, "hdd"), filepath.Join(one, "nvm")))
+	all := Host(settings(filepath.Join(one, "hdd"), filepath.Join(one, "nvm")), true)
 	has(t, all, Warn, "tiers", "same filesystem")
 
-	all = Host(settings(t.TempDir(), filepath.Join(one, "not", "there")))
+	all = Host(settings(t.TempDir(), filepath.Join(one, "not", "there")), true)
 	has(t, all, Fail, "nvm", "does not exist")
 	has(t, all, OK, "kernel", "data-only layers") // tried on the other tier
 
-	all = Host(settings(t.TempDir(), tmpfs(t, unix.MS_RDONLY)))
+	all = Host(settings(t.TempDir(), tmpfs(t, unix.MS_RDONLY)), true)
 	has(t, all, Fail, "nvm", "is read-only")
 
 	file := filepath.Join(t.TempDir(), "file")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
-	all = Host(settings(filepath.Join(file, "below"), filepath.Join(file, "too")))
+	all = Host(settings(filepath.Join(file, "below"), filepath.Join(file, "too")), true)
 	has(t, all, Fail, "hdd", "not a directory")
 	has(t, all, Fail, "nvm", "not a directory")
 	has(t, all, Warn, "kernel", "not tried")
 
 	c := settings(t.TempDir(), one)
 	c.Placement.NVMReserve = config.Space{Bytes: 1 << 40}
-	has(t, Host(c), Warn, "nvm", "new layers go to HDD")
+	has(t, Host(c, true), Warn, "nvm", "new layers go to HDD")
 }
 
 func TestReadAheadOfNVM(t *testing.T) {

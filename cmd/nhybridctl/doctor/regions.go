@@ -20,8 +20,9 @@ import (
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
-// Regions looks at what persistent memory the programs in containers can have, by making a region on NVM, and at how containers ask for it.
-func Regions(nvm host.Dir, c config.Config) []Finding {
+// Regions looks at what persistent memory the programs in containers can have, by making a region on NVM, and at how containers ask for it. Where none are served,
+// which its caller reports, nothing of that is ok.
+func Regions(nvm host.Dir, c config.Config, served bool) []Finding {
 	f := &findings{area: "regions"}
 	if !c.SCM.Enabled {
 		f.ok("regions are turned off (scm.enabled)")
@@ -35,6 +36,9 @@ func Regions(nvm host.Dir, c config.Config) []Finding {
 	guarantee(f, info, nvm)
 	if c.SCM.CDISpec != "" {
 		specification(f, c)
+	}
+	if !served {
+		f.all = slices.DeleteFunc(f.all, func(f Finding) bool { return f.Level == OK })
 	}
 	return f.all
 }
@@ -141,7 +145,7 @@ func nri(f *findings, file string, t Table, c config.Config) {
 	case plugin.at("default_validator").truth("enable") && plugin.at("default_validator").truth("reject_oci_hook_adjustment"):
 		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s'.default_validator]: reject_oci_hook_adjustment = false", file, pluginNRI)+or, without+"NRI refuses the hook that brings them")
 	case said || t.number("version") >= 3:
-		f.ok("CRI: annotations of pods get regions, by NRI at %s", socket)
+		f.ok("CRI: annotations of pods ask for regions by NRI at %s", socket)
 	}
 }
 

@@ -46,15 +46,18 @@ func TestRegionsAreTried(t *testing.T) {
 	dir := t.TempDir()
 	c := config.Default()
 	c.SCM.CDISpec = ""
-	all := Regions(host.Dir{Path: dir, Source: "/dev/x"}, c)
+	all := Regions(host.Dir{Path: dir, Source: "/dev/x"}, c, true)
 	require.Len(t, all, 1)
 	require.Regexp(t, "msync|memory of the system|persistent memory", all[0].Text)
 	left, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Empty(t, left)
-	require.Equal(t, Fail, Regions(host.Dir{Path: filepath.Join(dir, "gone")}, c)[0].Level)
+	require.Equal(t, Fail, Regions(host.Dir{Path: filepath.Join(dir, "gone")}, c, true)[0].Level)
+	for _, f := range Regions(host.Dir{Path: dir, Source: "/dev/x"}, c, false) {
+		require.NotEqual(t, OK, f.Level, "none are served, so nothing of them is ok: %s", f.Text)
+	}
 	c.SCM.Enabled = false
-	require.Equal(t, OK, Regions(host.Dir{Path: filepath.Join(dir, "gone")}, c)[0].Level)
+	require.Equal(t, OK, Regions(host.Dir{Path: filepath.Join(dir, "gone")}, c, true)[0].Level)
 }
 
 func TestSpecification(t *testing.T) {
@@ -107,7 +110,7 @@ func TestPodsAndNRI(t *testing.T) {
 	require.Contains(t, strings.Join(bad(t, look(t, write(t, off))), "\n"), "NRI is turned off")
 	ok := false
 	for _, f := range look(t, write(t, good)) {
-		ok = ok || f.Text == "CRI: annotations of pods get regions, by NRI at /var/run/nri/nri.sock"
+		ok = ok || f.Text == "CRI: annotations of pods ask for regions by NRI at /var/run/nri/nri.sock"
 	}
 	require.True(t, ok)
 }
