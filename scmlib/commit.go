@@ -15,8 +15,9 @@ func (t *Tx) covered(s span) bool {
 	return false
 }
 
-// log writes the old content of the ranges, and whatever allocations are not logged yet, and makes it durable: one fence.
-func (t *Tx) log(ss []span) error {
+// log writes the old content of the ranges, and allocations that are not logged yet as far as they fit, and makes it durable: one fence. If it fails nothing more
+// may be changed than before.
+func (t *Tx) log(ss []span) (err error) {
 	if !t.live {
 		return ErrTxDone
 	}
@@ -25,9 +26,14 @@ func (t *Tx) log(ss []span) error {
 			return fmt.Errorf("range of %d bytes at %d: %w", s.n, s.off, ErrRange)
 		}
 	}
-	if err := t.logOps(); err != nil {
-		return err
-	}
+	logged, spans := t.logged, len(t.spans)
+	defer func() {
+		if err != nil {
+			t.logged, t.spans = logged, t.spans[:spans]
+			t.count, t.buf = 0, beginRecord(t.buf)
+		}
+	}()
+	t.logSomeOps()
 	for _, s := range ss {
 		if s.n == 0 || t.covered(s) {
 			continue
@@ -35,7 +41,7 @@ func (t *Tx) log(ss []span) error {
 		t.spans = append(t.spans, s)
 		for s.n > 0 {
 			if t.maxBuf-len(t.buf) < 32 {
-				if err := t.emit(); err != nil {
+				if err := t.emit(false); err != nil {
 					return err
 				}
 			}
@@ -45,49 +51,70 @@ func (t *Tx) log(ss []span) error {
 			s.off, s.n = s.off+k, s.n-k
 		}
 	}
-	return t.settleLog()
+	return t.settleLog(false)
 }
 
-// logOps puts allocations and frees into the record in the making.
+// logSomeOps puts allocations and frees into the record in the making where that spares the commit a record and a fence, and takes no room that it needs. Others
+// it leaves to the commit, which has room for them in any case.
+func (t *Tx) logSomeOps() {
+	most := uint64(len(t.ops)-t.logged) * tableEntry
+	if len(t.buf)+int(most) > t.maxBuf-32 || t.end-t.pos < alignUp(recHead+most, line)+linkRoom+t.r.heap.room.tail {
+		return
+	}
+	t.words = mergeOps(t.words[:0], t.ops[t.logged:])
+	for _, w := range t.words {
+		t.appendOp(w)
+	}
+	t.logged = len(t.ops)
+}
+
+func (t *Tx) appendOp(w wordOp) {
+	if w.op == opUndo {
+		t.buf = appendEntry(t.buf, opUndo, w.at, 8, t.r.mem.Bytes(w.at, 8))
+	} else {
+		t.buf = appendEntry(t.buf, w.op, w.at, w.mask, nil)
+	}
+	t.count++
+}
+
+// logOps logs all allocations and frees that are not logged yet. It is part of the commit.
 func (t *Tx) logOps() error {
-	for ; t.logged < len(t.ops); t.logged++ {
+	t.words = mergeOps(t.words[:0], t.ops[t.logged:])
+	for _, w := range t.words {
 		if t.maxBuf-len(t.buf) < 32 {
-			if err := t.emit(); err != nil {
+			if err := t.emit(true); err != nil {
 				return err
 			}
 		}
-		switch op := &t.ops[t.logged]; op.op {
-		case opUndo:
-			t.buf = appendEntry(t.buf, opUndo, op.at, 8, t.r.mem.Bytes(op.at, 8))
-		default:
-			t.buf = appendEntry(t.buf, op.op, op.at, op.val, nil)
-		}
-		t.count++
+		t.appendOp(w)
 	}
-	return nil
+	t.logged = len(t.ops)
+	return t.settleLog(true)
 }
 
 // settleLog makes the log durable. Only then may what it protects be changed.
-func (t *Tx) settleLog() error {
+func (t *Tx) settleLog(commit bool) error {
 	if t.count == 0 {
 		return nil
 	}
-	if err := t.emit(); err != nil {
+	if err := t.emit(commit); err != nil {
 		return err
 	}
 	return t.r.fence()
 }
 
 // emit writes and flushes the record in the making. A log that has no room goes on in a chunk of the heap. That is reserved in memory only: after a crash it is
-// free, and recovery has read it before anybody can have it.
-func (t *Tx) emit() error {
+// free, and recovery has read it before anybody can have it. Only the commit uses the tail of a segment.
+func (t *Tx) emit(commit bool) error {
 	m := t.r.mem
-	if room := alignUp(uint64(len(t.buf)), line) + linkRoom; t.end-t.pos < room {
-		t.r.heap.mu.Lock()
-		c, err := t.r.heap.take(1)
-		t.r.heap.mu.Unlock()
+	need := alignUp(uint64(len(t.buf)), line) + linkRoom
+	if !commit {
+		need += t.r.heap.room.tail
+	}
+	if t.end-t.pos < need {
+		c, err := t.segment(commit)
 		if err != nil {
-			return fmt.Errorf("undo log: %w", err)
+			return fmt.Errorf("undo log: change or free less in one transaction, or enlarge the region: %w", err)
 		}
 		n := uint64(t.r.chunkSize)
 		t.ext = append(t.ext, allocOp{block: Off(t.r.chunk(c)), chunks: 1})
@@ -155,9 +182,6 @@ func (t *Tx) settleOps() error {
 		if err := t.logOps(); err != nil {
 			return err
 		}
-		if err := t.settleLog(); err != nil {
-			return err
-		}
 	}
 	m := t.r.mem
 	for i := range t.ops {
@@ -214,10 +238,4 @@ func (t *Tx) rollback() error {
 	}
 	t.dropExt()
 	return nil
-}
-
-func (t *Tx) dropExt() {
-	for i := range t.ext {
-		t.r.heap.release(&t.ext[i])
-	}
 }

@@ -16,10 +16,15 @@ type heap struct {
 	mu      sync.Mutex
 	kind    []uint8 // of each chunk
 	free    uint32  // chunks
-	hint    uint32  // where the search for chunks begins
+	lent    uint32  // chunks that a commit has borrowed for its log: see room
+	entries uint64  // bytes of the log that the largest commit needs
+	room    room
+	hint    uint32 // where the search for chunks begins
 	runs    map[uint32]*run
 	partial [len(classSizes)][]*run // with free blocks, as far as known
 	freeing map[Off]struct{}        // by transactions that have not ended
+
+	borrowing sync.Mutex // held by the commit that may use what is kept back; before mu
 }
 
 const (
@@ -56,7 +61,7 @@ type allocOp struct {
 
 // newHeap checks a chunk table and builds on it.
 func newHeap(r *Region, table []byte) (*heap, error) {
-	h := &heap{r: r, kind: make([]uint8, r.chunkCount), runs: map[uint32]*run{}, freeing: map[Off]struct{}{}}
+	h := &heap{r: r, kind: make([]uint8, r.chunkCount), runs: map[uint32]*run{}, freeing: map[Off]struct{}{}, room: r.geometry.room()}
 	for c := uint32(0); c < r.chunkCount; {
 		w := le.Uint64(table[8*c:])
 		kind, class, count := uint8(w), uint8(w>>8), uint32(w>>32)
@@ -70,6 +75,7 @@ func newHeap(r *Region, table []byte) (*heap, error) {
 			c++
 		case kind == chunkLarge && count >= 1 && count <= r.chunkCount-c && w == chunkWord(chunkLarge, 0, count):
 			h.kind[c] = memLarge
+			h.entries += tableEntry
 			for i := c + 1; i < c+count; i++ {
 				if le.Uint64(table[8*i:]) != 0 {
 					return nil, fmt.Errorf("%w: chunk %d lies inside the block at chunk %d", ErrCorrupt, i, c)
@@ -88,6 +94,7 @@ func (h *heap) addRun(c uint32, class uint8) *run {
 	n := h.r.blocks(class)
 	ru := &run{chunk: c, class: class, nfree: n, listed: true}
 	h.runs[c] = ru
+	h.entries += h.r.runEntries(class)
 	h.partial[class] = append(h.partial[class], ru)
 	return ru
 }
@@ -152,7 +159,7 @@ func (h *heap) alloc(n uint64) (allocOp, error) {
 // newRun turns a free chunk into a run, outside any transaction: a run without blocks is not a leak, and others may take blocks from it before the
 // transaction that needed it ends.
 func (h *heap) newRun(class uint8) error {
-	c, err := h.take(1)
+	c, err := h.take(1, h.r.runEntries(class))
 	if err != nil {
 		return err
 	}
@@ -177,18 +184,19 @@ func (h *heap) allocLarge(n uint64) (allocOp, error) {
 		return allocOp{}, fmt.Errorf("allocate %d bytes: %w", n, ErrFull)
 	}
 	count := uint32((n + uint64(h.r.chunkSize) - 1) / uint64(h.r.chunkSize))
-	c, err := h.take(count)
+	c, err := h.take(count, tableEntry)
 	if err != nil {
 		return allocOp{}, err
 	}
+	h.entries += tableEntry
 	return allocOp{op: opUndo, at: h.r.word(c), val: chunkWord(chunkLarge, 0, count), block: Off(h.r.chunk(c)),
 		n: uint64(count) * uint64(h.r.chunkSize), chunks: count}, nil
 }
 
-// take reserves count free chunks in a row.
-func (h *heap) take(count uint32) (uint32, error) {
+// take reserves count free chunks in a row. With what becomes of them the log needs grow bytes of entries more.
+func (h *heap) take(count uint32, grow uint64) (uint32, error) {
 	for pass := range 2 {
-		if h.free >= count {
+		if h.available(count, grow) {
 			for _, from := range []uint32{h.hint, 0} {
 				if c, ok := h.find(from, count); ok {
 					for i := c; i < c+count; i++ {
@@ -206,7 +214,8 @@ func (h *heap) take(count uint32) (uint32, error) {
 			}
 		}
 	}
-	return 0, fmt.Errorf("no %d free bytes in a row: %w", uint64(count)*uint64(h.r.chunkSize), ErrFull)
+	chunk := uint64(h.r.chunkSize)
+	return 0, fmt.Errorf("no %d free bytes in a row, beside %d that are kept for the log of commits: %w", uint64(count)*chunk, uint64(h.keep(grow))*chunk, ErrFull)
 }
 
 func (h *heap) find(from, count uint32) (uint32, bool) {
@@ -231,6 +240,7 @@ func (h *heap) reclaim() error {
 		h.r.mem.Store64(h.r.word(c), 0)
 		h.r.mem.Flush(h.r.word(c), 8)
 		delete(h.runs, c)
+		h.entries -= h.r.runEntries(ru.class)
 		list := h.partial[ru.class][:0]
 		for _, o := range h.partial[ru.class] {
 			if o != ru {
@@ -257,12 +267,8 @@ func (h *heap) release(op *allocOp) {
 		delete(h.freeing, op.block)
 	}
 	if op.run == nil {
-		c := h.r.chunkOf(uint64(op.block))
-		for i := c; i < c+op.chunks; i++ {
-			h.kind[i] = memFree
-		}
-		h.free += op.chunks
-		h.hint = min(h.hint, c)
+		h.releaseChunks(op)
+		h.entries -= tableEntry
 		return
 	}
 	ru := op.run

@@ -115,9 +115,10 @@ func uuidString(u [16]byte) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
 }
 
-// Free is the number of bytes in chunks that nothing uses. Blocks in runs that are not full come on top.
+// Free is the number of bytes in chunks that nothing uses, without what is kept for the log of commits. Blocks in runs that are not full come on top.
 func (r *Region) Free() uint64 {
 	r.heap.mu.Lock()
 	defer r.heap.mu.Unlock()
-	return uint64(r.heap.free) * uint64(r.chunkSize)
+	kept := min(r.heap.free, r.heap.keep(0))
+	return uint64(r.heap.free-kept) * uint64(r.chunkSize)
 }

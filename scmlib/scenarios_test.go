@@ -265,9 +265,61 @@ func scenarios() []*scenario {
 				}),
 				update(errNo, func(r *scmlib.Region, c *cells, tx *scmlib.Tx) error { return errors.Join(bump(tx, c, 1, 0), errNo) }),
 			}},
+		{name: "free on full", size: 96 << 10, opts: scmlib.Options{Lanes: 2, LaneSize: 512, ChunkSize: 16 << 10}, observe: seeBlocks, setup: full(64),
+			ops: []func(*world) error{ // more than the tail of a lane holds: in a chunk that is kept back
+				func(w *world) error {
+					if err := w.r.Update(freeEvery(w.r, 3, errNo)); !errors.Is(err, errNo) {
+						return err
+					}
+					return nil
+				},
+				func(w *world) error { return w.r.Update(freeEvery(w.r, 2, nil)) },
+			}},
 		{name: "two lanes", size: 64 << 10, opts: small, setup: makeRoot[cells], observe: seeCells,
 			ops: []func(*world) error{overlap(nil), overlap(errNo)}},
 	}, structures())
+}
+
+// seeBlocks tells which blocks there are.
+func seeBlocks(r *scmlib.Region) (string, error) {
+	n, sum := 0, uint64(0)
+	r.Blocks(func(b scmlib.Block) bool { n++; sum = sum*31 + uint64(b.Off); return true })
+	return fmt.Sprint(n, " blocks, ", sum), nil
+}
+
+// full allocates blocks of n bytes until the region is full.
+func full(n uint64) func(*scmlib.Region) error {
+	return func(r *scmlib.Region) error {
+		return r.Update(func(tx *scmlib.Tx) error {
+			for {
+				if _, err := tx.Alloc(n); errors.Is(err, scmlib.ErrFull) {
+					return nil
+				} else if err != nil {
+					return err
+				}
+			}
+		})
+	}
+}
+
+// freeEvery frees every nth block, and returns err.
+func freeEvery(r *scmlib.Region, nth int, err error) func(*scmlib.Tx) error {
+	return func(tx *scmlib.Tx) error {
+		var offs []scmlib.Off
+		i := 0
+		r.Blocks(func(b scmlib.Block) bool {
+			if i++; i%nth == 0 {
+				offs = append(offs, b.Off)
+			}
+			return true
+		})
+		for _, off := range offs {
+			if err := tx.Free(off); err != nil {
+				return err
+			}
+		}
+		return err
+	}
 }
 
 func poke(w *world, i int, v uint64) error {

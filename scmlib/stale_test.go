@@ -31,7 +31,7 @@ func TestStaleRecord(t *testing.T) {
 	r.Close()
 	gen := le64(img[lane:])
 	scmlib.EndRecord(rec, gen, 1, 1, salt)
-	copy(img[lane+64+896:], rec)
+	copy(img[lane+64+384:], rec)
 
 	if r, err = scmlib.OpenImage(img, small); err != nil {
 		t.Fatal(err)
@@ -43,8 +43,8 @@ func TestStaleRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	var crashed []byte
-	err = r.Update(func(tx *scmlib.Tx) error { // a record of 896 bytes, which ends where the stale one begins
-		if err := tx.Add(c.Wide[:106]); err != nil {
+	err = r.Update(func(tx *scmlib.Tx) error { // a record of 384 bytes, which ends where the stale one begins
+		if err := tx.Add(c.Wide[:42]); err != nil {
 			return err
 		}
 		crashed = bytes.Clone(img)
@@ -53,7 +53,7 @@ func TestStaleRecord(t *testing.T) {
 	if !errors.Is(err, errNo) {
 		t.Fatal(err)
 	}
-	if n := le64(crashed[lane+64:]) >> 32; n != 896 {
+	if n := le64(crashed[lane+64:]) >> 32; n != 384 {
 		t.Fatalf("the record in lane 0 has %d bytes: the test does not test", n)
 	}
 	again, err := scmlib.OpenImage(crashed, small)

@@ -26,8 +26,11 @@ type Tx struct {
 
 	ops     []allocOp // allocations and frees, in order
 	logged  int       // how many of them are in the log
+	words   []wordOp  // scratch
 	spans   []span    // to be flushed at commit
 	ext     []allocOp // chunks that the log has taken
+	lent    uint32    // how many of them are of those that are kept back
+	borrows bool      // it holds heap.borrowing
 	logging []span    // scratch
 	kept    []span    // what Dirty must not spoil
 }
@@ -53,6 +56,7 @@ func (r *Region) Update(fn func(*Tx) error) (err error) {
 	done := false
 	defer func() {
 		debug.SetPanicOnFault(old)
+		t.endBorrow() // if the medium failed
 		r.lanesFree <- t
 	}()
 	defer func() {
@@ -84,7 +88,7 @@ func (r *Region) begin() (*Tx, error) {
 	t.pos, t.end = base+line, base+uint64(r.laneSize)
 	t.seq, t.count, t.logged = 0, 0, 0
 	t.ops, t.spans, t.ext, t.buf = t.ops[:0], t.spans[:0], t.ext[:0], beginRecord(t.buf)
-	t.kept = t.kept[:0]
+	t.kept, t.lent = t.kept[:0], 0
 	t.live = true
 	return t, nil
 }
@@ -232,16 +236,17 @@ func (t *Tx) Free(off Off) error {
 	if !t.live {
 		return ErrTxDone
 	}
+	op, err := t.r.heap.startFree(off)
+	if err == nil {
+		t.ops = append(t.ops, op)
+		return nil
+	}
+	// It may be one that this transaction has allocated, which is not on the medium yet.
 	for i := range t.ops {
 		if op := &t.ops[i]; op.block == off && !op.freeable && !op.undone {
 			op.undone = true
 			return nil
 		}
 	}
-	op, err := t.r.heap.startFree(off)
-	if err != nil {
-		return err
-	}
-	t.ops = append(t.ops, op)
-	return nil
+	return err
 }
