@@ -108,7 +108,7 @@ struct scm_info {
 	uint32_t lanes;
 	uint32_t moved;                       /* mapped elsewhere than last time: raw pointers within it are wrong */
 	uint64_t size, generation;
-	uint64_t free_bytes;                  /* in chunks that nothing uses */
+	uint64_t free_bytes;                  /* in chunks that nothing uses, without those that are kept for the log of commits */
 	void *base;
 	unsigned char uuid[16], parent[16];
 	uint64_t reserved[4];

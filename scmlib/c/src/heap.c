@@ -58,6 +58,7 @@ static int add_run(scm_region *r, uint32_t c, uint8_t class)
 	u->freeing = u->used + words;
 	h->runs[c] = u;
 	h->kind[c] = MEM_RUN;
+	h->entries += scmi_run_entries(&r->geo, class);
 	list_add(h, u);
 	return 0;
 }
@@ -68,6 +69,8 @@ int scmi_heap_new(scm_region *r, const uint64_t *table)
 	struct heap *h = &r->heap;
 	const struct geometry *g = &r->geo;
 	pthread_mutex_init(&h->lock, NULL);
+	pthread_mutex_init(&h->borrowing, NULL);
+	h->room = scmi_room(g);
 	h->kind = calloc(g->chunk_count, 1);
 	h->runs = calloc(g->chunk_count, sizeof(*h->runs));
 	if (!h->kind || !h->runs)
@@ -86,6 +89,7 @@ int scmi_heap_new(scm_region *r, const uint64_t *table)
 			c++;
 		} else if (kind == CHUNK_LARGE && count >= 1 && count <= g->chunk_count - c && w == chunk_word(CHUNK_LARGE, 0, count)) {
 			h->kind[c] = MEM_LARGE;
+			h->entries += TABLE_ENTRY;
 			for (uint32_t i = c + 1; i < c + count; i++) {
 				if (table[i])
 					return scmi_error(SCM_E_CORRUPT, "region is damaged: chunk %u lies inside the block at chunk %u", i, c);
@@ -141,6 +145,7 @@ static int reclaim(scm_region *r)
 		mem_store64(&r->mem, geo_word(&r->geo, c), 0);
 		mem_flush(&r->mem, geo_word(&r->geo, c), 8);
 		list_remove(h, u);
+		h->entries -= scmi_run_entries(&r->geo, u->class);
 		h->runs[c] = NULL;
 		free(u);
 		h->kind[c] = MEM_FREE;
@@ -165,13 +170,13 @@ static bool find(const struct heap *h, uint32_t chunks, uint32_t from, uint32_t 
 	return false;
 }
 
-/* Reserves count free chunks in a row. */
-static int take(scm_region *r, uint32_t count, uint32_t *at)
+/* Reserves count free chunks in a row. With what becomes of them the log needs grow bytes of entries more. */
+static int take(scm_region *r, uint32_t count, uint64_t grow, uint32_t *at)
 {
 	struct heap *h = &r->heap;
 	uint32_t chunks = r->geo.chunk_count;
 	for (int pass = 0; pass < 2; pass++) {
-		if (h->free >= count && (find(h, chunks, h->hint, count, at) || find(h, chunks, 0, count, at))) {
+		if (scmi_heap_available(h, count, grow) && (find(h, chunks, h->hint, count, at) || find(h, chunks, 0, count, at))) {
 			memset(h->kind + *at, MEM_RESERVED, count);
 			h->free -= count;
 			h->hint = *at + count;
@@ -181,15 +186,27 @@ static int take(scm_region *r, uint32_t count, uint32_t *at)
 		if (rc)
 			return rc;
 	}
-	return scmi_error(SCM_E_FULL, "region %s is full: no %llu free bytes in a row", r->path, (unsigned long long)count * r->geo.chunk_size);
+	return scmi_error(SCM_E_FULL, "region %s is full: no %llu free bytes in a row, beside %llu that are kept for the log of commits", r->path,
+			  (unsigned long long)count * r->geo.chunk_size, (unsigned long long)scmi_heap_keep(h, grow) * r->geo.chunk_size);
 }
 
 int scmi_heap_take(scm_region *r, uint32_t count, uint32_t *chunk)
 {
 	lock(&r->heap);
-	int rc = take(r, count, chunk);
+	int rc = take(r, count, 0, chunk);
 	unlock(&r->heap);
 	return rc;
+}
+
+bool scmi_heap_borrow(scm_region *r, uint32_t *chunk)
+{
+	struct heap *h = &r->heap;
+	lock(h);
+	bool ok = find(h, r->geo.chunk_count, 0, 1, chunk);
+	if (ok)
+		h->kind[*chunk] = MEM_RESERVED, h->free--, h->lent++;
+	unlock(h);
+	return ok;
 }
 
 /* Outside any transaction: a run without blocks is not a leak, and others may take blocks from it before the transaction that needed it ends. */
@@ -197,7 +214,7 @@ static int new_run(scm_region *r, uint8_t class)
 {
 	struct mem *m = &r->mem;
 	uint32_t c;
-	int rc = take(r, 1, &c);
+	int rc = take(r, 1, scmi_run_entries(&r->geo, class), &c);
 	if (rc)
 		return rc;
 	mem_zero(m, geo_chunk(&r->geo, c), geo_bitmap(&r->geo));
@@ -217,9 +234,10 @@ static int alloc_large(scm_region *r, uint64_t n, struct alloc_op *op)
 	if (n > r->geo.size)
 		return scmi_error(SCM_E_FULL, "region %s is full: it has %llu bytes, not %llu", r->path, (unsigned long long)r->geo.size, (unsigned long long)n);
 	uint32_t c, count = (uint32_t)((n + r->geo.chunk_size - 1) / r->geo.chunk_size);
-	int rc = take(r, count, &c);
+	int rc = take(r, count, TABLE_ENTRY, &c);
 	if (rc)
 		return rc;
+	r->heap.entries += TABLE_ENTRY;
 	*op = (struct alloc_op){.op = OP_UNDO, .at = geo_word(&r->geo, c), .val = chunk_word(CHUNK_LARGE, 0, count), .block = geo_chunk(&r->geo, c),
 		.n = (uint64_t)count * r->geo.chunk_size, .chunks = count};
 	return 0;
@@ -265,17 +283,32 @@ int scmi_heap_alloc(scm_region *r, uint64_t n, struct alloc_op *op)
 	return rc;
 }
 
+static void release_chunks(scm_region *r, const struct alloc_op *op)
+{
+	uint32_t c = geo_chunk_of(&r->geo, op->block);
+	memset(r->heap.kind + c, MEM_FREE, op->chunks);
+	r->heap.free += op->chunks;
+	r->heap.hint = (uint32_t)min64(r->heap.hint, c);
+}
+
+/* Takes back what a log had. */
+void scmi_heap_return(scm_region *r, const struct alloc_op *ext, size_t n, uint32_t lent)
+{
+	lock(&r->heap);
+	for (size_t i = 0; i < n; i++)
+		release_chunks(r, &ext[i]);
+	r->heap.lent -= lent;
+	unlock(&r->heap);
+}
+
 /* Takes a reservation or an allocation back, in memory. */
 void scmi_heap_release(scm_region *r, const struct alloc_op *op)
 {
 	struct heap *h = &r->heap;
 	lock(h);
 	if (!op->run) {
-		uint32_t c = geo_chunk_of(&r->geo, op->block);
-		memset(h->kind + c, MEM_FREE, op->chunks);
-		h->free += op->chunks;
-		if (c < h->hint)
-			h->hint = c;
+		release_chunks(r, op);
+		h->entries -= TABLE_ENTRY;
 	} else {
 		struct run *u = op->run;
 		uint64_t i = (op->at - geo_chunk(&r->geo, u->chunk)) / 8;
@@ -363,22 +396,4 @@ void scmi_heap_end_free(scm_region *r, const struct alloc_op *op)
 			h->kind[c] = MEM_LARGE;
 	}
 	unlock(h);
-}
-
-int scm_blocks(scm_region *r, int (*fn)(scm_off off, uint64_t size, void *arg), void *arg)
-{
-	const struct geometry *g = &r->geo;
-	int rc = scmi_broken(r);
-	for (uint32_t c = 0; c < g->chunk_count && !rc; c++) {
-		uint64_t w = mem_load64(&r->mem, geo_word(g, c));
-		uint8_t class = (uint8_t)(w >> 8);
-		if ((uint8_t)w == CHUNK_LARGE) {
-			rc = fn(geo_chunk(g, c), (w >> 32) * g->chunk_size, arg);
-		} else if ((uint8_t)w == CHUNK_RUN && class < NCLASSES) {
-			for (uint64_t i = 0, n = geo_blocks(g, class); i < n && !rc; i++)
-				if (mem_load64(&r->mem, geo_chunk(g, c) + 8 * (i / 64)) >> i % 64 & 1)
-					rc = fn(geo_chunk(g, c) + geo_bitmap(g) + i * scmi_class_sizes[class], scmi_class_sizes[class], arg);
-		}
-	}
-	return rc;
 }

@@ -194,11 +194,21 @@ struct run {
 	uint64_t *freeing; /* by transactions that have not ended */
 	struct run *prev, *next;
 };
+/* How much is kept back for the log of a commit: room.c. It follows from the geometry. */
+struct room {
+	uint64_t tail;    /* bytes at the end of a segment of the log that only the commit uses */
+	uint64_t entries; /* bytes of entries for which the tail is enough */
+	uint64_t record;  /* least bytes of entries in a record that is full */
+	uint64_t records; /* such records that a chunk holds */
+};
 struct heap {
+	pthread_mutex_t borrowing; /* held by the commit that may use what is kept back; before lock */
 	pthread_mutex_t lock;
 	uint8_t *kind; /* of each chunk */
 	struct run **runs;
-	uint32_t free, hint;
+	uint32_t free, hint, lent; /* lent: chunks that a commit has borrowed for its log */
+	uint64_t entries;          /* bytes of the log that the largest commit needs */
+	struct room room;
 	struct run *partial[NCLASSES];
 };
 /* What a transaction does to the allocator when it commits. */
@@ -213,12 +223,27 @@ int scmi_heap_new(scm_region *r, const uint64_t *table);
 void scmi_heap_free(scm_region *r);
 int scmi_heap_alloc(scm_region *r, uint64_t n, struct alloc_op *op);
 int scmi_heap_take(scm_region *r, uint32_t count, uint32_t *chunk); /* the lock is not held */
+bool scmi_heap_borrow(scm_region *r, uint32_t *chunk); /* one of those that are kept back, for the log of a commit */
+void scmi_heap_return(scm_region *r, const struct alloc_op *ext, size_t n, uint32_t lent);
 void scmi_heap_release(scm_region *r, const struct alloc_op *op);
 void scmi_heap_settle(scm_region *r, const struct alloc_op *op);
 int scmi_heap_start_free(scm_region *r, uint64_t off, struct alloc_op *op);
 void scmi_heap_end_free(scm_region *r, const struct alloc_op *op);
 
+/* room.c */
+enum { TABLE_ENTRY = 16 + 8 }; /* bytes of the log: one UNDO for a word of the chunk table */
+struct room scmi_room(const struct geometry *g);
+uint32_t scmi_max_record(const struct geometry *g);
+uint64_t scmi_run_entries(const struct geometry *g, uint8_t class); /* bytes of the log that a commit needs for a run */
+uint32_t scmi_heap_keep(const struct heap *h, uint64_t grow);
+uint64_t scmi_heap_free_bytes(const scm_region *r);
+bool scmi_heap_available(const struct heap *h, uint32_t count, uint64_t grow);
+
 /* tx.c */
+struct word_op {
+	uint64_t at, mask;
+	uint8_t op;
+};
 struct span {
 	uint64_t off, n;
 };
@@ -236,6 +261,10 @@ struct scm_tx {
 	size_t nspans, cap_spans;
 	struct alloc_op *ext;
 	size_t next_ext, cap_ext;
+	struct word_op *words; /* scratch */
+	size_t cap_words;
+	uint32_t lent; /* how many of ext are of those that are kept back */
+	bool borrows;  /* it holds heap.borrowing */
 };
 int scmi_tx_log(scm_tx *t, const struct span *ss, size_t n);
 int scmi_tx_settle_ops(scm_tx *t);

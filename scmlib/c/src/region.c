@@ -76,7 +76,7 @@ static int make_txs(scm_region *r)
 		t->r = r;
 		t->lane = i;
 		t->salt = scmi_salt(r->hdr.uuid, i);
-		t->max = (uint32_t)min64(r->geo.lane_size - 2 * SCM_LINE, 8 << 10);
+		t->max = scmi_max_record(&r->geo);
 		t->next = r->tx_free;
 		r->tx_free = t;
 	}
@@ -131,6 +131,7 @@ void scmi_detach(scm_region *r)
 			free(r->txs[i].ops);
 			free(r->txs[i].spans);
 			free(r->txs[i].ext);
+			free(r->txs[i].words);
 		}
 		free(r->txs);
 		pthread_mutex_destroy(&r->lock);
@@ -150,10 +151,28 @@ int scm_info(scm_region *r, struct scm_info *out)
 		.layout = r->hdr.layout, .mode = r->mode, .granularity = r->v.gran, .durability = r->v.dur, .dax = r->v.dax, .map_sync = r->v.map_sync,
 		.eadr = r->v.eadr, .forced = r->v.forced, .read_only = r->read_only, .healed = r->healed, .recovered = r->recovered,
 		.lanes = r->geo.lanes, .moved = r->moved, .size = r->geo.size, .generation = r->hdr.generation,
-		.free_bytes = (uint64_t)r->heap.free * r->geo.chunk_size, .base = r->mem.base};
+		.free_bytes = scmi_heap_free_bytes(r), .base = r->mem.base};
 	memcpy(out->uuid, r->hdr.uuid, 16);
 	memcpy(out->parent, r->hdr.parent, 16);
 	return 0;
+}
+
+int scm_blocks(scm_region *r, int (*fn)(scm_off off, uint64_t size, void *arg), void *arg)
+{
+	const struct geometry *g = &r->geo;
+	int rc = scmi_broken(r);
+	for (uint32_t c = 0; c < g->chunk_count && !rc; c++) {
+		uint64_t w = mem_load64(&r->mem, geo_word(g, c));
+		uint8_t class = (uint8_t)(w >> 8);
+		if ((uint8_t)w == CHUNK_LARGE) {
+			rc = fn(geo_chunk(g, c), (w >> 32) * g->chunk_size, arg);
+		} else if ((uint8_t)w == CHUNK_RUN && class < NCLASSES) {
+			for (uint64_t i = 0, n = geo_blocks(g, class); i < n && !rc; i++)
+				if (mem_load64(&r->mem, geo_chunk(g, c) + 8 * (i / 64)) >> i % 64 & 1)
+					rc = fn(geo_chunk(g, c) + geo_bitmap(g) + i * scmi_class_sizes[class], scmi_class_sizes[class], arg);
+		}
+	}
+	return rc;
 }
 
 /* Persistence without transactions ------------------------------------------------------------------------------ */

@@ -47,17 +47,17 @@ static bool covered(const scm_tx *t, const struct span *s)
 }
 
 /* Writes and flushes the record in the making. A log that has no room goes on in a chunk of the heap. That is reserved in memory only: after a
- * crash it is free, and recovery has read it before anybody can have it. */
-static int emit(scm_tx *t)
+ * crash it is free, and recovery has read it before anybody can have it. Only the commit uses the tail of a segment. */
+static int emit(scm_tx *t, bool commit)
 {
 	struct mem *m = &t->r->mem;
-	if (t->end - t->pos < align_up(t->len, SCM_LINE) + SCM_LINE) {
+	if (t->end - t->pos < align_up(t->len, SCM_LINE) + SCM_LINE + (commit ? 0 : t->r->heap.room.tail)) {
 		uint32_t c;
 		int rc = scmi_tx_reserve(&t->ext, &t->cap_ext, t->next_ext + 1, sizeof(*t->ext));
 		if (!rc)
-			rc = scmi_heap_take(t->r, 1, &c);
+			rc = scmi_tx_segment(t, commit, &c);
 		if (rc)
-			return scmi_prefix(rc, "undo log");
+			return scmi_prefix(rc, "undo log: change or free less in one transaction, or enlarge the region");
 		uint64_t to = geo_chunk(&t->r->geo, c), n = t->r->geo.chunk_size;
 		t->ext[t->next_ext++] = (struct alloc_op){.block = to, .chunks = 1};
 		uint8_t link[SCM_LINE];
@@ -77,46 +77,65 @@ static int emit(scm_tx *t)
 	return 0;
 }
 
-static int append(scm_tx *t, uint8_t op, uint64_t off, uint64_t arg, uint64_t payload)
+static void append(scm_tx *t, uint8_t op, uint64_t off, uint64_t arg, uint64_t payload)
 {
 	t->len += (uint32_t)scmi_entry(t->buf + t->len, op, off, arg, t->r->mem.base + off, payload);
 	t->count++;
-	return 0;
 }
 
-/* Puts allocations and frees that are not logged yet into the record in the making. */
-static int log_ops(scm_tx *t)
+static void append_op(scm_tx *t, const struct word_op *w)
 {
-	for (; t->logged < t->nops; t->logged++) {
-		int rc = t->max - t->len < 32 ? emit(t) : 0;
-		if (rc)
-			return rc;
-		const struct alloc_op *op = &t->ops[t->logged];
-		if (op->op == OP_UNDO)
-			append(t, OP_UNDO, op->at, 8, 8);
-		else
-			append(t, op->op, op->at, op->val, 0);
-	}
+	if (w->op == OP_UNDO)
+		append(t, OP_UNDO, w->at, 8, 8);
+	else
+		append(t, w->op, w->at, w->mask, 0);
+}
+
+/* Puts allocations and frees into the record in the making where that spares the commit a record and a fence, and takes no room that it needs. Others are left to
+ * the commit, which has room for them in any case. */
+static int log_some_ops(scm_tx *t)
+{
+	uint64_t most = (t->nops - t->logged) * TABLE_ENTRY;
+	if (t->len + most > t->max - 32 || t->end - t->pos < align_up(REC_HEAD + most, SCM_LINE) + SCM_LINE + t->r->heap.room.tail)
+		return 0;
+	size_t n;
+	int rc = scmi_tx_merge_ops(t, &n);
+	if (rc)
+		return rc;
+	for (size_t i = 0; i < n; i++)
+		append_op(t, &t->words[i]);
+	t->logged = t->nops;
 	return 0;
 }
 
 /* Makes the log durable. Only then may what it protects be changed. */
-static int settle_log(scm_tx *t)
+static int settle_log(scm_tx *t, bool commit)
 {
 	if (!t->count)
 		return 0;
-	int rc = emit(t);
+	int rc = emit(t, commit);
 	return rc ? rc : region_fence(t->r);
 }
 
-/* Writes the old content of the ranges, and whatever allocations are not logged yet, and makes it durable: one fence. */
-int scmi_tx_log(scm_tx *t, const struct span *ss, size_t n)
+/* Logs all allocations and frees that are not logged yet. It is part of the commit. */
+static int log_ops(scm_tx *t)
 {
-	for (size_t i = 0; i < n; i++)
-		if (ss[i].n && !scmi_undoable(&t->r->geo, ss[i].off, ss[i].n))
-			return scmi_error(SCM_E_RANGE, "range of %llu bytes at %llu is not within the heap of region %s", (unsigned long long)ss[i].n,
-					  (unsigned long long)ss[i].off, t->r->path);
-	int rc = log_ops(t);
+	size_t n;
+	int rc = scmi_tx_merge_ops(t, &n);
+	for (size_t i = 0; i < n && !rc; i++) {
+		if (t->max - t->len < 32 && (rc = emit(t, true)))
+			break;
+		append_op(t, &t->words[i]);
+	}
+	if (rc)
+		return rc;
+	t->logged = t->nops;
+	return settle_log(t, true);
+}
+
+static int log_spans(scm_tx *t, const struct span *ss, size_t n)
+{
+	int rc = log_some_ops(t);
 	for (size_t i = 0; i < n && !rc; i++) {
 		struct span s = ss[i];
 		if (s.n == 0 || covered(t, &s))
@@ -124,14 +143,31 @@ int scmi_tx_log(scm_tx *t, const struct span *ss, size_t n)
 		if ((rc = scmi_tx_span(t, s.off, s.n)))
 			break;
 		while (s.n > 0) {
-			if (t->max - t->len < 32 && (rc = emit(t)))
+			if (t->max - t->len < 32 && (rc = emit(t, false)))
 				break;
 			uint64_t k = min64(s.n, (t->max - t->len - 16) & ~7u);
 			append(t, OP_UNDO, s.off, k, k);
 			s.off += k, s.n -= k;
 		}
 	}
-	return rc ? rc : settle_log(t);
+	return rc ? rc : settle_log(t, false);
+}
+
+/* Writes the old content of the ranges, and allocations that are not logged yet as far as they fit, and makes it durable: one fence. If it fails nothing more may
+ * be changed than before. */
+int scmi_tx_log(scm_tx *t, const struct span *ss, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (ss[i].n && !scmi_undoable(&t->r->geo, ss[i].off, ss[i].n))
+			return scmi_error(SCM_E_RANGE, "range of %llu bytes at %llu is not within the heap of region %s", (unsigned long long)ss[i].n,
+					  (unsigned long long)ss[i].off, t->r->path);
+	size_t logged = t->logged, nspans = t->nspans;
+	int rc = log_spans(t, ss, n);
+	if (rc) {
+		t->logged = logged, t->nspans = nspans;
+		t->count = 0, t->len = REC_HEAD;
+	}
+	return rc;
 }
 
 /* Logs what is not logged, and carries allocations and frees out. */
@@ -140,8 +176,6 @@ int scmi_tx_settle_ops(scm_tx *t)
 	struct mem *m = &t->r->mem;
 	if (t->logged < t->nops) {
 		int rc = log_ops(t);
-		if (!rc)
-			rc = settle_log(t);
 		if (rc)
 			return rc;
 	}
@@ -169,13 +203,6 @@ static int void_log(scm_tx *t)
 	mem_store64(&t->r->mem, at, t->gen + 1);
 	mem_flush(&t->r->mem, at, 8);
 	return region_fence(t->r);
-}
-
-static void drop_ext(scm_tx *t)
-{
-	for (size_t i = 0; i < t->next_ext; i++)
-		scmi_heap_release(t->r, &t->ext[i]);
-	t->next_ext = 0;
 }
 
 int scmi_tx_finish(scm_tx *t)
@@ -206,7 +233,7 @@ int scmi_tx_finish(scm_tx *t)
 			scmi_heap_settle(t->r, op);
 		}
 	}
-	drop_ext(t);
+	scmi_tx_drop_ext(t);
 	return 0;
 }
 
@@ -230,6 +257,6 @@ int scmi_tx_rollback(scm_tx *t)
 		else
 			scmi_heap_release(t->r, &t->ops[i]);
 	}
-	drop_ext(t);
+	scmi_tx_drop_ext(t);
 	return 0;
 }

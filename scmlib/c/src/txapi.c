@@ -13,6 +13,7 @@ static void give_back(scm_tx *t)
 {
 	scm_region *r = t->r;
 	t->live = false;
+	scmi_tx_end_borrow(t); /* if the medium failed */
 	pthread_mutex_lock(&r->lock);
 	t->next = r->tx_free;
 	r->tx_free = t;
@@ -29,6 +30,7 @@ static int begin(void *p)
 	t->pos = base + SCM_LINE, t->end = base + t->r->geo.lane_size;
 	t->seq = t->count = 0;
 	t->logged = t->nops = t->nspans = t->next_ext = 0;
+	t->lent = 0;
 	t->len = REC_HEAD;
 	t->live = true;
 	return 0;
@@ -163,19 +165,22 @@ static int release(void *p)
 	struct alloc_args *a = p;
 	scm_tx *t = a->t;
 	uint64_t off = (uint64_t)(uintptr_t)a->addr - (uint64_t)(uintptr_t)t->r->mem.base;
+	struct alloc_op op;
+	int rc = scmi_tx_reserve(&t->ops, &t->cap_ops, t->nops + 1, sizeof(*t->ops));
+	if (rc)
+		return rc;
+	if (!(rc = scmi_heap_start_free(t->r, off, &op))) {
+		t->ops[t->nops++] = op;
+		return 0;
+	}
+	/* It may be one that this transaction has allocated, which is not on the medium yet. */
 	for (size_t i = 0; i < t->nops; i++) {
-		struct alloc_op *op = &t->ops[i];
-		if (op->block == off && !op->freeable && !op->undone) {
-			op->undone = true;
+		struct alloc_op *own = &t->ops[i];
+		if (own->block == off && !own->freeable && !own->undone) {
+			own->undone = true;
 			return 0;
 		}
 	}
-	struct alloc_op op;
-	int rc = scmi_tx_reserve(&t->ops, &t->cap_ops, t->nops + 1, sizeof(*t->ops));
-	if (!rc)
-		rc = scmi_heap_start_free(t->r, off, &op);
-	if (!rc)
-		t->ops[t->nops++] = op;
 	return rc;
 }
 

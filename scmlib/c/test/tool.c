@@ -481,6 +481,8 @@ static int cmd_fuzz(char **a)
 	return 0;
 }
 
+int cmd_full(char **a); /* full.c */
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -488,7 +490,8 @@ int main(int argc, char **argv)
 		int args;
 		int (*fn)(char **);
 	} cmds[] = {{"open", 7, cmd_open}, {"set", 3, cmd_set}, {"get", 1, cmd_get}, {"hang", 1, cmd_hang}, {"work", 1, cmd_work},
-		{"churn", 2, cmd_churn}, {"threads", 1, cmd_threads}, {"api", 1, cmd_api}, {"paper", 0, cmd_paper}, {"fuzz", 3, cmd_fuzz}};
+		{"churn", 2, cmd_churn}, {"threads", 1, cmd_threads}, {"api", 1, cmd_api}, {"paper", 0, cmd_paper}, {"fuzz", 3, cmd_fuzz},
+		{"full", 2, cmd_full}};
 	for (size_t i = 0; argc > 1 && i < sizeof(cmds) / sizeof(cmds[0]); i++)
 		if (!strcmp(argv[1], cmds[i].name) && argc == cmds[i].args + 2)
 			return cmds[i].fn(argv + 2);
