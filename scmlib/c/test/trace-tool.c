@@ -171,6 +171,37 @@ static void op_full(void)
 	undo(t);
 }
 
+/* free on full: no chunk is free but what is kept back, and blocks in so many words that a lane has no room to log their frees */
+static scm_off sparse[4096];
+static size_t nsparse;
+static void make_sparse(void)
+{
+	void *p;
+	size_t n = 0;
+	root();
+	scm_tx *t = begin();
+	while (n < sizeof(sparse) / sizeof(*sparse) && !scm_tx_alloc(t, 32, &p))
+		sparse[n++] = scm_offset(region, p);
+	commit(t);
+	t = begin();
+	for (size_t i = 0; i < n; i++) {
+		if (i % 50 == 0)
+			sparse[nsparse++] = sparse[i];
+		else
+			TRY(scm_tx_free(t, scm_ptr(region, sparse[i])));
+	}
+	commit(t);
+}
+static scm_tx *free_sparse(void)
+{
+	scm_tx *t = begin();
+	for (size_t i = 0; i < nsparse; i++)
+		TRY(scm_tx_free(t, scm_ptr(region, sparse[i])));
+	return t;
+}
+static void op_free_sparse(void) { commit(free_sparse()); }
+static void op_free_sparse_abort(void) { undo(free_sparse()); }
+
 /* two lanes: a transaction within the life of another, on blocks that share a word of a bitmap */
 static void overlap(bool keep)
 {
@@ -211,6 +242,7 @@ static const struct scenario {
 	{"dirty", 64 << 10, make_bulk, {op_dirty}},
 	{"alloc", 256 << 10, rubbish, {op_alloc, op_alloc2, op_free, op_free_abort, op_both, op_large, op_large_free, op_unlogged}},
 	{"full", 64 << 10, make_full, {op_reclaim, op_full, op_abort}},
+	{"free on full", 128 << 10, make_sparse, {op_free_sparse_abort, op_free_sparse}},
 	{"two lanes", 64 << 10, make_root, {op_overlap, op_overlap_abort}},
 };
 #define NSCENARIOS (sizeof(scenarios) / sizeof(scenarios[0]))
