@@ -119,7 +119,8 @@ func (t *Tx) abandon(v any) (err error) {
 	return err
 }
 
-// Add says that ranges will be changed: each argument is a *T or a []T that lies in the region. Their content now is what a rollback restores.
+// Add says that ranges will be changed: each argument is a *T or a []T that lies in the region. Their content now is what a rollback restores. ErrFull if there is
+// no room for that; the transaction is as it was then.
 // Give all ranges that are known to one call: it costs one fence, however many they are.
 func (t *Tx) Add(ptrs ...any) error {
 	t.logging = t.logging[:0]
@@ -231,7 +232,8 @@ func (t *Tx) Alloc(n uint64) (Off, error) {
 	return op.block, nil
 }
 
-// Free gives a block back when the transaction commits. Its content stays until then. ErrFree if no block starts at off.
+// Free gives a block back when the transaction commits. Its content stays until then. ErrFree if no block starts at off. It needs no room, however much a
+// transaction frees.
 func (t *Tx) Free(off Off) error {
 	if !t.live {
 		return ErrTxDone

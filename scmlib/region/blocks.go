@@ -55,16 +55,16 @@ func (s *Store) restoreBlocks(ctx context.Context, r Record, alone bool) error {
 // restore cuts a region that its container has extended, and allocates what it has cut off or punched out, which is zeros now. f is its file, open for writing. It
 // is safe while containers store into it. What is short of blocks is in Problems until that succeeds.
 func (s *Store) restore(ref Ref, f *os.File) error {
-	err, pool := s.restoreOnce(ref, f)
+	pool, err := s.restoreOnce(ref, f)
 	if err != nil && len(pool) > 0 {
 		s.giveUp(pool)
-		err, _ = s.restoreOnce(ref, f)
+		_, err = s.restoreOnce(ref, f)
 	}
 	return err
 }
 
 // restoreOnce also takes all that waits out of the pool if NVM has no room.
-func (s *Store) restoreOnce(ref Ref, f *os.File) (err error, pool []string) {
+func (s *Store) restoreOnce(ref Ref, f *os.File) (pool []string, err error) {
 	s.mu.Lock() // so that the record is not about to say something else: see Resize
 	defer s.mu.Unlock()
 	r, ok := s.regs[ref.key()]
@@ -80,9 +80,9 @@ func (s *Store) restoreOnce(ref Ref, f *os.File) (err error, pool []string) {
 		err = fmt.Errorf("region %s of namespace %q: %d bytes that its container cut off or punched out have no blocks, and NVM has no room for them: make room there, then attach it, or run nhybridctl scm check --repair: %w",
 			ref, ref.Namespace, max(missing, 0), errdefs.ErrResourceExhausted)
 		s.short[ref.key()] = err
-		return err, s.drainPool()
+		return s.drainPool(), err
 	} else if err != nil {
-		return fmt.Errorf("give region %s its size and blocks back: %w", ref, err), nil
+		return nil, fmt.Errorf("give region %s its size and blocks back: %w", ref, err)
 	}
 	delete(s.short, ref.key())
 	return nil, nil
