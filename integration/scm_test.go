@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -198,6 +199,10 @@ func TestRegionsFailAlone(t *testing.T) {
 	require.NoError(t, r.Daemon.Start(soon(t)))
 	await(t, reachable(r))
 	require.Contains(t, warnings(t, r), "regions are not served: make store of regions")
+	found, err := r.Nhybridctl(soon(t), "doctor", "--containerd-config", filepath.Join(r.Dir, "containerd.toml"), "--containerd", "")
+	require.Error(t, err, "no container with a region starts: that is a failure")
+	require.Equal(t, 1, strings.Count(found, "regions are not served"), found)
+	require.NotContains(t, found, "ok    regions:")
 	out, err := r.RunContainer(soon(t), "busybox:1", "plain", "echo", "works")
 	require.NoError(t, err)
 	require.Equal(t, "works", out)
@@ -214,4 +219,69 @@ func TestRegionsFailAlone(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, "1048576 /dev/scm/region", out)
 	awaitRegions(t, r, 0)
+}
+
+// A region that cannot be removed is left and named. It is in the way of no other, not at a restart of the daemon either.
+func TestRegionThatCannotBeRemoved(t *testing.T) {
+	t.Parallel()
+	r, device := regionRig(t)
+	data := func(id string) string { return filepath.Join(r.NVM, "r", "k", "container+"+r.Namespace+"+"+id, "data") }
+	run := func(id string) {
+		t.Helper()
+		_, err := r.Ctr(soon(t), "run", "--device", device("1m"), r.Ref("busybox:1"), id, "true")
+		require.NoError(t, err)
+	}
+	remove := func(id string) {
+		t.Helper()
+		_, err := r.Ctr(soon(t), "containers", "rm", id)
+		require.NoError(t, err)
+		awaitRegions(t, r, 0)
+	}
+	left := func() []string {
+		t.Helper()
+		dirs, err := filepath.Glob(filepath.Join(r.NVM, "r", "tmp", "*", "data"))
+		require.NoError(t, err)
+		return dirs
+	}
+	// What a container with CAP_LINUX_IMMUTABLE can do to its file is undone.
+	run("flag")
+	out, err := exec.CommandContext(soon(t), "chattr", "+i", data("flag")).CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	remove("flag")
+	await(t, func(context.Context) error {
+		if l := left(); len(l) > 0 {
+			return fmt.Errorf("left: %v", l)
+		}
+		return nil
+	})
+	require.Empty(t, warnings(t, r))
+
+	run("mounted")
+	require.NoError(t, unix.Mount("/dev/null", data("mounted"), "", unix.MS_BIND, ""))
+	t.Cleanup(func() { // was done below, unless something failed
+		for _, path := range append(left(), data("mounted")) {
+			_ = unix.Unmount(path, 0)
+		}
+	})
+	remove("mounted")
+	for _, when := range []string{"after the removal", "after a restart"} {
+		await(t, func(context.Context) error {
+			if w := warnings(t, r); strings.Count(w, "cannot be removed") != 1 {
+				return fmt.Errorf("warnings: %s", w)
+			}
+			return nil
+		})
+		run("next")
+		remove("next")
+		if when == "after the removal" {
+			require.NoError(t, r.Daemon.Restart(soon(t)))
+			await(t, reachable(r))
+		}
+	}
+	require.Len(t, left(), 1)
+	require.NoError(t, unix.Unmount(left()[0], 0))
+	require.NoError(t, r.Daemon.Restart(soon(t)))
+	await(t, reachable(r))
+	require.Empty(t, left())
+	require.Empty(t, warnings(t, r))
 }
