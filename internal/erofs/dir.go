@@ -3,7 +3,10 @@
 
 package erofs
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+)
 
 // A directory is a sequence of blocks, each with its entries first and their names behind them. Entries are in strict
 // byte order over the whole directory, "." and ".." among them.
@@ -78,4 +81,40 @@ func AppendDirBlock(b []byte, entries []Dirent, full bool) []byte {
 		b = append(b, 0)
 	}
 	return b
+}
+
+// CountDirents returns how many entries the block of a directory says it has; ok is false where that is impossible.
+func CountDirents(block []byte) (n int, ok bool) {
+	if len(block) < direntSize {
+		return 0, false
+	}
+	names := int(binary.LittleEndian.Uint16(block[8:]))
+	return names / direntSize, names >= direntSize && names%direntSize == 0 && names < len(block)
+}
+
+// ParseDirents passes the entries of a block of a directory to add, until it returns false. It returns false then, and
+// if the block is malformed; names are not judged. All names of a block are parts of one string.
+func ParseDirents(block []byte, add func(nid uint64, typ byte, name string) bool) bool {
+	n, ok := CountDirents(block)
+	if !ok {
+		return false
+	}
+	le := binary.LittleEndian
+	block = bytes.TrimRight(block, "\x00") // names have none, what is behind them has
+	base := n * direntSize
+	if len(block) <= base {
+		return false
+	}
+	names := string(block[base:])
+	for i := range n {
+		e := block[i*direntSize:]
+		begin, end := int(le.Uint16(e[8:])), len(block)
+		if i+1 < n {
+			end = int(le.Uint16(e[direntSize+8:]))
+		}
+		if begin < base || end <= begin || end > len(block) || !add(le.Uint64(e), e[10], names[begin-base:end-base]) {
+			return false
+		}
+	}
+	return true
 }

@@ -2,12 +2,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package erofs has what writers of EROFS images share: superblock, inodes, directories. It knows the subset of the
-// format that docs/tree.md and docs/hif.md describe: blocks of 4096 bytes, extended inodes, metadata from block 0 on.
+// format that docs/store.md, docs/tree.md and docs/hif.md describe: blocks of 4096 bytes, extended inodes, and compact ones
+// for the data files of views. It mounts images too.
 package erofs
 
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -21,7 +23,7 @@ import (
 const (
 	BlockSize  = 4096
 	BlockBits  = 12
-	SlotSize   = 32 // nids count slots of this size from the start of the metadata, here the start of the image
+	SlotSize   = 32 // nids count slots of this size from the start of the metadata (Super.MetaBlock)
 	InodeSize  = 64 // extended
 	direntSize = 12
 
@@ -85,13 +87,9 @@ type Inode struct {
 
 // Append writes the inode behind b.
 func (i *Inode) Append(b []byte) []byte {
-	icount := 0
-	if i.XattrSize > 0 {
-		icount = (i.XattrSize-XattrHeaderSize)/4 + 1
-	}
 	le := binary.LittleEndian
 	b = le.AppendUint16(b, 1|uint16(i.Layout)<<1) // 1: extended
-	b = le.AppendUint16(b, uint16(icount))
+	b = le.AppendUint16(b, uint16(xattrCount(i.XattrSize)))
 	b = le.AppendUint16(b, uint16(i.Mode))
 	b = le.AppendUint16(b, 0)
 	b = le.AppendUint64(b, i.Size)
@@ -102,7 +100,52 @@ func (i *Inode) Append(b []byte) []byte {
 	b = le.AppendUint64(b, uint64(i.Sec))
 	b = le.AppendUint32(b, i.Nsec)
 	b = le.AppendUint32(b, i.Nlink)
-	return append(b, make([]byte, 16)...)
+	return append(b, zeros[:16]...)
+}
+
+// CompactSize is the size of a compact inode.
+const CompactSize = 32
+
+// AppendCompact writes the inode in the compact form, which has no times and only 32 bits of size and 16 of owners and links.
+// The caller sees to it that the values fit.
+func (i *Inode) AppendCompact(b []byte) []byte {
+	le := binary.LittleEndian
+	b = le.AppendUint16(b, uint16(i.Layout)<<1)
+	b = le.AppendUint16(b, uint16(xattrCount(i.XattrSize)))
+	b = le.AppendUint16(b, uint16(i.Mode))
+	b = le.AppendUint16(b, uint16(i.Nlink))
+	b = le.AppendUint32(b, uint32(i.Size))
+	b = le.AppendUint32(b, 0)
+	b = le.AppendUint32(b, i.U)
+	b = le.AppendUint32(b, i.Ino)
+	b = le.AppendUint16(b, uint16(i.UID))
+	b = le.AppendUint16(b, uint16(i.GID))
+	return le.AppendUint32(b, 0)
+}
+
+// xattrCount is the size of the xattr area as inodes say it.
+func xattrCount(size int) int {
+	if size == 0 {
+		return 0
+	}
+	return (size-XattrHeaderSize)/4 + 1
+}
+
+// ParseInode reads what [Inode.Append] wrote; ok is false for anything but an extended inode.
+func ParseInode(b []byte) (i Inode, ok bool) {
+	if len(b) < InodeSize {
+		return i, false
+	}
+	le := binary.LittleEndian
+	format := le.Uint16(b)
+	i = Inode{
+		Layout: byte(format >> 1), Mode: uint32(le.Uint16(b[4:])), Size: le.Uint64(b[8:]), U: le.Uint32(b[16:]), Ino: le.Uint32(b[20:]),
+		UID: le.Uint32(b[24:]), GID: le.Uint32(b[28:]), Sec: int64(le.Uint64(b[32:])), Nsec: le.Uint32(b[40:]), Nlink: le.Uint32(b[44:]),
+	}
+	if icount := int(le.Uint16(b[2:])); icount > 0 {
+		i.XattrSize = XattrHeaderSize + (icount-1)*4
+	}
+	return i, format&1 == 1 && format <= 0xf
 }
 
 // Super is the part of the superblock that is used.
@@ -113,6 +156,7 @@ type Super struct {
 	RootNid    uint16
 	Inos       uint64
 	Blocks     uint32
+	MetaBlock  uint32 // from which nids count
 	XattrBlock uint32
 	Incompat   uint32
 	// Devices is the number of extra devices, DeviceTable where their slots begin, in units of [DeviceSlotSize].
@@ -129,6 +173,7 @@ func (s *Super) Bytes() []byte {
 	le.PutUint16(b[14:], s.RootNid)
 	le.PutUint64(b[16:], s.Inos)
 	le.PutUint32(b[36:], s.Blocks)
+	le.PutUint32(b[40:], s.MetaBlock)
 	le.PutUint32(b[44:], s.XattrBlock)
 	copy(b[48:64], s.UUID[:])
 	copy(b[64:79], s.Volume)
@@ -142,11 +187,22 @@ func (s *Super) Bytes() []byte {
 const DeviceSlotSize = 128
 
 // AppendDeviceSlot appends the entry of a device without a tag, which so must be named when the image is mounted.
-func AppendDeviceSlot(b []byte, blocks uint32) []byte {
+func AppendDeviceSlot(b []byte, blocks uint32) []byte { return AppendTaggedSlot(b, "", blocks) }
+
+// DeviceTagSize is the size of the tag at the start of an entry of the device table.
+const DeviceTagSize = 64
+
+// AppendTaggedSlot appends the entry of a device with a tag of at most [DeviceTagSize] bytes. The kernel does not look at
+// the tag of a device that is named when the image is mounted.
+func AppendTaggedSlot(b []byte, tag string, blocks uint32) []byte {
 	var slot [DeviceSlotSize]byte
+	copy(slot[:DeviceTagSize], tag)
 	binary.LittleEndian.PutUint32(slot[64:], blocks)
 	return append(b, slot[:]...)
 }
+
+// ChunkIndexSize is the size of an entry of [AppendChunk].
+const ChunkIndexSize = 8
 
 // AppendChunk appends the index of one chunk. Device 0 is the image itself.
 func AppendChunk(b []byte, device uint16, block uint32) []byte {
@@ -174,34 +230,44 @@ func SetChecksum(block []byte) {
 }
 
 // CheckSuper reads the first block of an image and checks superblock, checksum and volume name; it returns the bytes that
-// the superblock claims. The error is of class errdefs.ErrDataLoss if the file is cut off or damaged,
-// errdefs.ErrFailedPrecondition if another version wrote it, errdefs.ErrInvalidArgument if it is something else.
-// kind is what it calls the image, volume as in [Super].
+// the superblock claims. Errors are those of [ReadSuper].
 func CheckSuper(f *os.File, kind, volume string) (size int64, err error) {
-	path := f.Name()
 	block := make([]byte, BlockSize)
-	switch _, err := f.ReadAt(block, 0); err {
-	case nil:
-	case io.EOF:
-		return 0, fmt.Errorf("%s image %q is cut off before the end of its first block: %w", kind, path, errdefs.ErrDataLoss)
-	default:
-		return 0, fmt.Errorf("read %s image %q: %w", kind, path, err)
+	n, err := f.ReadAt(block, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("read %s image %q: %w", kind, f.Name(), err)
+	}
+	s, err := ReadSuper(block[:n], f.Name(), kind, volume)
+	return int64(s.Blocks) * BlockSize, err
+}
+
+// ReadSuper checks superblock, checksum and volume name in the first block of an image and returns the superblock. The
+// error is of class errdefs.ErrDataLoss if the image is cut off or damaged, errdefs.ErrFailedPrecondition if another
+// version wrote it, errdefs.ErrInvalidArgument if it is something else. Errors name the path; kind is what they call the
+// image, volume as in [Super].
+func ReadSuper(block []byte, path, kind, volume string) (Super, error) {
+	if len(block) < BlockSize {
+		return Super{}, fmt.Errorf("%s image %q is cut off before the end of its first block: %w", kind, path, errdefs.ErrDataLoss)
 	}
 	super, le := block[SuperOffset:], binary.LittleEndian
 	if le.Uint32(super) != superMagic {
-		return 0, fmt.Errorf("%q is not an EROFS image: %w", path, errdefs.ErrInvalidArgument)
+		return Super{}, fmt.Errorf("%q is not an EROFS image: %w", path, errdefs.ErrInvalidArgument)
 	}
 	if le.Uint32(super[4:]) != Checksum(block) {
-		return 0, fmt.Errorf("%s image %q is damaged, the checksum of its superblock does not match: %w", kind, path, errdefs.ErrDataLoss)
+		return Super{}, fmt.Errorf("%s image %q is damaged, the checksum of its superblock does not match: %w", kind, path, errdefs.ErrDataLoss)
 	}
 	name := string(bytes.TrimRight(super[64:80], "\x00"))
 	if base := volume[:len(volume)-1]; len(name) < len(base) || name[:len(base)] != base {
-		return 0, fmt.Errorf("%q is an EROFS image of another program or kind: %w", path, errdefs.ErrInvalidArgument)
+		return Super{}, fmt.Errorf("%q is an EROFS image of another program or kind: %w", path, errdefs.ErrInvalidArgument)
 	}
 	if name != volume {
-		return 0, fmt.Errorf("%s image %q is of another version (%s, this program reads %s): %w", kind, path, name, volume, errdefs.ErrFailedPrecondition)
+		return Super{}, fmt.Errorf("%s image %q is of another version (%s, this program reads %s): %w", kind, path, name, volume, errdefs.ErrFailedPrecondition)
 	}
-	return int64(le.Uint32(super[36:])) * BlockSize, nil
+	return Super{
+		Volume: name, UUID: [16]byte(super[48:64]), RootNid: le.Uint16(super[14:]), Inos: le.Uint64(super[16:]),
+		Blocks: le.Uint32(super[36:]), MetaBlock: le.Uint32(super[40:]), XattrBlock: le.Uint32(super[44:]),
+		Incompat: le.Uint32(super[80:]), Devices: le.Uint16(super[86:]), DeviceTable: le.Uint16(super[88:]),
+	}, nil
 }
 
 // UUID reads the UUID of an image.
@@ -210,4 +276,25 @@ func UUID(f *os.File) (uuid [16]byte, err error) {
 		return uuid, fmt.Errorf("read UUID of %q: %w", f.Name(), err)
 	}
 	return uuid, nil
+}
+
+// DeviceTags reads the tags in the device table of an image whose superblock was checked.
+func DeviceTags(f *os.File) ([]string, error) {
+	var super [SuperSize]byte
+	if _, err := f.ReadAt(super[:], SuperOffset); err != nil {
+		return nil, err
+	}
+	le := binary.LittleEndian
+	tags := make([]string, le.Uint16(super[86:]))
+	if len(tags) == 0 {
+		return nil, nil
+	}
+	table := make([]byte, len(tags)*DeviceSlotSize)
+	if _, err := f.ReadAt(table, int64(le.Uint16(super[88:]))*DeviceSlotSize); err != nil {
+		return nil, err
+	}
+	for i := range tags {
+		tags[i] = string(bytes.TrimRight(table[i*DeviceSlotSize:][:DeviceTagSize], "\x00"))
+	}
+	return tags, nil
 }

@@ -25,7 +25,7 @@ type Features struct {
 	FileBacked bool   // EROFS mounts from a plain file, without a loop device
 	StackOK    bool   // on a container whose tree is file-backed, one more overlay can be mounted
 	Loop       bool   // EROFS mounts through a loop device
-	IDMap      bool   // an EROFS tree can be idmapped and carries an overlay then, also where its path has a comma
+	IDMap      bool   // an EROFS tree can be idmapped and carries an overlay then
 	IndexOff   bool   // overlayfs takes index=off
 	UserNS     bool   // this process runs in a user namespace other than the first
 	Kernel     string // release, as uname -r gives it
@@ -133,7 +133,7 @@ func newTrial(dir string, image []byte) (*trial, error) {
 		return nil, fmt.Errorf("make a directory for trial mounts: %w", err)
 	}
 	t := &trial{dir: tmp, image: filepath.Join(tmp, "image"), tree: filepath.Join(tmp, "tree")}
-	for _, d := range []string{"tree", "loop", "nvm/probe", "hdd", "rw", "ro", "deep", "over", "idmap,", "mapped"} {
+	for _, d := range []string{"tree", "loop", "nvm/probe", "hdd", "rw", "ro", "deep", "over", "idmap", "mapped"} {
 		err = errors.Join(err, os.MkdirAll(filepath.Join(tmp, d), 0o755))
 	}
 	err = errors.Join(err,
@@ -248,13 +248,12 @@ func (t *trial) idmaps(tree string, options []string) bool {
 		return false
 	}
 	defer ns.Close()
-	target := filepath.Join(t.dir, "idmap,")
+	target := filepath.Join(t.dir, "idmap")
 	if err := mount.IDMapMount(tree, target, int(ns.Fd())); err != nil {
 		return false
 	}
 	t.mounts = append(t.mounts, target)
-	// Before 6.5.8 an escaped comma ends an option all the same (c34706acf40b).
-	if t.overlay("mapped", strings.ReplaceAll(target, ",", `\,`), true, options) != nil || !t.reads("mapped") {
+	if t.overlay("mapped", target, true, options) != nil || !t.reads("mapped") {
 		return false
 	}
 	if !t.whole {

@@ -6,8 +6,8 @@
 // the view, the EROFS image that containers mount.
 //
 // It knows formats and nothing of snapshots, tiers or containerd. It imports
-// internal/erofs alone. Values are not safe for concurrent change; a [Meta]
-// that is complete may be read by several goroutines.
+// internal/erofs and internal/loop alone. Values are not safe for concurrent
+// change; a [Meta] that is complete may be read by several goroutines.
 package pack
 
 import (

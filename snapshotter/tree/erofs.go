@@ -11,7 +11,6 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/internal/erofs"
 )
@@ -24,7 +23,6 @@ const (
 	chunkBits   = erofs.BlockBits + chunkFormat
 
 	xattrHeaderSize = erofs.XattrHeaderSize
-	xattrEntrySize  = 4
 
 	metacopyName = "trusted.overlay.metacopy"
 	redirectName = "trusted.overlay.redirect"
@@ -33,56 +31,25 @@ const (
 	volumeName = "nhybrid-tree-1"
 )
 
-// xattrPrefixes are the name prefixes that EROFS knows, with their indexes. The ACL names have no suffix.
-var xattrPrefixes = []struct {
-	prefix string
-	index  byte
-	whole  bool
-}{
-	{"user.", 1, false},
-	{"system.posix_acl_access", 2, true},
-	{"system.posix_acl_default", 3, true},
-	{"trusted.", 4, false},
-	{"security.", 6, false},
-}
-
 // splitXattr takes the name of an xattr apart; ok is false for names that have no place in a tree: those of overlayfs
 // itself, which would redirect files at will of whoever wrote the layer, and those that EROFS has no index for.
 func splitXattr(name []byte) (index byte, suffix []byte, ok bool) {
 	if bytes.HasPrefix(name, []byte("trusted.overlay.")) || bytes.HasPrefix(name, []byte("user.overlay.")) {
 		return 0, nil, false
 	}
-	for _, p := range xattrPrefixes {
-		if suffix, found := bytes.CutPrefix(name, []byte(p.prefix)); found {
-			return p.index, suffix, p.whole == (len(suffix) == 0)
-		}
-	}
-	return 0, nil, false
-}
-
-func xattrSize(suffix, value int) int { return erofs.Align(xattrEntrySize+suffix+value, 4) }
-
-// appendXattr appends one entry of an xattr list.
-func appendXattr(b []byte, index byte, suffix, value []byte) []byte {
-	size := len(b) + xattrSize(len(suffix), len(value))
-	b = append(b, byte(len(suffix)), index)
-	b = binary.LittleEndian.AppendUint16(b, uint16(len(value)))
-	b = append(append(b, suffix...), value...)
-	for len(b) < size {
-		b = append(b, 0)
-	}
-	return b
+	index, rest, ok := erofs.SplitXattr(string(name))
+	return index, name[len(name)-len(rest):], ok
 }
 
 // xattrArea returns the size of the xattrs that follow the inode, for a redirect of the given length (0: none).
 func xattrArea(i *inode, redirect int) int {
 	n := 0
 	if redirect > 0 {
-		n += 4 + xattrSize(len(redirectName)-len("trusted."), redirect)
+		n += 4 + erofs.XattrSize(len(redirectName)-len("trusted."), redirect)
 	}
 	for name, value := range i.eachXattr {
 		_, suffix, _ := splitXattr(name)
-		n += xattrSize(len(suffix), len(value))
+		n += erofs.XattrSize(len(suffix), len(value))
 	}
 	if n > 0 {
 		n += xattrHeaderSize
@@ -100,25 +67,13 @@ func appendXattrArea(b []byte, i *inode, redirect []byte, sharedID uint32) []byt
 	if len(redirect) > 0 {
 		b[head+4] = 1 // h_shared_count
 		b = binary.LittleEndian.AppendUint32(b, sharedID)
-		b = appendXattr(b, 4, []byte(redirectName[len("trusted."):]), redirect)
+		b = erofs.AppendXattr(b, 4, redirectName[len("trusted."):], redirect)
 	}
 	for name, value := range i.eachXattr {
 		index, suffix, _ := splitXattr(name)
-		b = appendXattr(b, index, suffix, value)
+		b = erofs.AppendXattr(b, index, string(suffix), value)
 	}
 	return b
-}
-
-// encodeDev is the kernel's new_encode_dev.
-func encodeDev(rdev uint64) uint32 {
-	maj, min := unix.Major(rdev), unix.Minor(rdev)
-	return min&0xff | maj<<8 | (min&^0xff)<<12
-}
-
-// devFits tells whether rdev is a device number of Linux: 12 bits of major, 20 of minor.
-func devFits(rdev uint64) bool {
-	maj, min := unix.Major(rdev), unix.Minor(rdev)
-	return maj < 1<<12 && min < 1<<20 && rdev == unix.Mkdev(maj, min)
 }
 
 // imageUUID follows from the captures, so that the same chain gives the same image.

@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
 // Limits of what is written into a capture and accepted from one.
@@ -249,7 +251,7 @@ func (r *reader) inode(rec *record) {
 		}
 	case unix.S_IFCHR, unix.S_IFBLK:
 		i.rdev = r.uvarint()
-		if !devFits(i.rdev) {
+		if _, ok := erofs.EncodeDev(i.rdev); !ok {
 			r.fail("holds device %q with an impossible number %#x", rec.name, i.rdev)
 		}
 	case unix.S_IFDIR, unix.S_IFIFO, unix.S_IFSOCK:

@@ -176,7 +176,7 @@ func (n *node) inlineTail() (blocks uint32, inline int, whole bool) {
 func (t *writer) layout() error {
 	sharedOff := erofs.SuperOffset + erofs.SuperSize
 	t.shared = uint32(sharedOff / 4) // counted from xattr_blkaddr, block 0
-	pos := uint64(sharedOff + xattrSize(len(metacopyName)-len("trusted."), 0))
+	pos := uint64(sharedOff + erofs.XattrSize(len(metacopyName)-len("trusted."), 0))
 	for i := range t.nodes {
 		n := &t.nodes[i]
 		if n.alias {
@@ -226,7 +226,7 @@ func (t *writer) writeMeta() error {
 	}
 	t.out.Pad(erofs.SuperOffset)
 	t.out.Write(super.Bytes())
-	t.out.Write(appendXattr(nil, 4, []byte(metacopyName[len("trusted."):]), nil))
+	t.out.Write(erofs.AppendXattr(nil, 4, metacopyName[len("trusted."):], ""))
 
 	var rec, link record
 	var path, redirect, buf []byte
@@ -283,7 +283,7 @@ func (t *writer) writeMeta() error {
 				d.Layout, d.U = erofs.LayoutChunk, chunkFormat
 			}
 		case erofs.FileType(unix.S_IFCHR), erofs.FileType(unix.S_IFBLK):
-			d.U = encodeDev(in.rdev)
+			d.U, _ = erofs.EncodeDev(in.rdev)
 		}
 		t.out.Pad(int64(n.nid) * erofs.SlotSize)
 		buf = appendXattrArea(d.Append(buf[:0]), in, redirect, t.shared)
