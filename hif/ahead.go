@@ -4,13 +4,14 @@
 package hif
 
 import (
+	"fmt"
+
 	"github.com/containerd/log"
-	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/hif/profile"
-	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 const (
@@ -34,53 +35,69 @@ const (
 // Of files of which only parts are on NVM the parts are read, not the files:
 // through EROFS that costs so much of the processor that runc was late by more
 // than the program was early. They are few and in one piece, so they go first.
-func (m *Manager) readAhead(layers []string, image digest.Digest) {
-	top := layers[len(layers)-1]
-	if m.ahead[top] {
+func (m *Manager) readAhead(image Image) {
+	if m.ahead[image.View] {
 		return
 	}
-	m.ahead[top] = true
+	m.ahead[image.View] = true
 	m.wg.Go(func() {
 		defer func() {
 			m.mu.Lock()
 			defer m.mu.Unlock()
-			delete(m.ahead, top)
+			delete(m.ahead, image.View)
 		}()
-		p, _, err := m.known(image)
-		if err != nil {
-			log.L.WithError(err).WithField("image", image).Debug("nothing is read ahead")
-			return
-		}
-		root, err := unix.Open(m.tiers.DataRoot(placement.NVM), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			log.L.WithError(err).Debug("nothing is read ahead")
-			return
-		}
-		defer unix.Close(root)
-		left := aheadBytes - parts.ReadAhead(m.store.PartsPath(top), aheadBytes)
-		for i := range p.Files {
-			if f := &p.Files[i]; f.Layer < len(layers) {
-				left -= willNeed(root, layers[f.Layer]+"/"+string(f.Path), expected(f))
-			}
-			if left <= 0 || m.ctx.Err() != nil {
-				return
-			}
+		if err := m.readAheadOf(image); err != nil {
+			log.L.WithError(err).WithField("image", image.name()).Debug("not all is read ahead")
 		}
 	})
 }
 
+func (m *Manager) readAheadOf(image Image) error {
+	left := aheadBytes - parts.ReadAhead(m.store.PartsPath(image.View), aheadBytes)
+	p, _, err := m.known(image.Digest)
+	if err != nil {
+		return err
+	}
+	var keys []fileKey
+	var ranges [][]profile.Range
+	for i := range p.Files {
+		f := &p.Files[i]
+		if r := expected(f); len(r) > 0 {
+			keys, ranges = append(keys, fileKey{f.Layer, f.Path}), append(ranges, r)
+		}
+	}
+	refs, err := m.library.refs(m.ctx, image, keys)
+	if err != nil {
+		return err
+	}
+	root, err := unix.Open(m.store.DataRoot(), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open data root: %w", err)
+	}
+	defer unix.Close(root)
+	for i, ref := range refs {
+		if left <= 0 || m.ctx.Err() != nil {
+			break
+		}
+		if ref != (pack.Ref{}) {
+			left -= willNeed(root, ref.Redirect()[1:], ranges[i])
+		}
+	}
+	return nil
+}
+
 // forgetParts takes the parts of a chain out of the page cache when a start is
 // over: what it used is cached a second time, with the files.
-func (m *Manager) forgetParts(top string) {
+func (m *Manager) forgetParts(view string) {
 	m.mu.Lock()
 	for _, o := range m.starts {
-		if len(o.Layers) > 0 && o.Layers[len(o.Layers)-1] == top {
+		if o.View == view {
 			m.mu.Unlock()
 			return // the last one will
 		}
 	}
 	m.mu.Unlock()
-	parts.Forget(m.store.PartsPath(top))
+	parts.Forget(m.store.PartsPath(view))
 }
 
 // expected is what the next start is expected to read of a file.
@@ -97,7 +114,7 @@ func expected(f *profile.File) []profile.Range {
 }
 
 // willNeed has the kernel read ranges of a file below root, if it is there. It
-// returns how many bytes. The name may come from a registry.
+// returns how many bytes.
 func willNeed(root int, name string, ranges []profile.Range) (bytes int64) {
 	if len(ranges) == 0 {
 		return 0

@@ -16,6 +16,7 @@ import (
 	"github.com/nhybrid/nhybrid/hif/plan"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 func TestExpected(t *testing.T) {
@@ -40,25 +41,24 @@ func TestReadAhead(t *testing.T) {
 	image := imageOf("a", "1")
 	s := &still{images: []Image{image}, layers: []plan.Layer{{ID: "1", Tier: placement.HDD, NVM: 1, Used: time.Now()}}}
 	m := newManager(t, s, &shelf{})
-	root := m.tiers.DataRoot(placement.NVM)
-	secret := filepath.Join(t.TempDir(), "secret")
-	require.NoError(t, os.Symlink(secret, filepath.Join(root, "1", "link")))
-	use := profile.Start{Complete: true, At: time.Now()}
-	for _, name := range []string{secret, "part", "unused", "whole"} {
-		path := name
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(root, "1", name)
-		}
-		require.NoError(t, os.WriteFile(path, bytes.Repeat([]byte("x"), size), 0o600))
-		f, err := os.Open(path)
+	at := map[string]string{}
+	for i, name := range []string{"part", "unused", "whole", "link"} {
+		at[name] = s.put(t, "/"+name, pack.Ref{Layer: 1, Number: uint32(i + 1)}, bytes.Repeat([]byte("x"), size))
+	}
+	at["secret"] = filepath.Join(t.TempDir(), "secret")
+	require.NoError(t, os.Rename(at["link"], at["secret"]))
+	require.NoError(t, os.Symlink(at["secret"], at["link"]))
+	for _, name := range []string{"part", "unused", "whole", "secret"} {
+		f, err := os.Open(at[name])
 		require.NoError(t, err)
 		require.NoError(t, f.Sync())
 		require.NoError(t, unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED))
 		require.NoError(t, f.Close())
 	}
-	if cachedOf(t, filepath.Join(root, "1", "whole")) > 0 {
+	if cachedOf(t, at["whole"]) > 0 {
 		t.Skip("the temporary directory is on a filesystem that is all cache")
 	}
+	use := profile.Start{Complete: true, At: time.Now()}
 	all := profile.Use{Kind: profile.Read, Touched: size, Ranges: []profile.Range{{Offset: 0, Length: size}}}
 	part := all
 	part.Touched, part.Ranges = 65536, []profile.Range{{Offset: 1 << 20, Length: 65536}}
@@ -68,18 +68,21 @@ func TestReadAhead(t *testing.T) {
 	}
 	_, err := m.book.Record(image.Image, use, nil)
 	require.NoError(t, err)
-	m.mu.Lock()
-	m.readAhead(image.Chain, image.Digest)
-	m.mu.Unlock()
-	require.Eventually(t, func() bool {
+	for range 2 {
 		m.mu.Lock()
-		defer m.mu.Unlock()
-		return len(m.ahead) == 0
-	}, 10*time.Second, time.Millisecond)
-	require.EqualValues(t, size, cachedOf(t, filepath.Join(root, "1", "whole")))
-	require.EqualValues(t, 65536, cachedOf(t, filepath.Join(root, "1", "part")))
-	require.Zero(t, cachedOf(t, filepath.Join(root, "1", "unused")))
-	require.Zero(t, cachedOf(t, secret), "it is not in the store")
+		m.readAhead(image)
+		m.mu.Unlock()
+		require.Eventually(t, func() bool {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return len(m.ahead) == 0
+		}, 10*time.Second, time.Millisecond)
+	}
+	require.EqualValues(t, size, cachedOf(t, at["whole"]))
+	require.EqualValues(t, 65536, cachedOf(t, at["part"]))
+	require.Zero(t, cachedOf(t, at["unused"]))
+	require.Zero(t, cachedOf(t, at["secret"]), "it is not in the store")
+	require.EqualValues(t, 1, s.lists.Load(), "the second start finds the names")
 }
 
 func cachedOf(t *testing.T, path string) int64 {

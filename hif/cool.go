@@ -5,22 +5,22 @@ package hif
 
 import (
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/hif/plan"
-	"github.com/nhybrid/nhybrid/placement"
 )
 
 // cool takes large files out of the page cache of which it is not known what a
 // start touches of them: those of images that were never started, which are
 // cached since the pull wrote them, and those that the last start found cached,
 // once after each. Only of what is not cached can the trace of the next start
-// tell which parts it touched (cachestat(2)). Files on HDD are left: reading them
-// again would take long.
+// tell which parts it touched (cachestat(2)). Files that are read from a pack
+// need no such thing: the inode of the view through which a container reads them
+// has a page cache of its own, which is empty before the first start, whatever is
+// cached of the pack.
 func (m *Manager) cool(images []wanted, layers []plan.Layer) {
 	if m.config.PartsFrom <= 0 || m.tracer == nil || m.Busy() {
 		return
@@ -33,7 +33,7 @@ func (m *Manager) cool(images []wanted, layers []plan.Layer) {
 	m.cooled = make(map[[2]string]time.Time, len(images)) // those that are gone are forgotten
 next:
 	for _, w := range images {
-		key := [2]string{w.Top(), w.Digest.String()}
+		key := [2]string{w.View, w.Digest.String()}
 		if at, done := before[key]; done && at.Equal(w.Updated) {
 			m.cooled[key] = at
 			continue
@@ -47,19 +47,28 @@ next:
 		if w.settled() {
 			for _, h := range w.Hot {
 				if h.Touched < 0 && !h.Pinned && h.Size >= m.config.PartsFrom {
-					dropCache(filepath.Join(m.tiers.DataRoot(placement.NVM), w.redirect(h.Layer, h.Path)))
+					dropCache(m.store.DataRoot() + h.Redirect)
 				}
 			}
 			continue
 		}
-		err := m.store.Files(m.ctx, w.Image, func(f File) bool {
-			if f.Size >= m.config.PartsFrom {
-				dropCache(filepath.Join(m.tiers.DataRoot(placement.NVM), f.Redirect))
-			}
-			return m.ctx.Err() == nil
-		})
+		for _, id := range w.Chain {
+			m.coolLayer(id)
+		}
+	}
+}
+
+// coolLayer takes the large files of a layer that are on NVM out of the page cache.
+func (m *Manager) coolLayer(id string) {
+	for f, err := range m.host.OnNVM(id) {
 		if err != nil {
-			log.L.WithError(err).WithField("image", w.name()).Debug("large files stay cached")
+			log.L.WithError(err).WithField("id", id).Debug("large files stay cached")
+		}
+		if err != nil || m.ctx.Err() != nil {
+			return
+		}
+		if f.Bytes >= m.config.PartsFrom {
+			dropCache(m.store.DataRoot() + f.Redirect)
 		}
 	}
 }

@@ -17,13 +17,12 @@ import (
 
 	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/hif/trace"
-	"github.com/nhybrid/nhybrid/placement"
 )
 
 // division is the files of one chain of layers of which only parts belong on
 // NVM. Images with the same chain share it.
 type division struct {
-	top     string
+	view    string
 	set     parts.Set
 	path    string          // of the image
 	have    map[string]bool // redirects that the image on NVM serves already
@@ -39,14 +38,14 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 	wants := map[string][]parts.Want{}
 	bytes := map[string]int64{} // of the images
 	for _, w := range images {
-		path := m.store.PartsPath(w.Top())
+		path := m.store.PartsPath(w.View)
 		if path == "" {
 			continue
 		}
-		d := all[w.Top()]
+		d := all[w.View]
 		if d == nil {
-			d = &division{top: w.Top(), path: path, home: true}
-			all[w.Top()] = d
+			d = &division{view: w.View, path: path, home: true}
+			all[w.View] = d
 		}
 		if w.used().After(d.used) {
 			d.used = w.used()
@@ -59,20 +58,20 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 			if h.Touched < 0 || h.Pinned || h.Size < m.config.PartsFrom || len(h.Ranges) == 0 {
 				continue
 			}
-			wants[d.top] = append(wants[d.top], want(w.redirect(h.Layer, h.Path), h.Size, h.Ranges))
+			wants[d.view] = append(wants[d.view], want(h.Redirect, h.Size, h.Ranges))
 		}
-		if len(wants[d.top]) > 0 && bytes[d.top] == 0 {
-			bytes[d.top] = m.bytesOf(w.Image)
+		if len(wants[d.view]) > 0 && bytes[d.view] == 0 {
+			bytes[d.view] = m.bytesOf(w.Image)
 		}
 	}
 	m.sizes = bytes
-	for top, d := range all {
+	for view, d := range all {
 		m.mu.Lock()
-		u := m.undivided[top]
+		u := m.undivided[view]
 		m.mu.Unlock()
 		if !u.failed || time.Since(u.at) > partsRetry { // else the files are hot as a whole
-			all := merge(wants[top])
-			d.set = parts.Choose(all, parts.Rules{MinSize: m.config.PartsFrom, Spare: int64(marginShare * float64(bytes[top]))})
+			all := merge(wants[view])
+			d.set = parts.Choose(all, parts.Rules{MinSize: m.config.PartsFrom, Spare: int64(marginShare * float64(bytes[view]))})
 			d.touched = make(map[string][]parts.Range, len(all))
 			for _, w := range all {
 				d.touched[w.Redirect] = w.Ranges
@@ -80,7 +79,7 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 		}
 		d.have, d.current = m.served(d)
 		if len(d.set.Files) == 0 && d.current {
-			delete(all, top) // none are wanted, and none are there
+			delete(all, view) // none are wanted, and none are there
 		}
 		for _, f := range d.set.Files {
 			d.home = d.home && home[layerOf(f.Redirect)]
@@ -94,20 +93,17 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 const marginShare = 0.03
 
 // bytesOf is the size of an image's files, 0 if they cannot be listed. It never
-// changes, and listing takes long.
-func (m *Manager) bytesOf(image Image) (bytes int64) {
-	if n := m.sizes[image.Top()]; n > 0 {
+// changes.
+func (m *Manager) bytesOf(image Image) int64 {
+	if n := m.sizes[image.View]; n > 0 {
 		return n
 	}
-	err := m.store.Files(m.ctx, image, func(f File) bool {
-		bytes += f.Size
-		return m.ctx.Err() == nil
-	})
+	files, err := m.library.listing(m.ctx, image)
 	if err != nil {
 		log.L.WithError(err).WithField("image", image.name()).Debug("parts of its files have no margin")
 		return 0
 	}
-	return bytes
+	return files.bytes
 }
 
 // merge joins what several images of one chain want of a file.
@@ -154,10 +150,10 @@ func (m *Manager) served(d *division) (have map[string]bool, current bool) {
 // already. It is known, and the kernel has read around what was touched: taken
 // for touched, too, that would let the parts grow from start to start.
 func (m *Manager) leaveHot(o *openStart, files []trace.File) {
-	if len(o.Layers) == 0 || !slices.ContainsFunc(files, func(f trace.File) bool { return f.Parts }) {
+	if !slices.ContainsFunc(files, func(f trace.File) bool { return f.Parts }) {
 		return
 	}
-	set, err := parts.Read(m.store.PartsPath(o.Layers[len(o.Layers)-1]))
+	set, err := parts.Read(m.store.PartsPath(o.View))
 	if err != nil {
 		return // replaced or gone: all counts as touched
 	}
@@ -167,7 +163,7 @@ func (m *Manager) leaveHot(o *openStart, files []trace.File) {
 	}
 	for i := range files {
 		f := &files[i]
-		h, ok := hot["/"+f.Layer+"/"+f.Path]
+		h, ok := hot[f.Redirect()]
 		if !f.Parts || !ok || h.Size != f.Size {
 			continue
 		}
@@ -194,9 +190,9 @@ func (m *Manager) divide(todo []*division, floor int64) {
 			return
 		}
 		if err := m.divideOne(d, floor, limit); err != nil && m.ctx.Err() == nil {
-			log.L.WithError(err).WithField("id", d.top).Warn("parts of large files could not be kept; the files stay whole")
+			log.L.WithError(err).WithField("id", d.view).Warn("parts of large files could not be kept; the files stay whole")
 			m.mu.Lock()
-			m.undivided[d.top] = undivided{time.Now(), true}
+			m.undivided[d.view] = undivided{time.Now(), true}
 			m.mu.Unlock()
 		}
 	}
@@ -210,21 +206,20 @@ func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error
 		if err := os.Remove(d.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
-		return m.store.PartsChanged(m.ctx, d.top)
+		return m.store.PartsChanged(m.ctx, d.view)
 	}
 	need := int64(0)
 	for _, f := range d.set.Files {
 		need += f.Bytes()
 	}
-	free, _, err := m.tiers.Space(placement.NVM)
+	free, err := m.host.Free()
 	if err != nil {
 		return err
 	}
 	if free-need < floor {
 		return fmt.Errorf("parts of %d bytes find no room on NVM: %w", need, errdefs.ErrResourceExhausted)
 	}
-	roots := parts.Roots{NVM: m.tiers.DataRoot(placement.NVM), HDD: m.tiers.DataRoot(placement.HDD)}
-	stats, err := parts.Write(m.ctx, d.path, roots, d.set, func(n int) error { return m.pace(n, limit) })
+	stats, err := parts.Write(m.ctx, d.path, m.store.DataRoot(), m.store, d.set, func(n int) error { return m.pace(n, limit) })
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	}
@@ -236,8 +231,8 @@ func (m *Manager) divideOne(d *division, floor int64, limit *rate.Limiter) error
 	if err := m.pace(0, limit); err != nil {
 		return err
 	}
-	log.L.WithFields(log.Fields{"id": d.top, "files": len(d.set.Files), "bytes": stats.Bytes, "whole": stats.Whole, "margin": d.set.Margin}).Info("parts of large files are on NVM")
-	return m.store.PartsChanged(m.ctx, d.top)
+	log.L.WithFields(log.Fields{"id": d.view, "files": len(d.set.Files), "bytes": stats.Bytes, "whole": stats.Whole, "margin": d.set.Margin}).Info("parts of large files are on NVM")
+	return m.store.PartsChanged(m.ctx, d.view)
 }
 
 // pace waits before a piece of n bytes is moved.

@@ -38,7 +38,7 @@ type wanted struct {
 	Image
 	profile.Profile
 	Knowledge
-	Hot []profile.Hot
+	Hot []hotFile
 }
 
 // want reads what is known of an image.
@@ -47,9 +47,8 @@ func (m *Manager) want(ctx context.Context, image Image) (wanted, error) {
 	if err != nil {
 		return wanted{}, err
 	}
-	listing := m.listing(ctx, image)
-	hot := p.Hot(listing)
-	return wanted{image, p, k, hot}, listing.err
+	hot, err := m.library.hot(ctx, image, &p)
+	return wanted{image, p, k, hot}, err
 }
 
 // settled tells whether what is not hot is cold.
@@ -104,7 +103,7 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 	o := Overview{Layers: len(in.Layers), SettledLayers: map[string]bool{}}
 	here := map[string]int64{} // hot files that stand on NVM whole
 	for _, w := range wants {
-		in.Images = append(in.Images, m.forPlan(w, divisions[w.Top()], here))
+		in.Images = append(in.Images, m.forPlan(w, divisions[w.View], here))
 		if w.settled() {
 			for _, id := range w.Chain {
 				o.SettledLayers[id] = true
@@ -151,9 +150,9 @@ func (m *Manager) forPlan(w wanted, d *division, here map[string]int64) plan.Ima
 	}
 	p := plan.Image{ID: w.name(), Knowledge: w.forKnowledge(), Used: w.used(), Layers: w.Chain}
 	for _, h := range w.Hot {
-		f := plan.File{Redirect: w.redirect(h.Layer, h.Path), Size: h.Size, Weight: h.Weight, Pinned: h.Pinned}
-		if at, err := m.tiers.StandsOn(placement.NVM, f.Redirect); err == nil {
-			f.OnNVM = at >= 0
+		f := plan.File{Redirect: h.Redirect, Size: h.Size, Weight: h.Weight, Pinned: h.Pinned}
+		if stands, err := m.host.Stands(f.Redirect); err == nil {
+			f.OnNVM = stands
 		}
 		if divided[f.Redirect] && (d.have[f.Redirect] || !f.OnNVM) {
 			continue
@@ -178,7 +177,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	}
 	var todo, unwanted []*division
 	for _, d := range divisions {
-		rested := time.Since(m.undivided[d.top].at) > partsRetry
+		rested := time.Since(m.undivided[d.view].at) > partsRetry
 		switch {
 		case len(d.set.Files) == 0 && rested:
 			unwanted = append(unwanted, d)
@@ -192,7 +191,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	if p.Pressure && len(todo) > 0 {
 		last := todo[len(todo)-1]
 		last.set = parts.Set{}
-		m.undivided[last.top] = undivided{at: time.Now()}
+		m.undivided[last.view] = undivided{at: time.Now()}
 		todo = []*division{last}
 	}
 	todo = append(unwanted, todo...)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -24,7 +25,7 @@ import (
 	"github.com/nhybrid/nhybrid/hif/plan"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/placement"
-	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // shelf is a profile.Store in memory.
@@ -68,14 +69,17 @@ func (s *shelf) Each(f func(digest.Digest, []byte) error) error {
 	return nil
 }
 
-// still is a Store and a migrate.Host of layers that stay as they are.
+// still is a Store and a migrate.Host of layers that stay as they are. All of
+// them are at home; what is on NVM stands in a directory.
 type still struct {
 	Store
+	root   string
 	images []Image
 	layers []plan.Layer
 	files  []File
 	used   int64
 	rounds atomic.Int64
+	lists  atomic.Int64 // calls of Files
 	// container is the image of every container; "": there is none.
 	container digest.Digest
 }
@@ -93,12 +97,14 @@ func (s *still) Layers(context.Context) ([]plan.Layer, error) {
 	return slices.Clone(s.layers), nil
 }
 func (s *still) Files(ctx context.Context, i Image, yield func(File) bool) error {
+	s.lists.Add(1)
 	return files{all: s.files}.Files(ctx, i, yield)
 }
 func (s *still) LetGo(context.Context) {}
 func (s *still) Space() (plan.Space, error) {
 	return plan.Space{Free: 1<<30 - s.used, Total: 2 << 30}, nil
 }
+func (s *still) DataRoot() string        { return s.root }
 func (s *still) PartsPath(string) string { return "" }
 func (s *still) Busy() (string, bool)    { return "", false }
 func (s *still) BringHome(context.Context, string, func(int) error) error {
@@ -106,27 +112,51 @@ func (s *still) BringHome(context.Context, string, func(int) error) error {
 }
 func (s *still) Settled(context.Context, string, int64) error { return nil }
 func (s *still) PartsChanged(context.Context, string) error   { return nil }
+func (s *still) Held() int64                                  { return 0 }
+func (s *still) Free() (int64, error)                         { return 1 << 30, nil }
+func (s *still) Gone(string) error                            { return errors.New("it is here") }
+func (s *still) OnNVM(id string) iter.Seq2[migrate.File, error] {
+	return func(yield func(migrate.File, error) bool) {
+		names, _ := filepath.Glob(filepath.Join(s.root, id, "*/*"))
+		for _, name := range names {
+			if info, err := os.Stat(name); !yield(migrate.File{Redirect: name[len(s.root):], Bytes: info.Size()}, err) {
+				return
+			}
+		}
+	}
+}
+func (s *still) Stands(redirect string) (bool, error) {
+	_, err := os.Stat(s.root + redirect)
+	return err == nil, nil
+}
+func (s *still) Promote(context.Context, string, func(int) error) (int64, error) {
+	return 0, errors.New("not here")
+}
+func (s *still) Demote(redirect string) (freed, held int64, err error) {
+	return 1, 0, os.Remove(s.root + redirect)
+}
+
+// put makes a file of the image with its data on NVM.
+func (s *still) put(t *testing.T, path string, ref pack.Ref, data []byte) (onNVM string) {
+	t.Helper()
+	s.files = append(s.files, File{path, path[1:], ref.Redirect(), int64(len(data))})
+	onNVM = s.root + ref.Redirect()
+	require.NoError(t, os.MkdirAll(filepath.Dir(onNVM), 0o700))
+	require.NoError(t, os.WriteFile(onNVM, data, 0o600))
+	return onNVM
+}
 
 func newManager(t *testing.T, s *still, profiles *shelf) *Manager {
 	t.Helper()
-	dir := t.TempDir()
-	tiers, err := tier.Open(filepath.Join(dir, "hdd"), filepath.Join(dir, "nvm"), filepath.Join(dir, "state"))
-	require.NoError(t, err)
-	t.Cleanup(func() { require.NoError(t, tiers.Close()) })
-	m, err := New(t.Context(), Config{Migrate: true}, s, s, tiers, Books{Profiles: profiles, Predictions: &shelf{}, Origins: &shelf{}})
+	s.root = t.TempDir()
+	m, err := New(t.Context(), Config{Migrate: true}, s, s, Books{Profiles: profiles, Predictions: &shelf{}, Origins: &shelf{}})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, m.Close()) })
-	for _, l := range s.layers {
-		for _, on := range tier.Tiers {
-			require.NoError(t, os.MkdirAll(tiers.Data(on, l.ID), 0o700))
-			require.NoError(t, os.WriteFile(filepath.Join(tiers.Data(on, l.ID), "file"), []byte("hello"), 0o600))
-		}
-	}
 	return m
 }
 
 func imageOf(name, layer string) Image {
-	i := Image{Namespace: "default", Name: name, Chain: []string{layer}}
+	i := Image{Namespace: "default", Name: name, View: "9" + layer, Chain: []string{layer}}
 	i.Digest, i.Layers = digest.FromString(name), []digest.Digest{digest.FromString(layer)}
 	return i
 }
@@ -140,16 +170,14 @@ func TestUnreadableProfileConcernsItsImageOnly(t *testing.T) {
 		{ID: "2", Tier: placement.HDD, NVM: 8192, Used: time.Now()},
 	}}
 	m := newManager(t, s, &shelf{m: map[digest.Digest][]byte{bad.Digest: []byte(`{"schema": 4242}`)}})
+	one := s.put(t, "/one", pack.Ref{Layer: 1, Number: 1}, []byte("hello"))
+	two := s.put(t, "/two", pack.Ref{Layer: 2, Number: 1}, []byte("hello"))
 	require.NoError(t, m.apply(t.Context(), s.images))
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	require.NoError(t, m.engine.Wait(ctx))
-	at, err := m.tiers.Stands("/1/file")
-	require.NoError(t, err)
-	require.Equal(t, tier.Standing{NVM: -1, HDD: 5}, at, "nobody needs it")
-	at, err = m.tiers.Stands("/2/file")
-	require.NoError(t, err)
-	require.Equal(t, tier.Standing{NVM: 5, HDD: 5}, at, "nobody knows who needs it")
+	require.NoFileExists(t, one, "nobody needs it")
+	require.FileExists(t, two, "nobody knows who needs it")
 }
 
 // An image that came after the manager last looked may have the layers of one
@@ -160,8 +188,10 @@ func TestGuessedImage(t *testing.T) {
 	m := newManager(t, s, &shelf{})
 	m.images = []Image{one}
 	o := &openStart{Start: Start{Namespace: "default"}}
-	o.Layers = []string{"1"}
-	m.guess(o)
+	o.View = one.View
+	guessed, ok := m.guess(o)
+	require.True(t, ok)
+	require.Equal(t, one, guessed)
 	require.Equal(t, one.Digest, o.image)
 	got, err := m.candidates(t.Context(), o)
 	require.NoError(t, err)
@@ -195,11 +225,7 @@ func TestHurryEnds(t *testing.T) {
 	s := &still{images: []Image{image}, layers: []plan.Layer{{ID: "1", Tier: placement.HDD, NVM: 1, Used: time.Now()}}}
 	m := newManager(t, s, &shelf{})
 	for i := range many {
-		f := File{Path: fmt.Sprint("/", i), Redirect: fmt.Sprint("/1/", i), Size: 1}
-		s.files = append(s.files, f)
-		for _, on := range tier.Tiers {
-			require.NoError(t, os.WriteFile(filepath.Join(m.tiers.DataRoot(on), f.Redirect), []byte("x"), 0o600))
-		}
+		s.put(t, fmt.Sprint("/", i), pack.Ref{Layer: 1, Number: uint32(i + 1)}, []byte("x"))
 	}
 	_, matched, err := m.SetRule(t.Context(), image, profile.Rule{Glob: "**", Action: profile.Pin})
 	require.NoError(t, err)

@@ -7,13 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/nhybrid/nhybrid/hif/profile"
@@ -44,15 +43,9 @@ const (
 	Nothing    Knowledge = ""
 )
 
-const (
-	// fetchTimeout bounds the question for a profile to a registry.
-	fetchTimeout = 10 * time.Second
-	// silence is how long a registry that could not be reached is left alone.
-	silence = 10 * time.Minute
-	// predictTimeout bounds an analysis; the largest of the images of
-	// docs/hif.md takes a second.
-	predictTimeout = time.Minute
-)
+// predictTimeout bounds an analysis; the largest of the images of docs/hif.md
+// takes a second.
+const predictTimeout = time.Minute
 
 // Repository is the repository of a reference, without tag or digest; "" for
 // what is no reference.
@@ -127,11 +120,10 @@ type learner struct {
 	swept    bool // the book was looked through since the daemon started
 	asked    map[digest.Digest]bool
 	nameless map[digest.Digest]int // how often they were waited for
-	silent   map[string]time.Time  // registries that gave no answer, and when
 }
 
 func newLearner() learner {
-	return learner{asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}, silent: map[string]time.Time{}}
+	return learner{asked: map[digest.Digest]bool{}, nameless: map[digest.Digest]int{}}
 }
 
 // startLearning begins to learn of the images of the store, unless that is under way.
@@ -168,7 +160,7 @@ func (m *Manager) learn(ctx context.Context, images []Image) (learned bool) {
 			continue
 		}
 		// A name may come a moment after the layers: containerd writes it last.
-		if n := l.nameless[image.Digest]; !image.named() && n < nameTries {
+		if n := l.nameless[image.Digest]; !tagged(image.Name) && n < nameTries {
 			l.nameless[image.Digest] = n + 1
 			m.kickAfter(nameWait << n)
 			continue
@@ -208,37 +200,31 @@ const (
 	nameTries = 6
 )
 
-// named tells whether containerd's image store has a reference of the image; one
-// by digest is made up of where its content came from.
-func (i Image) named() bool { return i.Name != "" && !strings.Contains(i.Name, "@") }
-
 // learnImage asks the registry, then earlier versions, then the image itself.
 func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error) {
 	l := log.G(ctx).WithField("image", image.Name).WithField("digest", image.Digest)
-	host := registryOf(image.Name)
-	if m.config.Fetch && image.named() && time.Since(m.learner.silent[host]) > silence {
-		fetching, cancel := context.WithTimeout(ctx, fetchTimeout)
-		_, err := m.fetch(fetching, image, false, m.book.PutNew)
-		cancel()
-		var answer *transport.Error
+	if a := m.ask(image.Name, image.Digest); a != nil {
+		err := a.wait(ctx)
+		if err == nil {
+			_, err = m.accept(ctx, image, a.profile, m.book.PutNew)
+		}
+		m.early.forget(image.Digest)
 		switch {
 		case err == nil:
 			l.Info("profile fetched from the registry")
 			return Pulled, nil
 		case errdefs.IsAlreadyExists(err):
 			return Traced, nil // its first start was quicker
-		case errdefs.IsNotFound(err):
-		case errors.As(err, &answer) || ctx.Err() != nil:
+		case ctx.Err() != nil:
+			return Nothing, ctx.Err()
+		case !errdefs.IsNotFound(err):
 			l.WithError(err).Info("no profile from the registry")
-		default:
-			l.WithError(err).Infof("no profile from the registry; it is not asked again for %s", silence)
-			m.learner.silent[host] = time.Now()
 		}
 	}
 	if image.Repository != "" {
 		switch old, err := m.book.Latest(image.Repository, image.Digest); {
 		case err == nil:
-			files, err := list(ctx, m.store, image)
+			files, err := m.library.listing(ctx, image)
 			if err != nil {
 				return Nothing, err
 			}
@@ -265,28 +251,19 @@ func (m *Manager) learnImage(ctx context.Context, image Image) (Knowledge, error
 // book. What the image does not have is left out and returned. plainHTTP: over
 // HTTP, whatever the configuration says.
 func (m *Manager) Fetch(ctx context.Context, image Image, plainHTTP bool) (Accepted, error) {
-	return m.fetch(ctx, image, plainHTTP, m.book.Put)
-}
-
-func (m *Manager) fetch(ctx context.Context, image Image, plainHTTP bool, put func(profile.Profile) error) (Accepted, error) {
-	p, artifact, err := m.registry(image, plainHTTP).Pull(ctx, image.Name, image.Digest)
+	p, artifact, err := m.registry(image.Name, plainHTTP).Pull(ctx, image.Name, image.Digest)
 	if err != nil {
 		return Accepted{}, err
 	}
-	accepted, err := m.accept(ctx, image, p, put)
+	accepted, err := m.accept(ctx, image, p, m.book.Put)
 	accepted.Artifact = artifact
 	return accepted, err
 }
 
-// registry says how the registry of an image is reached.
-func (m *Manager) registry(image Image, plainHTTP bool) profile.Registry {
-	r, err := name.ParseReference(image.Name)
-	if err == nil {
-		for _, host := range m.config.PlainHTTP {
-			plainHTTP = plainHTTP || host == r.Context().RegistryStr()
-		}
-	}
-	return profile.Registry{PlainHTTP: plainHTTP}
+// registry says how the registry of a reference is reached.
+func (m *Manager) registry(ref string, plainHTTP bool) profile.Registry {
+	host := registryOf(ref)
+	return profile.Registry{PlainHTTP: plainHTTP || host != "" && slices.Contains(m.config.PlainHTTP, host)}
 }
 
 // Accepted is a profile from outside as it was stored, and what of it was left out.
@@ -303,7 +280,7 @@ func (m *Manager) Accept(ctx context.Context, image Image, p profile.Profile) (A
 }
 
 func (m *Manager) accept(ctx context.Context, image Image, p profile.Profile, put func(profile.Profile) error) (Accepted, error) {
-	files, err := list(ctx, m.store, image)
+	files, err := m.library.listing(ctx, image)
 	if err != nil {
 		return Accepted{}, err
 	}
@@ -332,7 +309,7 @@ func (m *Manager) predict(ctx context.Context, image Image) (profile.Profile, er
 	if err != nil {
 		return p, err
 	}
-	files, err := list(ctx, m.store, image)
+	files, err := m.library.listing(ctx, image)
 	if err != nil {
 		return p, err
 	}

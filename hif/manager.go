@@ -18,7 +18,6 @@ import (
 	"github.com/nhybrid/nhybrid/hif/plan"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
-	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
 // Config says what the manager does. The zero value traces, learns and moves nothing.
@@ -49,7 +48,7 @@ type Manager struct {
 	config      Config
 	store       Store
 	host        migrate.Host
-	tiers       *tier.Store
+	library     *library
 	book        profile.Book
 	predictions profile.Book
 	origins     profile.Store
@@ -64,8 +63,9 @@ type Manager struct {
 	wake chan struct{}
 
 	learner learner
-	cooled  map[[2]string]time.Time // by id of the top and digest, see cool; of the loop alone
-	sizes   map[string]int64        // of divided images, by id of the top; of the loop alone
+	early   *earlyProfiles          // its lock is taken before mu
+	cooled  map[[2]string]time.Time // by view and digest, see cool; of the loop alone
+	sizes   map[string]int64        // of divided images, by view; of the loop alone
 	release release
 
 	mu      sync.Mutex
@@ -78,9 +78,9 @@ type Manager struct {
 	last    Overview
 	looked  time.Time       // when the latest round was made; zero: it failed
 	hurry   bool            // MigrateNow was called and is not done
-	ahead   map[string]bool // tops of the images that are being read ahead
+	ahead   map[string]bool // views of the images that are being read ahead
 	// dividing: parts are being made; undivided: when they could not be, or had
-	// to go for want of space, by id of the top.
+	// to go for want of space, by view.
 	dividing  bool
 	undivided map[string]undivided
 }
@@ -102,22 +102,18 @@ const (
 
 // New makes a manager, which does nothing but trace before Start. Where the
 // kernel refuses fanotify it works without traces and says so once.
-func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *tier.Store, books Books) (*Manager, error) {
+func New(ctx context.Context, c Config, store Store, host migrate.Host, books Books) (*Manager, error) {
 	m := &Manager{
-		config: c, store: store, host: host, tiers: tiers, undivided: map[string]undivided{},
+		config: c, store: store, host: host, library: newLibrary(store), undivided: map[string]undivided{},
 		book:        profile.Book{Store: books.Profiles, Ageing: profile.DefaultAgeing},
 		predictions: profile.Book{Store: books.Predictions, Ageing: profile.DefaultAgeing},
 		origins:     books.Origins,
 		wake:        make(chan struct{}, 1), planned: make(chan struct{}),
-		learner: newLearner(), cooled: map[[2]string]time.Time{}, starts: map[string]*openStart{},
+		learner: newLearner(), early: newEarlyProfiles(), cooled: map[[2]string]time.Time{}, starts: map[string]*openStart{},
 		ahead: map[string]bool{},
 	}
 	if c.Trace {
-		var roots [2]string
-		for _, t := range tier.Tiers {
-			roots[t] = tiers.DataRoot(t)
-		}
-		m.tracer, m.traceErr = trace.New(trace.Config{Roots: roots, Quiet: c.Quiet, Max: c.Window})
+		m.tracer, m.traceErr = trace.New(trace.Config{Root: store.DataRoot(), Quiet: c.Quiet, Max: c.Window})
 		if m.traceErr != nil {
 			log.G(ctx).WithError(m.traceErr).Warn("starts are not traced; what images need is only guessed")
 		}
@@ -127,7 +123,7 @@ func New(ctx context.Context, c Config, store Store, host migrate.Host, tiers *t
 	m.ctx, m.stop = context.WithCancel(context.Background())
 	if c.Migrate {
 		var err error
-		if m.engine, err = migrate.New(c.Engine, tiers, host); err != nil {
+		if m.engine, err = migrate.New(c.Engine, host); err != nil {
 			if m.tracer != nil {
 				err = errors.Join(err, m.tracer.Close())
 			}
@@ -261,6 +257,7 @@ func (m *Manager) round() {
 		}
 		return
 	}
+	m.library.keep(images)
 	m.startLearning(images)
 	err = m.apply(m.ctx, images)
 	if err != nil && m.ctx.Err() == nil {

@@ -42,9 +42,9 @@ func (m *Manager) Get(ctx context.Context, image digest.Digest) (Known, error) {
 	switch {
 	case err == nil:
 		k.Image = &found
-		listing := m.listing(ctx, found)
-		k.Hot = p.Hot(listing)
-		return k, listing.err
+		files := m.library.lazy(ctx, found)
+		k.Hot = p.Hot(files)
+		return k, files.err
 	case errdefs.IsNotFound(err) || errdefs.IsUnavailable(err):
 		k.Hot = p.Hot(&Listing{})
 		return k, nil
@@ -104,7 +104,7 @@ func (m *Manager) Remove(image digest.Digest) error {
 // SetRule adds a rule of the operator to the profile of an image. It returns
 // all rules and the files that this one matches.
 func (m *Manager) SetRule(ctx context.Context, image Image, r profile.Rule) (rules []profile.Rule, matched []profile.Entry, err error) {
-	files, err := list(ctx, m.store, image)
+	files, err := m.library.listing(ctx, image)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -137,22 +137,22 @@ func (m *Manager) Push(ctx context.Context, image Image, plainHTTP bool) (digest
 	case image.Name == "":
 		return "", fmt.Errorf("image %s has no name that would tell its registry: %w", image.Digest, errdefs.ErrFailedPrecondition)
 	}
-	return m.registry(image, plainHTTP).Push(ctx, image.Name, p)
+	return m.registry(image.Name, plainHTTP).Push(ctx, image.Name, p)
 }
 
-// Files calls yield for each file of an image with its place in the profile.
+// Files calls yield for each name of a file of an image with its place in the profile.
 func (m *Manager) Files(ctx context.Context, image Image, yield func(f File, hot *profile.Hot) error) error {
 	p, _, err := m.known(image.Digest)
 	if err != nil {
 		return err
 	}
-	listing := m.listing(ctx, image)
-	hot := map[string]*profile.Hot{}
-	for _, h := range p.Hot(listing) {
-		hot[image.redirect(h.Layer, h.Path)] = &h
+	all, err := m.library.hot(ctx, image, &p)
+	if err != nil {
+		return err
 	}
-	if listing.err != nil {
-		return listing.err
+	hot := map[string]*profile.Hot{}
+	for _, h := range all {
+		hot[h.Redirect] = &h.Hot
 	}
 	var stop error
 	err = m.store.Files(ctx, image, func(f File) bool {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -16,13 +17,15 @@ import (
 
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // Start is a container that is about to start.
 type Start struct {
-	trace.Start        // Layers are those of the chain, bottom first
+	trace.Start        // Path is the manager's to set
 	Namespace   string //
 	Key         string // of the snapshot, as its client named it
+	View        string // that it was made on, see [Image]
 }
 
 // openStart is a start that is being watched.
@@ -30,6 +33,10 @@ type openStart struct {
 	Start
 	watch *trace.Watch
 	began time.Time
+	// missing says that the tracer asked for a file of which it is not known where
+	// containers see it; files, once read, knows all of them.
+	missing chan struct{}
+	files   atomic.Pointer[Listing]
 	// recorded is closed when the start is in the profile, or was none.
 	recorded chan struct{}
 	// Guarded by Manager.mu; "" while not known.
@@ -53,7 +60,9 @@ func (m *Manager) Mounted(start Start) {
 	if m.tracer == nil {
 		return
 	}
-	w, err := m.tracer.Watch(start.Start)
+	o := &openStart{Start: start, began: time.Now(), missing: make(chan struct{}, 1), recorded: make(chan struct{})}
+	o.Path = func(ref pack.Ref) string { return m.shown(o, ref) }
+	w, err := m.tracer.Watch(o.Start.Start)
 	if err != nil {
 		if !errdefs.IsFailedPrecondition(err) { // it runs already: no start
 			log.L.WithError(err).WithField("snapshot", start.Key).Warn("a start is not traced")
@@ -65,23 +74,63 @@ func (m *Manager) Mounted(start Start) {
 	if m.closed || m.starts[start.Snapshot] != nil {
 		return
 	}
-	o := &openStart{Start: start, watch: w, began: time.Now(), recorded: make(chan struct{})}
-	m.guess(o)
+	o.watch = w
+	image, known := m.guess(o)
 	m.starts[start.Snapshot] = o
-	if o.image != "" && len(start.Layers) > 0 {
-		m.readAhead(start.Layers, o.image)
+	if known {
+		m.readAhead(image)
 	}
 	m.wg.Go(func() { m.follow(o) })
+	m.wg.Go(func() { m.listFor(o) })
 }
 
-// guess supposes the image of a start where only one has its layers, for what
-// cannot wait. Called with mu held.
-func (m *Manager) guess(o *openStart) {
-	of := func(i Image) bool { return i.Namespace == o.Namespace && slices.Equal(i.Chain, o.Layers) }
-	first := slices.IndexFunc(m.images, of)
-	if first >= 0 && !slices.ContainsFunc(m.images[first+1:], of) {
-		o.image, o.name, o.guessed = m.images[first].Digest, m.images[first].name(), true
+// shown is where the container of a start sees a data file. It answers at once;
+// where it does not know, it has the image listed.
+func (m *Manager) shown(o *openStart, ref pack.Ref) string {
+	if files := o.files.Load(); files != nil {
+		file, _ := files.find(ref)
+		return file.shown
 	}
+	if path := m.library.shown(o.View, ref); path != "" {
+		return path
+	}
+	select {
+	case o.missing <- struct{}{}:
+	default: // it is being listed, or about to be
+	}
+	return ""
+}
+
+// listFor lists the image of a start when the tracer misses a file.
+func (m *Manager) listFor(o *openStart) {
+	select {
+	case <-o.watch.Done():
+		return
+	case <-o.missing:
+	}
+	// It need not be an image that is known: a build starts containers of its own layers.
+	files, err := m.library.listing(m.ctx, Image{Namespace: o.Namespace, View: o.View, Chain: o.Layers})
+	if err != nil {
+		if m.ctx.Err() == nil {
+			log.L.WithError(err).WithField("snapshot", o.Key).Warn("it may not be found out which files a start opens")
+		}
+		return
+	}
+	o.files.Store(files)
+	m.tracer.Retry()
+}
+
+// guess supposes the image of a start where only one has its chain, for what
+// cannot wait. Called with mu held.
+func (m *Manager) guess(o *openStart) (Image, bool) {
+	of := func(i Image) bool { return i.Namespace == o.Namespace && i.View == o.View }
+	first := slices.IndexFunc(m.images, of)
+	if first < 0 || slices.ContainsFunc(m.images[first+1:], of) {
+		return Image{}, false
+	}
+	image := m.images[first]
+	o.image, o.name, o.guessed = image.Digest, image.name(), true
+	return image, true
 }
 
 // follow waits for the end of a start and records it.
@@ -103,9 +152,7 @@ func (m *Manager) follow(o *openStart) {
 		m.mu.Lock()
 		delete(m.starts, o.Snapshot)
 		m.mu.Unlock()
-		if len(o.Layers) > 0 {
-			m.forgetParts(o.Layers[len(o.Layers)-1])
-		}
+		m.forgetParts(o.View)
 		close(o.recorded)
 		m.Kick() // the engine may have waited for its end
 	}()
@@ -150,11 +197,22 @@ func (m *Manager) record(ctx context.Context, o *openStart, tr trace.Trace) erro
 		log.G(ctx).WithFields(fields).Debug("a start of no image that is known")
 		return nil
 	}
+	refs := make([]pack.Ref, len(tr.Files))
+	for i, f := range tr.Files {
+		refs[i] = f.Ref
+	}
 	for _, image := range images {
-		start, foreign := profile.FromTrace(tr, image.layer)
-		listing := m.listing(ctx, image)
-		p, err := m.book.Record(image.Image, start, listing)
-		if err = errors.Join(err, listing.err); err != nil {
+		known, err := m.library.find(ctx, image, refs)
+		if err != nil {
+			return fmt.Errorf("record start of image %s: %w", image.Digest, err)
+		}
+		start, foreign := profile.FromTrace(tr, func(ref pack.Ref) (profile.Entry, bool) {
+			file, ok := known[ref]
+			return file.Entry, ok
+		})
+		files := m.library.lazy(ctx, image)
+		p, err := m.book.Record(image.Image, start, files)
+		if err = errors.Join(err, files.err); err != nil {
 			return fmt.Errorf("record start of image %s: %w", image.Digest, err)
 		}
 		m.forgetPrediction(image.Digest)
@@ -172,14 +230,14 @@ func (m *Manager) record(ctx context.Context, o *openStart, tr trace.Trace) erro
 }
 
 // candidates are the images that a start may be of: the one that its container
-// names, else all that have its chain of layers.
+// names, else all that have its chain.
 func (m *Manager) candidates(ctx context.Context, o *openStart) ([]Image, error) {
 	images, err := m.store.Images(ctx)
 	if err != nil {
 		return nil, err
 	}
 	images = slices.DeleteFunc(images, func(i Image) bool {
-		return i.Namespace != o.Namespace || !slices.Equal(i.Chain, o.Layers)
+		return i.Namespace != o.Namespace || i.View != o.View
 	})
 	m.mu.Lock()
 	named := o.image

@@ -96,11 +96,11 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 	said := refused(t, arguments(r)...)
 	require.Contains(t, said, r.DaemonSocket())
 	require.Contains(t, said, "in use")
-	before := print(t, r.NVM+"/d", r.HDD+"/d")
+	before := print(t, r.NVM+"/d", r.HDD+"/p")
 	said = refused(t, arguments(r, "--address", r.Dir+"/second.sock", "--set", "control_address="+r.Dir+"/second-control.sock")...)
 	require.Contains(t, said, r.NVM)
 	require.Contains(t, said, "second daemon")
-	require.Equal(t, before, print(t, r.NVM+"/d", r.HDD+"/d"))
+	require.Equal(t, before, print(t, r.NVM+"/d", r.HDD+"/p"))
 	require.Equal(t, "2", run(t, r, "app:1", "cat", "/data/shared"), "the first goes on")
 
 	require.NoError(t, r.Daemon.Stop())
@@ -162,13 +162,13 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 		}, []string{r.NVM, r.HDD}},
 		{"symlink for the data root on NVM", func() func() { return swap(filepath.Join(r.NVM, "d"), toElsewhere) },
 			[]string{filepath.Join(r.NVM, "d"), "not a directory"}},
-		{"symlink for the data root on HDD", func() func() { return swap(filepath.Join(r.HDD, "d"), toElsewhere) },
-			[]string{filepath.Join(r.HDD, "d"), "not a directory"}},
+		{"symlink for the packs", func() func() { return swap(filepath.Join(r.HDD, "p"), toElsewhere) },
+			[]string{filepath.Join(r.HDD, "p"), "not a directory"}},
 		{"symlink for the staging root", func() func() { return swap(filepath.Join(r.HDD, "s"), toElsewhere) },
 			[]string{filepath.Join(r.HDD, "s"), "not a directory"}},
-		{"file for the captures", func() func() {
-			return swap(filepath.Join(r.HDD, "m"), func(p string) error { return os.WriteFile(p, nil, 0o600) })
-		}, []string{filepath.Join(r.HDD, "m"), "not a directory"}},
+		{"file for the views", func() func() {
+			return swap(filepath.Join(r.HDD, "v"), func(p string) error { return os.WriteFile(p, nil, 0o600) })
+		}, []string{filepath.Join(r.HDD, "v"), "not a directory"}},
 		{"socket that is something else", func() func() {
 			require.NoError(t, os.WriteFile(r.DaemonSocket(), []byte("precious"), 0o600))
 			return func() { require.NoError(t, os.Remove(r.DaemonSocket())) }
@@ -188,11 +188,11 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 
 	// A database that is empty or gone is replaced by its copy, and no layer is taken for garbage.
 	for _, spoil := range []func(string) error{func(p string) error { return os.Truncate(p, 0) }, os.Remove} {
-		layers := print(t, filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "d"))
+		layers := print(t, filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "p"))
 		require.NoError(t, spoil(database))
 		require.NoError(t, r.Daemon.Start(ctx))
 		settled(t, r)
-		require.Equal(t, layers, print(t, filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "d")))
+		require.Equal(t, layers, print(t, filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "p")))
 		require.True(t, inLog(r, "restoring from the copy", r.HDD))
 		require.NoError(t, r.Daemon.Stop())
 	}
@@ -200,9 +200,9 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 	// From then on what the database does not know is spared, until somebody says that it is garbage.
 	require.NoError(t, os.Remove(filepath.Join(r.NVM, "restored")))
 	// A symlink among the layers is removed as such.
-	planted := filepath.Join(r.HDD, "d", "4711")
+	planted := filepath.Join(r.NVM, "d", "4711")
 	require.NoError(t, os.Symlink(elsewhere, planted))
-	foreign := filepath.Join(r.HDD, "d", "somebody's")
+	foreign := filepath.Join(r.NVM, "d", "somebody's")
 	require.NoError(t, os.Mkdir(foreign, 0o700))
 	require.NoError(t, r.Daemon.Start(ctx))
 	settled(t, r)
@@ -218,8 +218,8 @@ func TestDamagedStoreIsLeftAlone(t *testing.T) {
 	awaitEmpty(t, r)
 }
 
-// A tree image is only derived: whatever has become of it, it is built again.
-func TestDamagedTreeIsBuiltAgain(t *testing.T) {
+// The image of a view is only derived: whatever has become of it, it is built again.
+func TestDamagedViewIsMadeAgain(t *testing.T) {
 	t.Parallel()
 	ctx := soon(t)
 	r := newRig(t, rig.Options{})
@@ -244,7 +244,7 @@ func TestDamagedTreeIsBuiltAgain(t *testing.T) {
 	} {
 		require.NoError(t, r.Daemon.Stop(), name)
 		reboot(t, r)
-		image := oneTree(t, r)
+		image := oneView(t, r)
 		st, err := os.Stat(image)
 		require.NoError(t, err)
 		good := print(t, image)
@@ -252,9 +252,9 @@ func TestDamagedTreeIsBuiltAgain(t *testing.T) {
 		require.NoError(t, r.Daemon.Start(ctx), name)
 		await(t, reachable(r))
 		require.Equal(t, contentSum(t, 2, 3), run(t, r, "app:1", "sh", "-c", "cat /data/*/* | sha256sum"), name)
-		require.Equal(t, good, print(t, image), "%s: the same image is built from the same captures", name)
+		require.Equal(t, good, print(t, image), "%s: the same image is made of the same packs", name)
 	}
-	require.True(t, inLog(r, "tree image is unusable"))
+	require.True(t, inLog(r, "the image of a view is unusable"))
 }
 
 // Labels come from users and from images. Nonsense is an error that names the label, and leaves no snapshot behind.
@@ -266,7 +266,7 @@ func TestNonsenseLabels(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "busybox:1"))
 	settled(t, r)
-	before := print(t, filepath.Join(r.NVM, "s"), filepath.Join(r.HDD, "s"), filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "d"))
+	before := print(t, filepath.Join(r.NVM, "s"), filepath.Join(r.HDD, "s"), filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "p"))
 	top := topOf(t, r, "busybox:1")
 	const upper, size = "containerd.io/snapshot/nhybrid.upper-tier", "containerd.io/snapshot/max-size"
 	const uid, gid = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmapping"
@@ -301,6 +301,6 @@ func TestNonsenseLabels(t *testing.T) {
 	}
 	require.NotEmpty(t, before)
 	settled(t, r)
-	require.Equal(t, before, print(t, filepath.Join(r.NVM, "s"), filepath.Join(r.HDD, "s"), filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "d")))
+	require.Equal(t, before, print(t, filepath.Join(r.NVM, "s"), filepath.Join(r.HDD, "s"), filepath.Join(r.NVM, "d"), filepath.Join(r.HDD, "p")))
 	require.Equal(t, "hello", run(t, r, "busybox:1", "echo", "hello"))
 }

@@ -108,7 +108,7 @@ func TestCRI(t *testing.T) {
 	require.Contains(t, out, "layers")
 	out, err = r.Run(ctx, "nhybridctl", "-n", "k8s.io", "why", r.Ref("app:1"))
 	require.NoError(t, err)
-	require.Equal(t, 4, strings.Count(out, "stands on"))
+	require.Equal(t, 4, strings.Count(out, "Layer "), "%s", out)
 
 	crictl("rmp", "-f", pod)
 	crictl("rmi", r.Ref("app:1"))
@@ -131,7 +131,7 @@ func TestUserNamespace(t *testing.T) {
 	_, err := r.PushTiny(ctx, "nasty:1", image.TinySpec{Runnable: true, Nasty: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "nasty:1"))
-	out, err := r.Ctr(ctx, "run", "--rm", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536", "--remap-labels", r.Ref("nasty:1"), "mapped",
+	out, err := r.RunContainerWith(ctx, []string{"--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536", "--remap-labels"}, "nasty:1", "mapped",
 		"sh", "-ec", `cat /proc/self/uid_map | tr -s ' '; stat -c '%u:%g %a' / /data/shared /nasty/1/setgid; stat -c %u:%g /nasty/1/owned
 		echo more >>/data/shared; cat /data/shared; stat -c %u:%g /data/shared; echo new >/new; stat -c %u:%g /new; mv /nasty/1/dir /nasty/1/dir2; cat /nasty/1/dir2/inside`)
 	require.NoError(t, err)
@@ -169,7 +169,7 @@ func TestUserByName(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "users:1"))
 	for _, flags := range [][]string{{"--user", "somebody"}, {"--user", "somebody", "--read-only"}} {
-		out, err := r.Ctr(ctx, append(append([]string{"run", "--rm"}, flags...), r.Ref("users:1"), "c", "id")...)
+		out, err := r.RunContainerWith(ctx, flags, "users:1", "c", "id")
 		require.NoError(t, err, "%q", flags)
 		require.Contains(t, out, "uid=1234(somebody) gid=5678(main)", "%q", flags)
 		require.Contains(t, out, "99(many)", "%q", flags)
@@ -184,7 +184,7 @@ func TestNestedOverlay(t *testing.T) {
 	_, err := r.PushTiny(ctx, "app:1", image.TinySpec{Runnable: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
 	require.NoError(t, r.Pull(ctx, "app:1"))
-	out, err := r.Ctr(ctx, "run", "--rm", "--privileged", r.Ref("app:1"), "nested", "sh", "-ec", `
+	out, err := r.RunContainerWith(ctx, []string{"--privileged"}, "app:1", "nested", "sh", "-ec", `
 		mkdir /scratch; mount -t tmpfs none /scratch; mkdir /scratch/upper /scratch/work /scratch/merged
 		mount -t overlay -o lowerdir=/data,upperdir=/scratch/upper,workdir=/scratch/work none /scratch/merged
 		cat /scratch/merged/shared; echo changed >/scratch/merged/shared; cat /scratch/merged/shared /data/shared; wc -c </scratch/merged/0/7`)

@@ -111,16 +111,16 @@ func reboot(t *testing.T, r *rig.Rig) {
 	state := filepath.Join(r.Dir, "state")
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(state))
 	require.NoError(t, err)
-	for _, m := range slices.Backward(mounts) { // trees, parts, what looked at an image
+	for _, m := range slices.Backward(mounts) { // views, parts, what looked at an image
 		require.NoError(t, unix.Unmount(m.Mountpoint, 0), m.Mountpoint)
 	}
 	require.NoError(t, os.RemoveAll(state))
 }
 
-// oneTree is the path of the only tree image of a rig.
-func oneTree(t *testing.T, r *rig.Rig) string {
+// oneView is the path of the only image of a view of a rig.
+func oneView(t *testing.T, r *rig.Rig) string {
 	t.Helper()
-	images, err := filepath.Glob(filepath.Join(r.NVM, "t", "*.erofs"))
+	images, err := filepath.Glob(filepath.Join(r.NVM, "v", "*.erofs"))
 	require.NoError(t, err)
 	require.Len(t, images, 1)
 	return images[0]

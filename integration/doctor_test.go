@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -47,11 +48,14 @@ func examine(t *testing.T, r *rig.Rig, config string, args ...string) []finding 
 	return all
 }
 
+// random is what differs in the names of trials.
+var random = regexp.MustCompile(`\.trial-[0-9]+`)
+
 // troubles are what is not ok, without what has been measured.
 func troubles(all []finding) (bad []string) {
 	for _, f := range all {
-		if f.Level != "ok" {
-			bad = append(bad, fmt.Sprintf("%s %s: %s; cure: %s", f.Level, f.Area, f.Text, f.Cure))
+		if f.Level != "ok" && !strings.Contains(f.Text, "is on a slow disk") { // which is measured
+			bad = append(bad, random.ReplaceAllString(fmt.Sprintf("%s %s: %s; cure: %s", f.Level, f.Area, f.Text, f.Cure), "*"))
 		}
 	}
 	return bad
@@ -100,8 +104,8 @@ func TestDoctor(t *testing.T) {
 		{"wrong exports", "root = '" + r.HDD + "'", "root = '/var/lib/other'", "warn", []string{"/var/lib/other", r.HDD}},
 		{"no annotations", "enable_remote_snapshot_annotations = 'true'", "", "warn", []string{"enable_remote_snapshot_annotations"}},
 		{"no remap-ids", "'remap-ids', ", "", "warn", []string{"remap-ids"}},
-		{"no rebase", ", 'rebase'", "", "warn", []string{"rebase", "max_concurrent_unpacks"}},
-		{"one unpack", "max_concurrent_unpacks = 3", "max_concurrent_unpacks = 1", "warn", []string{"max_concurrent_unpacks"}},
+		{"another differ", "differ = 'nhybrid-diff'", "differ = 'walking'", "warn", []string{"unpack_config", "nhybrid-diff", "after they have arrived"}},
+		{"another differ in parallel", "differ = 'nhybrid-diff'", "differ = 'walking'", "warn", []string{"max_concurrent_unpacks", "implies"}},
 		{"no unpack_config", "snapshotter = 'nhybrid'\n    differ", "snapshotter = 'native'\n    differ", "fail", []string{"unpack_config", "nhybrid"}},
 		{"pods elsewhere", "snapshotter = 'nhybrid'\n  [plugins.'io.containerd.cri.v1.images'.pinned", "snapshotter = 'overlayfs'\n  [plugins.'io.containerd.cri.v1.images'.pinned", "warn", []string{"CRI", "overlayfs", "nhybrid"}},
 		{"containerd elsewhere", "address = '" + r.ContainerdSocket() + "'", "address = '/run/other/c.sock'", "fail", []string{"/run/other/c.sock", r.ContainerdSocket(), "containerd.address"}},

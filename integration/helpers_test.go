@@ -81,6 +81,7 @@ type layer struct {
 	Index        int
 	Digest       string
 	SnapshotID   string `json:"snapshot_id"`
+	Layer, State string
 	Uncompressed int64
 	NVMBytes     int64 `json:"nvm_bytes"`
 	HDDBytes     int64 `json:"hdd_bytes"`
@@ -95,15 +96,27 @@ type layer struct {
 		NVMFree                     int64 `json:"nvm_free"`
 		Size                        int64
 		Admitted, Sequential        bool
-		Swings                      int
 	}
 }
 
 func inspect(t *testing.T, r *rig.Rig, name string) []layer {
 	t.Helper()
+	return inspectIn(t, r, r.Namespace, name)
+}
+
+func inspectIn(t *testing.T, r *rig.Rig, namespace, name string) []layer {
+	t.Helper()
 	var answer struct{ Layers []layer }
-	ctl(t, r, &answer, "inspect", r.Ref(name))
+	ctl(t, r, &answer, "inspect", "--namespace", namespace, r.Ref(name))
 	return answer.Layers
+}
+
+// numbers are the numbers of layers in the store, bottom first.
+func numbers(layers []layer) (all []string) {
+	for _, l := range layers {
+		all = append(all, l.Layer)
+	}
+	return all
 }
 
 // ctl decodes what a command of nhybridctl prints with --json.
@@ -114,21 +127,23 @@ func ctl(t *testing.T, r *rig.Rig, answer any, args ...string) {
 	require.NoError(t, json.Unmarshal([]byte(out), answer), "%s", out)
 }
 
-// tiers writes the tiers of layers as a word, bottom first: "hhnn".
+// tiers writes the tiers that were decided for layers as a word, bottom first: "hhnn". Where they stand changes with time.
 func tiers(layers []layer) string {
 	var b strings.Builder
 	for _, l := range layers {
-		b.WriteString((l.Tier + "?")[:1])
+		if l.Decision == nil {
+			b.WriteString("?")
+			continue
+		}
+		b.WriteString((l.Decision.Tier + "?")[:1])
 	}
 	return b.String()
 }
 
-// nvmBytes is what the layers that are placed on NVM weigh.
-func nvmBytes(layers []layer) (sum int64) {
+// onNVM are the bytes of layers that stand on NVM.
+func onNVM(layers []layer) (sum int64) {
 	for _, l := range layers {
-		if l.Tier == "nvm" {
-			sum += l.Uncompressed
-		}
+		sum += l.NVMBytes
 	}
 	return sum
 }
@@ -152,6 +167,17 @@ func awaitLog(t *testing.T, r *rig.Rig, words ...string) {
 		return nil
 	})
 }
+
+// awaitStored waits until layers stand whole in the store, whoever asks for them.
+func awaitStored(t *testing.T, r *rig.Rig, digests ...string) {
+	t.Helper()
+	for _, d := range digests {
+		awaitLog(t, r, "layer stored", d)
+	}
+}
+
+// but is all digests but the one at an index.
+func but(digests []string, i int) []string { return slices.Delete(slices.Clone(digests), i, i+1) }
 
 // awaitDone waits until the link has passed blobs on whole.
 func awaitDone(t *testing.T, r *rig.Rig, digests ...string) {

@@ -38,6 +38,7 @@ type shown struct {
 			Path, Kind string
 			Starts     int64
 			Touched    int64
+			Ranges     []struct{ Offset, Length int64 }
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -26,6 +27,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/image"
 	"github.com/nhybrid/nhybrid/integration/rig"
 	"github.com/nhybrid/nhybrid/integration/workload"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // verifier is the program that uses and checks files in a container.
@@ -108,12 +110,12 @@ func (k known) check(t *testing.T, r *rig.Rig, name string) {
 	require.Equal(t, len(k.files), result.Reads+result.Execs)
 }
 
-// atHome holds the data of all layers on HDD against what the image was made of.
+// atHome holds the data in the packs of all layers against what the image was made of.
 func (k known) atHome(t *testing.T, r *rig.Rig, name string) {
 	t.Helper()
 	layers := inspect(t, r, name)
 	for i, entries := range k.layers {
-		at := filepath.Join(r.HDD, "d", layers[1+i].SnapshotID)
+		got := packed(t, r, layers[1+i].Digest)
 		for _, e := range entries {
 			data := e.Data
 			if e.Header.Linkname != "" {
@@ -123,11 +125,42 @@ func (k known) atHome(t *testing.T, r *rig.Rig, name string) {
 					}
 				}
 			}
-			b, err := os.ReadFile(filepath.Join(at, e.Header.Name))
-			require.NoError(t, err)
-			require.True(t, bytes.Equal(data, b), "%q in layer %d on HDD is not what the image has", e.Header.Name, i)
+			b, ok := got[e.Header.Name]
+			require.True(t, ok, "%q is not in the pack of layer %d", e.Header.Name, i)
+			require.True(t, bytes.Equal(data, b), "%q in the pack of layer %d is not what the image has", e.Header.Name, i)
 		}
 	}
+}
+
+// packed are the files in the pack of a blob, by path.
+func packed(t *testing.T, r *rig.Rig, blob string) map[string][]byte {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(r.HDD, "p", "*.erofs"))
+	require.NoError(t, err)
+	for _, path := range paths {
+		p, err := pack.Open(path)
+		require.NoError(t, err)
+		if p.Identity().Blob.String() != blob {
+			require.NoError(t, p.Close())
+			continue
+		}
+		m, err := p.Meta(t.Context())
+		require.NoError(t, err)
+		files := map[string][]byte{}
+		m.EachFile(func(name string, i *pack.Inode) {
+			if !i.HasData() {
+				return
+			}
+			data, err := p.ReadData(i.Data.Number)
+			require.NoError(t, err)
+			files[name], err = io.ReadAll(data)
+			require.NoError(t, err)
+		})
+		require.NoError(t, p.Close())
+		return files
+	}
+	require.Fail(t, "no pack", "of blob %s below %s", blob, r.HDD)
+	return nil
 }
 
 // healthy asserts that nhybridctl status has nothing to complain of.

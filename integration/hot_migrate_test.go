@@ -129,6 +129,7 @@ func TestSmallNVM(t *testing.T) {
 		require.NoError(t, r.Pull(ctx, name))
 		steer(t, r, "profile", "pin", r.Ref(name), "**")
 	}
+	settled(t, r) // views are written to NVM, too
 	now(t, r)
 	stands := func() (all []string) {
 		for _, name := range images {
@@ -224,7 +225,7 @@ func TestImageRemovedWhileFilesMove(t *testing.T) {
 // has no blobs any more.
 func TestPowerCutInTheMigration(t *testing.T) {
 	t.Parallel()
-	for _, when := range []string{"migration begins", "layer copied to HDD", "migration has reached its plan"} {
+	for _, when := range []string{"migration begins", "pack is whole", "migration has reached its plan"} {
 		t.Run(when, func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)

@@ -114,7 +114,7 @@ func TestPartsOfALargeFile(t *testing.T) {
 	endSleeper(t, r, "s2")
 	require.NoError(t, r.Daemon.Stop())
 	reboot(t, r)
-	images, err := filepath.Glob(filepath.Join(r.NVM, "p", "*.erofs"))
+	images, err := filepath.Glob(filepath.Join(r.NVM, "parts", "*.erofs"))
 	require.NoError(t, err)
 	require.Len(t, images, 1)
 	require.NoError(t, unix.Truncate(images[0], 5000))
@@ -125,33 +125,42 @@ func TestPartsOfALargeFile(t *testing.T) {
 	require.Less(t, inParts(t, r, "app:1", "app/large1"), int64(4<<20))
 	k.check(t, r, "app:1")
 
-	require.Greater(t, len(found(t, r, "/p/")), 1, "image and mount point")
+	require.NotEmpty(t, found(t, r, "/parts/"), "the image")
 	removeImage(t, r, "app:1")
 	awaitEmpty(t, r)
 }
 
-// awaitCool waits until the daemon has had files of a new image on NVM leave the page cache, by which the kernel can tell what a
-// start touches of them.
+// awaitCool waits until files of an image on NVM have left the page cache, by which the kernel can tell what a start touches of
+// them.
 func awaitCool(t *testing.T, r *rig.Rig, name string, paths ...string) {
 	t.Helper()
 	await(t, func(context.Context) error {
-		for _, l := range inspect(t, r, name) {
-			for _, path := range paths {
-				f, err := os.Open(filepath.Join(r.NVM, "d", l.SnapshotID, path))
-				if errors.Is(err, os.ErrNotExist) {
-					continue
-				}
-				if err != nil {
-					return err
-				}
-				n, err := cachedPages(f)
-				if err = errors.Join(err, f.Close()); err != nil || n > 0 {
-					return fmt.Errorf("%d pages of %q are cached: %w", n, f.Name(), err)
-				}
+		for _, path := range paths {
+			f, err := os.Open(dataOnNVM(t, r, name, path))
+			if err != nil {
+				return err
+			}
+			n, err := cachedPages(f)
+			if err = errors.Join(err, f.Close()); err != nil || n > 0 {
+				return fmt.Errorf("%d pages of %q are cached: %w", n, f.Name(), err)
 			}
 		}
 		return nil
 	})
+}
+
+// dataOnNVM is where a file of an image stands on NVM.
+func dataOnNVM(t *testing.T, r *rig.Rig, name, path string) string {
+	t.Helper()
+	var answer struct {
+		File struct {
+			Tier     string
+			DataPath string `json:"data_path"`
+		}
+	}
+	ctl(t, r, &answer, "why", r.Ref(name), "/"+path)
+	require.Equal(t, "nvm", answer.File.Tier, path)
+	return answer.File.DataPath
 }
 
 // cachedPages asks the kernel.
@@ -185,8 +194,7 @@ func TestPartsAfterAWarmStart(t *testing.T) {
 	require.NoError(t, r.Pull(ctx, "app:1"))
 	settled(t, r)
 	awaitCool(t, r, "app:1", "app/large1")
-	data := filepath.Join(r.NVM, "d", inspect(t, r, "app:1")[2].SnapshotID, "app/large1")
-	_, err := os.ReadFile(data)
+	_, err := os.ReadFile(dataOnNVM(t, r, "app:1", "app/large1"))
 	require.NoError(t, err)
 	sum := run(t, r, "app:1", "sh", "-c", pieces)
 	awaitMigration(t, r, 1)

@@ -6,8 +6,11 @@
 package integration
 
 import (
+	"context"
+	"errors"
 	"fmt"
-	"slices"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,7 +35,7 @@ func small(seed uint64, n int) image.TinySpec {
 	return spec
 }
 
-// pullWithLast pulls an image so that layer k arrives last, and not before all layers below are stored.
+// pullWithLast pulls an image so that layer k arrives last, and not before all others are stored.
 func pullWithLast(t *testing.T, r *rig.Rig, name string, spec image.TinySpec, k int, args ...string) []layer {
 	t.Helper()
 	img, err := r.PushTiny(soon(t), name, spec)
@@ -40,100 +43,108 @@ func pullWithLast(t *testing.T, r *rig.Rig, name string, spec image.TinySpec, k 
 	digests := blobs(t, img)
 	last := r.Link.Hold(digests[k], half)
 	defer last()
-	// Something has to be on its way still when layer 0 is prepared, or it would never be swung.
-	other := func() {}
-	if k == 0 && len(digests) > 1 {
-		other = r.Link.Hold(digests[1], half)
-		defer other()
-	}
 	wait := start(func() error { return r.Pull(soon(t), name, args...) })
-	awaitLog(t, r, "layer prepared", digests[0])
-	other()
-	awaitDone(t, r, slices.Delete(slices.Clone(digests), k, k+1)...)
-	// Unpacked one by one, the layers below k are stored and k is prepared.
-	awaitLog(t, r, "layer prepared", digests[k])
-	if k == 0 && !inLog(r, "policy=hdd") && !inLog(r, "policy=nvm") && !inLog(r, `policy="boundary`) {
-		awaitLog(t, r, "layer swung", digests[0], "tier=nvm")
-	}
+	awaitStored(t, r, but(digests, k)...)
 	last()
 	require.NoError(t, wait())
 	return inspect(t, r, name)
 }
 
-// The layers below the last-downloading one go to HDD, it and those above to NVM, whichever layer that is.
-func TestBoundaryIsTheLayerThatArrivesLast(t *testing.T) {
+// only is the word of tiers where one layer of n goes to NVM.
+func only(k, n int) string { return strings.Repeat("h", k) + "n" + strings.Repeat("h", n-k-1) }
+
+// All layers are stored as they arrive, one by one unpacked by the client or not: the last-downloading one goes to NVM,
+// and no other, whichever layer that is.
+func TestOnlyTheLayerThatArrivesLastGoesToNVM(t *testing.T) {
 	t.Parallel()
 	const n = 5
-	r := newRig(t, rig.Options{DaemonArgs: lass})
-	for k := range n {
-		name := fmt.Sprintf("last%d:1", k)
-		layers := pullWithLast(t, r, name, small(uint64(k), n), k)
-		require.Equal(t, strings.Repeat("h", k)+strings.Repeat("n", n-k), tiers(layers), "layer %d arrives last", k)
-		for i, l := range layers {
-			require.NotNil(t, l.Decision, "layer %d", i)
-			require.Equal(t, i, l.Index)
-			require.Equal(t, n, l.Decision.Layers)
-			require.Equal(t, "lass", l.Decision.Policy)
-			require.Equal(t, r.Ref(name), l.Decision.Image)
-			require.True(t, l.Decision.Sequential)
-			require.Positive(t, l.Decision.NVMFree)
-			if i < k {
-				require.Positive(t, l.Decision.Downloading, "layer %d: %s", i, l.Decision.Reason)
-				require.Positive(t, l.Decision.BytesLeft)
-			} else {
-				require.Zero(t, l.Decision.Downloading, "layer %d: %s", i, l.Decision.Reason)
+	for _, unpacks := range []int{1, 3} {
+		t.Run(fmt.Sprintf("unpacks=%d", unpacks), func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, rig.Options{ConcurrentUnpacks: unpacks, DaemonArgs: lass})
+			for k := range n {
+				name := fmt.Sprintf("last%d:1", k)
+				layers := pullWithLast(t, r, name, small(uint64(k), n), k)
+				require.Equal(t, only(k, n), tiers(layers), "layer %d arrives last", k)
+				for i, l := range layers {
+					require.Equal(t, i, l.Index)
+					require.Equal(t, n, l.Decision.Layers)
+					require.Equal(t, "lass", l.Decision.Policy)
+					require.Equal(t, r.Ref(name), l.Decision.Image)
+					require.Positive(t, l.Decision.NVMFree)
+					if i != k {
+						require.Positive(t, l.Decision.Downloading, "layer %d: %s", i, l.Decision.Reason)
+						require.Positive(t, l.Decision.BytesLeft)
+					} else {
+						require.Zero(t, l.Decision.Downloading, "layer %d: %s", i, l.Decision.Reason)
+					}
+					require.Equal(t, i == k, l.LDL, "layer %d", i)
+				}
+				why, err := r.Nhybridctl(soon(t), "why", r.Ref(name), strconv.Itoa(k))
+				require.NoError(t, err)
+				require.Contains(t, why, "as the whole layer")
+				require.Contains(t, why, fmt.Sprintf("last download layer %d", k))
+				require.Contains(t, layers[k].Decision.Reason, "no other layer is downloading any more")
+				require.Contains(t, layers[(k+1)%n].Decision.Reason, "so its storing costs the pull no time")
 			}
-			require.Equal(t, i == k, l.LDL, "layer %d", i)
-		}
-		if k == 0 {
-			require.Positive(t, layers[0].Decision.Swings)
-		}
-		why, err := r.Nhybridctl(soon(t), "why", r.Ref(name), strconv.Itoa(k))
-		require.NoError(t, err)
-		require.Contains(t, why, "no other layer is downloading any more")
-		require.Contains(t, why, fmt.Sprintf("last download layer %d", k))
-		if k > 0 {
-			why, err = r.Nhybridctl(soon(t), "why", r.Ref(name), "0")
-			require.NoError(t, err)
-			require.Contains(t, why, "so its storing costs the pull no time")
-		}
+		})
 	}
 }
 
-// Unpacked in parallel, layers above the last one are stored while it downloads, and need no NVM.
-func TestParallelUnpackingNeedsLessNVM(t *testing.T) {
+// A layer is unpacked while its blob arrives, whichever applier the client takes; nothing is packed a second time.
+func TestStoredWhileItDownloads(t *testing.T) {
 	t.Parallel()
-	const n, k = 5, 1
-	spec := small(7, n)
-	ctx := soon(t)
-	sequential := newRig(t, rig.Options{DaemonArgs: lass})
-	one := pullWithLast(t, sequential, "one:1", spec, k)
-	require.Equal(t, "hnnnn", tiers(one))
-
-	parallel := newRig(t, rig.Options{ConcurrentUnpacks: 3, DaemonArgs: lass})
-	img, err := parallel.PushTiny(ctx, "many:1", spec)
-	require.NoError(t, err)
-	digests := blobs(t, img)
-	last := parallel.Link.Hold(digests[k], half)
-	defer last()
-	wait := start(func() error { return parallel.Pull(ctx, "many:1") })
-	for i := range digests {
-		if i != k {
-			awaitLog(t, parallel, "layer storing", digests[i])
-		}
+	for name, o := range map[string]rig.Options{
+		"our differ": {}, "other differ": {NoDiffer: true}, "other differ, parallel": {NoDiffer: true, ConcurrentUnpacks: 3}, "parallel": {ConcurrentUnpacks: 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			o.DaemonArgs = []string{"--set", "placement.policy=boundary=2"}
+			r := newRig(t, o)
+			const size = 8 << 20
+			spec := image.TinySpec{Seed: 51, Runnable: true, Layers: []int64{size, size}}
+			img, err := r.PushTiny(ctx, "app:1", spec)
+			require.NoError(t, err)
+			digests := blobs(t, img)
+			for _, d := range digests[1:] {
+				defer r.Link.Hold(d, size/2)()
+			}
+			wait := start(func() error { return r.Pull(ctx, "app:1") })
+			// Of one layer bytes go to a pack that has no name yet, of the other to NVM.
+			for _, pattern := range []string{r.HDD + "/p/.*.new", r.NVM + "/d/*/*/*"} {
+				await(t, func(context.Context) error {
+					files, err := filepath.Glob(pattern)
+					for _, f := range files {
+						if st, err := os.Stat(f); err == nil && st.Size() >= size/8 {
+							return nil
+						}
+					}
+					return errors.Join(err, fmt.Errorf("no file %s of %d bytes among %q", pattern, size/8, files))
+				})
+			}
+			for _, d := range digests[1:] {
+				require.False(t, inLog(r, "layer stored", d), "half a layer is no layer")
+				r.Link.Hold(d, size)() // a new rule takes the place of the old one and lets it go
+			}
+			require.NoError(t, wait())
+			require.Equal(t, "hhn", tiers(inspect(t, r, "app:1")))
+			require.False(t, inLog(r, "step=pack"))
+			require.Equal(t, fmt.Sprint(2*size), run(t, r, "app:1", "sh", "-c", "cat /data/*/* | wc -c"))
+			// What went to NVM alone gets into the pack.
+			settled(t, r)
+			for i, l := range inspect(t, r, "app:1") {
+				require.Equal(t, "home", l.State, "layer %d", i)
+			}
+			removeImage(t, r, "app:1")
+			awaitEmpty(t, r)
+		})
 	}
-	awaitLog(t, parallel, "layer swung", digests[k], "tier=nvm")
-	last()
-	require.NoError(t, wait())
-	many := inspect(t, parallel, "many:1")
-	require.Equal(t, "hnhhh", tiers(many))
-	require.Less(t, nvmBytes(many), nvmBytes(one))
-	require.False(t, many[n-1].Decision.Sequential)
 }
 
 func TestPolicies(t *testing.T) {
 	t.Parallel()
-	for policy, want := range map[string]string{"nvm": "nnnn", "hdd": "hhhh", "boundary=3": "hhhn", "lass": "hnnn"} {
+	for policy, want := range map[string]string{"nvm": "nnnn", "hdd": "hhhh", "boundary=3": "hhhn", "lass": "hnhh"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
 			r := newRig(t, rig.Options{DaemonArgs: []string{"--set", "placement.policy=" + policy}})
@@ -146,36 +157,23 @@ func TestPolicies(t *testing.T) {
 	}
 }
 
-// With its rates known, drain goes by them and not by what is downloading: a disk that takes all at once gets all
-// but the layers the pull ends with, one that takes nothing gets nothing.
+// drain goes by the rate of the disk: one that takes all at once gets all, one that takes nothing gets nothing. What is in the
+// content store needs no bandwidth to be known.
 func TestDrainGoesByTheRateOfTheDisk(t *testing.T) {
 	t.Parallel()
-	for rate, want := range map[string]string{"100TB/s": "h", "1B/s": "n"} {
+	for rate, want := range map[string]string{"100TB/s": "hhh", "1B/s": "nnn"} {
 		t.Run(strings.ReplaceAll(rate, "/", ""), func(t *testing.T) {
 			t.Parallel()
-			r := newRig(t, rig.Options{
-				Rate:       20e6, // a bandwidth there is something to measure of
-				DaemonArgs: []string{"--set", "placement.policy=drain", "--set", "placement.hdd_rate=" + rate},
-			})
-			// The rate of unpacking is learnt from layers above 1 MiB.
-			warm := image.TinySpec{Seed: 1, Layers: []int64{2 << 20, 2 << 20}}
-			_, err := r.PushTiny(soon(t), "warm:1", warm)
+			r := newRig(t, rig.Options{DaemonArgs: []string{"--set", "placement.policy=drain", "--set", "placement.hdd_rate=" + rate, "--set", "hot.predict=off"}})
+			_, err := r.PushTiny(soon(t), "drain:1", image.TinySpec{Seed: 2, Layers: []int64{2 << 20, 2 << 20, 2 << 20}})
 			require.NoError(t, err)
-			require.NoError(t, r.Pull(soon(t), "warm:1"))
-
-			spec := image.TinySpec{Seed: 2, Layers: []int64{2 << 20, 2 << 20, 2 << 20}}
-			img, err := r.PushTiny(soon(t), "drain:1", spec)
-			require.NoError(t, err)
-			digests := blobs(t, img)
-			last := r.Link.Hold(digests[2], 1<<20)
-			defer last()
-			wait := start(func() error { return r.Pull(soon(t), "drain:1") })
-			awaitLog(t, r, "layer storing", digests[1])
-			last()
-			require.NoError(t, wait())
+			require.NoError(t, r.Pull(soon(t), "drain:1", "--snapshotter", "overlayfs"))
+			require.NoError(t, r.Pull(soon(t), "drain:1"))
 			layers := inspect(t, r, "drain:1")
-			require.Equal(t, want, tiers(layers)[1:2], "%+v", layers[1].Decision)
-			require.Contains(t, layers[1].Decision.Reason, "the disk")
+			require.Equal(t, want, tiers(layers), "%+v", layers[1].Decision)
+			for _, l := range layers {
+				require.Contains(t, l.Decision.Reason, "the disk")
+			}
 		})
 	}
 }
@@ -200,7 +198,6 @@ func TestImageAlreadyInTheContentStore(t *testing.T) {
 	for _, l := range layers {
 		require.Zero(t, l.Decision.Downloading)
 		require.Contains(t, l.Decision.Reason, "no other layer is downloading any more")
-		require.Zero(t, l.Decision.Swings)
 	}
 }
 
@@ -242,7 +239,7 @@ func TestPullRightAfterContainerdCameBack(t *testing.T) {
 	_, err := r.Nhybridctl(ctx, "status")
 	require.NoError(t, err)
 	require.NoError(t, r.Containerd.Start(ctx))
-	require.Equal(t, "hhnn", tiers(pullWithLast(t, r, "back:1", small(41, 4), 2)))
+	require.Equal(t, only(2, 4), tiers(pullWithLast(t, r, "back:1", small(41, 4), 2)))
 }
 
 // A layer that does not fit beside the reserve goes to HDD, and says so; no pull fails for it.

@@ -89,8 +89,8 @@ func fullNVM(r *rig.Rig) func(context.Context) error {
 	}
 }
 
-// treesOf are the mount points of all trees of a rig.
-func treesOf(t *testing.T, r *rig.Rig) (dirs []string) {
+// viewsOf are the mount points of all views of a rig.
+func viewsOf(t *testing.T, r *rig.Rig) (dirs []string) {
 	t.Helper()
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(r.Dir))
 	require.NoError(t, err)

@@ -1,10 +1,11 @@
 // Copyright The nhybrid Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package placement decides on which tier the layers of an image are stored.
+// Package placement decides on which tier the data of an image is stored: of whole layers, or of each file while its bytes arrive.
+// It imports nothing of the project.
 //
-// Everything here is a pure function of values: no I/O, no clocks, no state. The daemon and the simulator call the same
-// [Policy.Decide]. All types are plain values; nothing here is safe for concurrent change, all of it is for concurrent reading.
+// Everything here is a pure function of values: no I/O, no clocks, no state. The daemon and the simulators call the same [Policy]. All
+// types are plain values; nothing here is safe for concurrent change, all of it is for concurrent reading.
 package placement
 
 import (
@@ -124,7 +125,7 @@ func (in Input) left() []int64 {
 			continue
 		}
 		seen[l.Digest] = true
-		out[i] = max(l.Compressed-max(l.Offset, 0), 0)
+		out[i] = max(min(l.Compressed, hugeBytes)-max(l.Offset, 0), 0)
 	}
 	return out
 }
@@ -134,7 +135,7 @@ func (in Input) Downloading() (n int, left int64) {
 	for i, b := range in.left() {
 		if i != in.Index && !in.here(i) {
 			n++
-			left += b
+			left = min(left+b, hugeBytes)
 		}
 	}
 	return n, left
@@ -148,6 +149,8 @@ type Decision struct {
 	Admitted bool   `json:"admitted"` // false: the policy wanted NVM and there was no room
 	Reason   string `json:"reason"`   // one sentence for a person
 	Input    Input  `json:"input"`    // what the decision rested on; its Layers are not copied
+	// Files is where the files of the layer went, if the policy decided by the file; see Summary.Decision.
+	Files *Summary `json:"files,omitempty"`
 }
 
 // EstimateUncompressed returns a cautious guess of the uncompressed size of a layer whose blob has not arrived, in bytes.
@@ -157,12 +160,11 @@ type Decision struct {
 // 10 KiB; the constant covers that. Too high a guess costs at most a layer that goes to HDD when NVM is nearly full; it is
 // replaced by the real size as soon as the blob is there.
 func EstimateUncompressed(compressed int64) int64 {
-	const limit = 1 << 60 // keeps the sum of a few sizes from overflowing
 	if compressed <= 0 {
 		return 0
 	}
-	if compressed > limit/5 {
-		return limit
+	if compressed > hugeBytes/5 {
+		return hugeBytes
 	}
 	return compressed*9/2 + 16<<10
 }
@@ -171,9 +173,7 @@ func EstimateUncompressed(compressed int64) int64 {
 // Debian's /usr/share (43 000 files, 13 kB on average) takes 1.16 times its tar, its Python library 1.13, its shared
 // libraries 1.01; a quarter on top, and 1 MiB for the directories of a tiny layer, stays above all of them.
 func Footprint(uncompressed int64) int64 {
-	if uncompressed < 0 {
-		uncompressed = 0
-	}
+	uncompressed = min(max(uncompressed, 0), hugeBytes)
 	return uncompressed + uncompressed/4 + 1<<20
 }
 

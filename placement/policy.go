@@ -13,13 +13,20 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// Policy decides the tier of one layer at the moment its storing starts. Policies have no state and may be used by
-// several goroutines.
+// Policy decides where the data of layers is stored: of whole layers, or of each file while its bytes come. Policies have no state
+// and may be used by several goroutines. No method blocks, fails or panics, whatever it is asked.
 type Policy interface {
 	// Name is what ParsePolicy accepts.
 	Name() string
-	// Decide never panics; an Input that makes no sense gives HDD and says so.
+	// ByFile reports whether PlaceFile decides for each file by itself. Where it does not, Decide is asked once before the layer
+	// is unpacked, and FileInput.Tier carries its answer to PlaceFile.
+	ByFile() bool
+	// Late reports whether Decide must not be asked before the blob of the layer is complete, so that unpacking waits for that.
+	Late() bool
+	// Decide places a whole layer. An Input that makes no sense gives HDD and says so.
 	Decide(Input) Decision
+	// PlaceFile places one file of a layer that is being unpacked.
+	PlaceFile(File, FileInput) FileDecision
 }
 
 // PolicyNames lists what ParsePolicy accepts, for messages and shell completion.
@@ -29,20 +36,20 @@ var PolicyNames = []string{"lass", "drain", "nvm", "hdd", "boundary=N"}
 func ParsePolicy(s string) (Policy, error) {
 	switch s {
 	case "lass":
-		return policy{s, lass}, nil
+		return policy{name: s, rule: lass, late: true}, nil
 	case "drain":
-		return policy{s, drain}, nil
+		return policy{name: s, rule: drain, byFile: true}, nil
 	case "nvm":
-		return policy{s, func(Input) (Tier, string) { return NVM, "policy nvm puts every layer there" }}, nil
+		return policy{name: s, rule: func(Input) (Tier, string) { return NVM, "policy nvm puts every layer there" }}, nil
 	case "hdd":
-		return policy{s, func(Input) (Tier, string) { return HDD, "policy hdd puts every layer there" }}, nil
+		return policy{name: s, rule: func(Input) (Tier, string) { return HDD, "policy hdd puts every layer there" }}, nil
 	}
 	if v, ok := strings.CutPrefix(s, "boundary="); ok {
 		n, err := strconv.ParseUint(v, 10, 16)
 		if err != nil {
 			return nil, fmt.Errorf("policy %q: the boundary must be a layer index, a whole number from 0 to 65535: %w", s, errdefs.ErrInvalidArgument)
 		}
-		return policy{fmt.Sprintf("boundary=%d", n), boundary(int(n))}, nil
+		return policy{name: fmt.Sprintf("boundary=%d", n), rule: boundary(int(n))}, nil
 	}
 	return nil, fmt.Errorf("unknown policy %q: choose one of %s (N: index of the lowest layer on NVM): %w",
 		s, strings.Join(PolicyNames, ", "), errdefs.ErrInvalidArgument)
@@ -52,11 +59,15 @@ func ParsePolicy(s string) (Policy, error) {
 type rule func(Input) (Tier, string)
 
 type policy struct {
-	name string
-	rule rule
+	name   string
+	rule   rule
+	byFile bool
+	late   bool
 }
 
 func (p policy) Name() string { return p.name }
+func (p policy) ByFile() bool { return p.byFile }
+func (p policy) Late() bool   { return p.late }
 
 func (p policy) Decide(in Input) Decision {
 	d := Decision{Tier: HDD, Policy: p.name, LDL: LDL(in), Admitted: true, Input: in}
@@ -72,7 +83,7 @@ func (p policy) Decide(in Input) Decision {
 		} else {
 			d.Admitted = false
 			why = fmt.Sprintf("it would go to NVM (%s), but needs %s there and %s are left of %s free",
-				why, FormatBytes(need), FormatBytes(max(room, 0)), FormatBytes(in.NVMFree))
+				why, FormatBytes(need), FormatBytes(room), FormatBytes(in.NVMFree))
 		}
 	}
 	d.Reason = fmt.Sprintf("layer %d to %s: %s", in.Index, strings.ToUpper(d.Tier.String()), why)
@@ -82,10 +93,10 @@ func (p policy) Decide(in Input) Decision {
 // roomOnNVM returns the free bytes less the reserve and less what is promised to layers that are being written now. A
 // layer that is half written counts in full, since the written half is not known here: too little room at worst.
 func roomOnNVM(in Input) int64 {
-	room := in.NVMFree - max(in.NVMReserve, 0) - max(in.NVMPromised, 0)
+	room := available(in.NVMFree, in.NVMReserve, in.NVMPromised)
 	for i, l := range in.Layers {
 		if i != in.Index && l.Storing && !l.Stored && l.Tier == NVM {
-			room -= Footprint(l.Size())
+			room = available(room, Footprint(l.Size()))
 		}
 	}
 	return room

@@ -23,6 +23,12 @@ type Options struct {
 	NVMWrite   float64 `json:"nvm_write"`  // bytes/s
 	HDDWrite   float64 `json:"hdd_write"`  // bytes/s
 	NVMSize    int64   `json:"nvm_size"`   // bytes free on NVM before each pull; 0 no limit
+	// The rest is for the one-pass model alone; 0 in Commit, BlobCommit and Hot is none of it.
+	Cores        float64 `json:"cores"`          // CPU cores that unpack
+	Commit       float64 `json:"commit"`         // seconds that containerd takes to commit a layer, one after the other
+	BlobCommit   float64 `json:"blob_commit"`    // seconds that containerd takes to commit a blob, beside other downloads
+	ContentOnHDD bool    `json:"content_on_hdd"` // containerd's blobs stand on the disk of the HDD tier
+	Hot          float64 `json:"hot"`            // share of the files of an image that are known to be hot, from 0 to 1
 	// Policy decides for the columns sequential and parallel, "" for lass. The columns drain, nvm and hdd are always those policies.
 	Policy string `json:"policy"`
 }
@@ -31,7 +37,8 @@ type Options struct {
 // at 140 MB/s, 100 Mbit/s. containerd's unpacking of one gzip layer on one core (Go's gzip, tar, small files) was measured at 130 to
 // 145 MB/s, uncompressed, on a busy machine.
 func DefaultOptions() Options {
-	return Options{Bandwidth: 100e6 / 8, Concurrent: 3, Unpacks: 3, Unpack: 150e6, NVMWrite: 1.3e9, HDDWrite: 140e6, Policy: "lass"}
+	return Options{Bandwidth: 100e6 / 8, Concurrent: 3, Unpacks: 3, Unpack: 150e6, NVMWrite: 1.3e9, HDDWrite: 140e6, Policy: "lass",
+		Cores: 2, Commit: 0.05, BlobCommit: 0.05}
 }
 
 // Report is what a simulation gives. See docs/placement.md for how to read it.
@@ -130,7 +137,7 @@ func (o Options) complete() (Options, error) {
 		d    float64
 	}{
 		{"bandwidth", &o.Bandwidth, d.Bandwidth}, {"rate of unpacking", &o.Unpack, d.Unpack},
-		{"write rate of NVM", &o.NVMWrite, d.NVMWrite}, {"write rate of the HDD", &o.HDDWrite, d.HDDWrite},
+		{"number of cores", &o.Cores, d.Cores}, {"write rate of NVM", &o.NVMWrite, d.NVMWrite}, {"write rate of the HDD", &o.HDDWrite, d.HDDWrite},
 	} {
 		if *f.v == 0 {
 			*f.v = f.d
@@ -147,6 +154,17 @@ func (o Options) complete() (Options, error) {
 	}
 	if o.Concurrent < 0 || o.Unpacks < 0 || o.NVMSize < 0 {
 		return o, fmt.Errorf("simulate: downloads and unpacks at a time and the size of NVM must not be negative: %w", errdefs.ErrInvalidArgument)
+	}
+	for _, f := range []struct {
+		name string
+		v    float64
+	}{{"commit of a layer", o.Commit}, {"commit of a blob", o.BlobCommit}} {
+		if !(f.v >= 0) || math.IsInf(f.v, 0) {
+			return o, fmt.Errorf("simulate: the seconds for the %s must not be negative: %w", f.name, errdefs.ErrInvalidArgument)
+		}
+	}
+	if !(o.Hot >= 0 && o.Hot <= 1) {
+		return o, fmt.Errorf("simulate: the share of hot files must lie between 0 and 1: %w", errdefs.ErrInvalidArgument)
 	}
 	if o.Policy == "" {
 		o.Policy = d.Policy

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -21,10 +22,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
-// isExtraction tells whether containerd is going to unpack a layer into the
-// snapshot. Such a snapshot is written by path, never mounted.
+// isExtraction reports whether containerd is going to unpack a layer into the
+// snapshot.
 //
 // The key tells: containerd's unpacker makes it by snapshots.UnpackKeyFormat,
 // and its metadata layer turns it into "<namespace>/<n>/<key>". The prefix alone
@@ -37,7 +39,7 @@ func isExtraction(key string) bool { return chainIDInKey(key) != "" }
 // chainIDInKey is the chain id in the key of an extraction,
 // "extract-<time>-<random> <chain id>"; "" if the key is not of this form.
 func chainIDInKey(key string) string {
-	unique, chainID, _ := strings.Cut(clientKey(key), " ")
+	unique, chainID, _ := strings.Cut(store.ClientKey(key), " ")
 	if unique, ok := strings.CutPrefix(unique, snapshots.UnpackKeyPrefix+"-"); !ok || unique == "" {
 		return ""
 	}
@@ -45,15 +47,6 @@ func chainIDInKey(key string) string {
 		return ""
 	}
 	return chainID
-}
-
-func clientKey(key string) string {
-	if p := strings.SplitN(key, "/", 3); len(p) == 3 {
-		if _, err := strconv.ParseUint(p[1], 10, 64); err == nil {
-			return p[2]
-		}
-	}
-	return key
 }
 
 // chainIDOf is the chain id that an extraction will be committed as.
@@ -80,29 +73,26 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, err
 		}
 	}
-	r := record{Tier: s.config.UpperTier, Namespace: namespaceOf(ctx, key)}
+	r := store.Snapshot{Key: key, Tier: s.config.UpperTier, Namespace: namespaceOf(ctx, key)}
 	extraction := kind == snapshots.KindActive && isExtraction(key)
-	if !extraction {
-		if err := s.readLabels(key, base.Labels, &r); err != nil {
-			return nil, err
-		}
-		s.admitUpper(ctx, key, &r)
-	}
-	// What stands below first: if it cannot be had, nothing has been created.
-	below, err := s.awaitParent(ctx, parent, extraction)
-	if err != nil {
-		return nil, fmt.Errorf("prepare snapshot %q: %w", key, err)
-	}
 	var e *extract
 	if extraction {
 		r.ChainID = chainIDOf(key, base.Labels)
-		e = s.placer.plan(ctx, r.Namespace, r.ChainID, parent, base.Labels)
+		e = s.pulls.prepare(ctx, r.Namespace, r.ChainID, base.Labels)
 		defer func() {
 			if err != nil {
-				s.placer.dropped(e)
+				s.pulls.dropped(e)
 			}
 		}()
-		r.Tier, r.Image, r.Decision = e.tier(), e.image(), e.text()
+		r.Image = e.image()
+	} else if err := s.readLabels(key, base.Labels, &r); err != nil {
+		return nil, err
+	}
+	s.admitUpper(ctx, key, &r, s.pulls.estimate(e))
+	// What stands below first: if it cannot be had, nothing has been created.
+	below, err := s.awaitParent(ctx, parent, r.Image != nil)
+	if err != nil {
+		return nil, fmt.Errorf("prepare snapshot %q: %w", key, err)
 	}
 	var staged string
 	if kind == snapshots.KindActive || parent == "" { // nothing is written to a view
@@ -112,35 +102,36 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 
 	var sn storage.Snapshot
-	err = s.db.update(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
+	err = s.store.UpdateTx(ctx, func(ctx context.Context, tx *bolt.Tx) (err error) {
 		if sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...); err != nil {
 			return fmt.Errorf("create snapshot %q: %w", key, err)
 		}
 		if staged != "" {
-			if err := s.tiers.Stage(sn.ID, r.Tier, staged); err != nil {
+			if err := s.store.Tiers.Stage(sn.ID, r.Tier, staged); err != nil {
 				return err
 			}
 		}
-		err = s.dress(sn, r, extraction)
+		if r.MaxSize > 0 && sn.Kind == snapshots.KindActive {
+			err = s.store.Quota.Limit(sn.ID, r.Tier, r.MaxSize)
+		}
 		if err == nil {
-			err = putRecord(tx, sn.ID, r)
+			err = store.PutSnapshot(tx, sn.ID, r)
 		}
 		if err != nil && staged != "" {
 			// Here, while the transaction stops everybody else: after the rollback
 			// the next snapshot gets the same id.
-			err = errors.Join(err, s.tiers.Remove(sn.ID))
+			err = errors.Join(err, s.store.Tiers.Unstage(sn.ID))
 		}
 		return err
 	})
 	if err != nil {
 		if staged != "" {
-			err = errors.Join(err, s.tiers.Unprestage(r.Tier, staged))
+			err = errors.Join(err, s.store.Tiers.Unprestage(r.Tier, staged))
 		}
 		return nil, err
 	}
-	s.mirror.changed()
 	if extraction {
-		s.placer.began(ctx, e, sn.ID, r.Tier)
+		s.pulls.prepared(e, sn.ID)
 	}
 	mounts, err := s.mounts(ctx, sn, snapshots.Info{Kind: kind, Labels: base.Labels, Parent: parent, Name: key}, r)
 	if err != nil {
@@ -156,7 +147,7 @@ func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 
 // readLabels takes from the labels of a container's snapshot what concerns us.
 // Labels come from users, and from images: nonsense is an error that names it.
-func (s *Snapshotter) readLabels(key string, labels map[string]string, r *record) error {
+func (s *Snapshotter) readLabels(key string, labels map[string]string, r *store.Snapshot) error {
 	if v, ok := labels[LabelUpperTier]; ok {
 		if err := r.Tier.UnmarshalText([]byte(v)); err != nil {
 			return fmt.Errorf("label %s=%q of snapshot %q: want nvm or hdd: %w", LabelUpperTier, v, key, errdefs.ErrInvalidArgument)
@@ -177,83 +168,75 @@ func (s *Snapshotter) readLabels(key string, labels map[string]string, r *record
 	return nil
 }
 
-// admitUpper sends a writable directory to HDD when NVM has no room but its reserve.
-func (s *Snapshotter) admitUpper(ctx context.Context, key string, r *record) {
+// admitUpper sends a writable directory to HDD when NVM has no room but its
+// reserve for the bytes that are expected in it, or had none for the same bytes
+// before.
+func (s *Snapshotter) admitUpper(ctx context.Context, key string, r *store.Snapshot, expected int64) {
 	if r.Tier != placement.NVM {
 		return
 	}
-	free, total, err := s.tiers.Space(placement.NVM)
-	if err == nil && free > s.config.Reserve(total) {
+	room, err := s.store.Room(placement.NVM)
+	bytes, inodes := room.Left()
+	if err == nil && bytes > expected && inodes > store.LeastInodes {
 		return
 	}
 	r.Tier = placement.HDD
-	log.G(ctx).WithField("key", key).Infof("writable directory on HDD: NVM has %s free, the reserve is %s",
-		placement.FormatBytes(free), placement.FormatBytes(s.config.Reserve(total)))
+	log.G(ctx).WithField("key", key).Infof("writable directory on HDD: NVM has room for %s and %d files", placement.FormatBytes(bytes), inodes)
 }
 
 // prestage makes the directories of a new snapshot, on HDD if NVM has no room
 // even for them.
-func (s *Snapshotter) prestage(r *record, below string) (string, error) {
+func (s *Snapshotter) prestage(r *store.Snapshot, below string) (string, error) {
 	uid, gid, err := rootOwner(*r, below)
 	if err != nil {
 		return "", err
 	}
-	name, err := s.tiers.Prestage(r.Tier, uid, gid)
+	name, err := s.store.Tiers.Prestage(r.Tier, uid, gid)
 	if errors.Is(err, unix.ENOSPC) && r.Tier == placement.NVM {
 		r.Tier = placement.HDD
-		name, err = s.tiers.Prestage(r.Tier, uid, gid)
+		name, err = s.store.Tiers.Prestage(r.Tier, uid, gid)
 	}
 	return name, err
 }
 
-// dress gives a new snapshot what depends on its id.
-func (s *Snapshotter) dress(sn storage.Snapshot, r record, extraction bool) error {
-	switch {
-	case extraction:
-		return s.tiers.Link(sn.ID, r.Tier)
-	case r.MaxSize > 0 && sn.Kind == snapshots.KindActive:
-		return s.quota.limit(sn.ID, r.Tier, r.MaxSize)
-	}
-	return nil
-}
-
 // awaitParent makes sure that a committed parent can be used, and returns the
-// directory that shows its root: for a container the mounted tree, for an
-// extraction the layer's own directory, from which containerd takes owners.
-// Whether the parent exists and is committed is for the transaction to tell.
-func (s *Snapshotter) awaitParent(ctx context.Context, parent string, extraction bool) (string, error) {
-	if parent == "" {
+// directory that shows its root. For a layer that is unpacked by us, nothing of
+// the parent is needed. Whether the parent exists and is committed is for the
+// transaction to tell.
+func (s *Snapshotter) awaitParent(ctx context.Context, parent string, unpacked bool) (string, error) {
+	if parent == "" || unpacked {
 		return "", nil
 	}
-	var id string
-	var info snapshots.Info
-	err := s.db.view(ctx, func(ctx context.Context, _ *bolt.Tx) (err error) {
-		id, info, _, err = storage.GetInfo(ctx, parent)
-		return err
-	})
+	id, info, _, err := s.get(ctx, parent)
 	if errdefs.IsNotFound(err) || (err == nil && info.Kind != snapshots.KindCommitted) {
 		return "", nil
 	}
 	if err != nil {
 		return "", err
 	}
-	if !extraction {
-		return s.tree(ctx, parent, id)
-	}
-	// The owners of a torn layer would stay wrong in the one above for ever.
-	if err := s.bounded(ctx, func(ctx context.Context) error { return s.intact(ctx, parent) }); err != nil {
-		return "", err
-	}
-	if dirs := s.ownDirs([]string{id}); len(dirs) > 0 {
-		return dirs[0], nil
-	}
-	return "", nil
+	return s.tree(ctx, parent, id)
 }
+
+// tree returns the directory of the merged tree of the chain that ends in a snapshot.
+func (s *Snapshotter) tree(ctx context.Context, name, id string) (string, error) {
+	view, err := s.view(ctx, name, id)
+	return treeOf(view), err
+}
+
+func (s *Snapshotter) view(ctx context.Context, name, id string) (view string, err error) {
+	err = bounded(ctx, func(ctx context.Context) error {
+		view, err = s.store.View(ctx, id, name)
+		return err
+	})
+	return view, err
+}
+
+func treeOf(view string) string { return filepath.Join(view, "t") }
 
 // rootOwner is the owner of the root directory of a new snapshot: the mapped
 // root in a user namespace, else that of what stands below, as overlayfs shows
 // the root with the attributes of the upper directory.
-func rootOwner(r record, below string) (uid, gid int, err error) {
+func rootOwner(r store.Snapshot, below string) (uid, gid int, err error) {
 	if r.UIDMap != "" {
 		if uid, err = mappedRoot(r.UIDMap); err != nil {
 			return 0, 0, err

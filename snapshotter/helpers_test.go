@@ -6,10 +6,9 @@ package snapshotter
 import (
 	"flag"
 	"os"
+	"syscall"
 	"testing"
 	"time"
-
-	"github.com/containerd/containerd/v2/core/snapshots"
 )
 
 func requireRoot(t *testing.T) {
@@ -40,10 +39,12 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-func withLabel(k, v string) snapshots.Opt { return snapshots.WithLabels(map[string]string{k: v}) }
-
 // Tests wait for background work, never for a time.
 const (
 	awaitFor   = 10 * time.Second
 	awaitEvery = time.Millisecond
 )
+
+func statOf(info os.FileInfo) *syscall.Stat_t {
+	return info.Sys().(*syscall.Stat_t)
+}

@@ -4,10 +4,10 @@
 package snapshotter
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"os"
 	"slices"
 	"strings"
@@ -20,31 +20,39 @@ import (
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	bolt "go.etcd.io/bbolt"
 
 	"github.com/nhybrid/nhybrid/hif"
+	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/hif/plan"
-	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/operator"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
-	"github.com/nhybrid/nhybrid/snapshotter/tree"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
 // ContainerSource tells what containers and images are; implemented by
 // [pull.Watcher]. Without it no image is known, and no file is hot.
 type ContainerSource interface {
-	ImageSource
+	operator.Source
 	Config(ctx context.Context, img *pull.Image) (ocispec.Image, error)
 	ContainerOf(ctx context.Context, namespace, snapshot string) (pull.Container, error)
-	Container(ctx context.Context, namespace, id string) (pull.Container, error)
 }
 
 // hotStore is the store as package hif sees it.
-type hotStore struct{ *Snapshotter }
+type hotStore struct {
+	*Snapshotter
+	pins *tier.Pins
+}
 
-func (s hotStore) source() (ContainerSource, error) {
+var (
+	_ hif.Store    = hotStore{}
+	_ migrate.Host = hotStore{}
+)
+
+func (s *Snapshotter) source() (ContainerSource, error) {
 	c, ok := s.config.Downloads.(ContainerSource)
 	if !ok {
 		return nil, fmt.Errorf("no containerd is configured: %w", errdefs.ErrUnavailable)
@@ -58,19 +66,19 @@ func (s hotStore) Images(ctx context.Context) ([]hif.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.db.snapshots(ctx)
+	all, err := s.store.Entries(ctx)
 	if err != nil {
 		return nil, err
 	}
-	ids := map[[2]string]string{} // by namespace and chain id
+	entries := map[[2]string]store.Entry{} // by namespace and chain id
 	var namespaces []string
-	for _, sn := range all {
-		ns := sn.namespace()
+	for _, e := range all {
+		ns := e.NS()
 		if !slices.Contains(namespaces, ns) {
 			namespaces = append(namespaces, ns)
 		}
-		if sn.Info.Kind == snapshots.KindCommitted && sn.Captured && sn.Damaged == "" {
-			ids[[2]string{ns, clientKey(sn.Info.Name)}] = sn.ID
+		if e.Of != nil && e.Of.State.Valid() && e.Of.Damaged == "" {
+			entries[[2]string{ns, store.ClientKey(e.Info.Name)}] = e
 		}
 	}
 	var images []hif.Image
@@ -80,7 +88,7 @@ func (s hotStore) Images(ctx context.Context) ([]hif.Image, error) {
 			return nil, err
 		}
 		for _, k := range known {
-			if i, whole := hotImage(k, ids); whole {
+			if i, whole := hotImage(k, entries); whole {
 				images = append(images, i)
 			}
 		}
@@ -88,20 +96,28 @@ func (s hotStore) Images(ctx context.Context) ([]hif.Image, error) {
 	return images, nil
 }
 
-func hotImage(k *pull.Image, ids map[[2]string]string) (hif.Image, bool) {
-	i := hif.Image{Namespace: k.Namespace, Name: k.Name}
-	i.Digest = k.Manifest
-	if k.Recorded { // a name made up of where the content came from lacks the registry's port
-		i.Repository = hif.Repository(k.Name)
-	}
+func hotImage(k *pull.Image, entries map[[2]string]store.Entry) (hif.Image, bool) {
+	i := hif.Image{Image: arriving(k).Image, Namespace: k.Namespace, Name: k.Name}
 	for _, l := range k.Layers {
-		id, ok := ids[[2]string{k.Namespace, l.ChainID.String()}]
+		e, ok := entries[[2]string{k.Namespace, l.ChainID.String()}]
 		if !ok {
 			return i, false
 		}
-		i.Chain, i.Layers = append(i.Chain, id), append(i.Layers, l.DiffID)
+		i.View, i.Chain = e.ID, append(i.Chain, e.Layer.String())
 	}
 	return i, len(i.Chain) > 0
+}
+
+// arriving is an image as hif sees it before its layers are here.
+func arriving(k *pull.Image) (a hif.Arriving) {
+	a.Name, a.Digest = k.Name, k.Manifest
+	if k.Recorded { // a name made up of where the content came from lacks the registry's port
+		a.Repository = hif.Repository(k.Name)
+	}
+	for _, l := range k.Layers {
+		a.Layers = append(a.Layers, l.DiffID)
+	}
+	return a
 }
 
 // Config implements [hif.Store].
@@ -110,7 +126,7 @@ func (s hotStore) Config(ctx context.Context, image hif.Image) (ocispec.Image, e
 	if err != nil {
 		return ocispec.Image{}, err
 	}
-	img, err := s.unpackedImage(ctx, source, image.Namespace, image.Digest.String())
+	img, err := operator.Unpacked(ctx, s.store, source, image.Namespace, image.Digest.String())
 	if err != nil {
 		return ocispec.Image{}, err
 	}
@@ -127,7 +143,7 @@ func (s hotStore) ImageOf(ctx context.Context, namespace, snapshot string) (imag
 	if err != nil {
 		return "", "", err
 	}
-	img, err := s.unpackedImage(ctx, source, namespace, c.Image)
+	img, err := operator.Unpacked(ctx, s.store, source, namespace, c.Image)
 	if err != nil {
 		return "", "", err
 	}
@@ -135,81 +151,101 @@ func (s hotStore) ImageOf(ctx context.Context, namespace, snapshot string) (imag
 }
 
 // Layers implements [hif.Store].
-func (s hotStore) Layers(ctx context.Context) ([]plan.Layer, error) {
-	all, err := s.db.snapshots(ctx)
-	if err != nil {
-		return nil, err
-	}
+func (s hotStore) Layers(context.Context) ([]plan.Layer, error) {
 	var layers []plan.Layer
-	for _, sn := range all {
-		if sn.Info.Kind != snapshots.KindCommitted {
+	for _, l := range s.store.Layers() {
+		if l.Users == 0 || l.State == store.Unpacking || l.State == store.Staged {
 			continue
 		}
-		l := plan.Layer{ID: sn.ID, Tier: sn.Tier, Used: sn.Info.Created}
-		l.NVM, _ = sn.bytes()
-		switch {
-		case sn.Damaged != "":
-			l.Fixed = "it has to be rebuilt"
-		case !sn.Captured || !sn.Durable:
-			l.Fixed = "it is not on its device yet"
+		// Holes says where files went when the layer was stored, also when they are filled.
+		p := plan.Layer{ID: l.ID.String(), Tier: placement.HDD, Waiting: l.Holes > 0, Used: l.Created, NVM: l.NVM}
+		if l.State != store.Home {
+			p.Tier = placement.NVM
 		}
-		layers = append(layers, l)
+		switch {
+		case l.Damaged != "":
+			p.Fixed = "it has to be unpacked anew"
+		case l.State == store.Stored:
+			p.Fixed = "it is not on its device yet"
+		}
+		layers = append(layers, p)
 	}
 	return layers, nil
 }
 
 // Files implements [hif.Store].
 func (s hotStore) Files(ctx context.Context, image hif.Image, yield func(hif.File) bool) error {
-	chain := make(tree.Chain, len(image.Chain))
-	for i, id := range image.Chain {
-		chain[i] = s.capturePath(id)
+	var ids []store.LayerID
+	for _, id := range image.Chain {
+		ref, err := pack.ParseRedirect("/" + id + "/01/1")
+		if err != nil {
+			return fmt.Errorf("layer %q of image %s: %w", id, image.Digest, errdefs.ErrInvalidArgument)
+		}
+		ids = append(ids, store.LayerID(ref.Layer))
 	}
+	chain, err := s.store.Metas(ctx, ids)
+	if err != nil {
+		return err
+	}
+	first := firstNames{chain: chain}
 	for e, err := range chain.Entries(ctx) {
 		if err != nil {
 			return err
 		}
-		if e.Redirect != "" && !yield(hif.File{Path: e.Path, Redirect: e.Redirect, Size: e.Size}) {
+		if !e.HasData() {
+			continue
+		}
+		if !yield(hif.File{Path: e.Path, InLayer: first.of(e), Redirect: e.Data.Redirect(), Size: e.Size}) {
 			return nil
 		}
 	}
 	return nil
 }
 
-// nameOf is the key of a snapshot by its id.
-func (s *Snapshotter) nameOf(ctx context.Context, id string) (name string, err error) {
-	err = s.db.view(ctx, func(ctx context.Context, tx *bolt.Tx) error {
-		return walk(ctx, tx, func(ctx context.Context, info snapshots.Info) error {
-			if i, _, _, err := storage.GetInfo(ctx, info.Name); err == nil && i == id {
-				name = info.Name
-			}
-			return nil
-		})
-	})
-	if err == nil && name == "" {
-		err = fmt.Errorf("snapshot id %s: %w", id, errdefs.ErrNotFound)
-	}
-	return name, err
+// firstNames tells the first names of files in the layers that hold their data.
+// For nearly all files that is the visible name.
+type firstNames struct {
+	chain pack.Chain
+	names map[pack.Ref]string
 }
 
-// lookPrefix begins the names of directories on which images are mounted for a look.
-const lookPrefix = ".view-"
+func (f *firstNames) of(e pack.Entry) string {
+	if e.Inode.Nlink <= 1 && e.Data.Layer == e.Layer {
+		return strings.TrimPrefix(e.Path, "/")
+	}
+	if f.names == nil {
+		f.names = map[pack.Ref]string{}
+		for _, m := range f.chain {
+			m.EachFile(func(path string, i *pack.Inode) {
+				if _, ok := f.names[i.Data]; !ok && i.Data.Layer == m.Layer {
+					f.names[i.Data] = path
+				}
+			})
+		}
+	}
+	return f.names[e.Data]
+}
 
 // View implements [hif.Store].
 func (s hotStore) View(ctx context.Context, image hif.Image, fn func(dir string) error) (err error) {
-	name, err := s.nameOf(ctx, image.Top())
+	all, err := s.store.Entries(ctx)
 	if err != nil {
 		return err
 	}
-	lower, err := s.tree(ctx, name, image.Top())
+	i := slices.IndexFunc(all, func(e store.Entry) bool { return e.ID == image.View })
+	if i < 0 {
+		return fmt.Errorf("snapshot id %s: %w", image.View, errdefs.ErrNotFound)
+	}
+	view, err := s.view(ctx, all[i].Info.Name, image.View)
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp(s.state(), lookPrefix)
+	dir, err := os.MkdirTemp(s.store.StatePath(), store.LookPrefix)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.Remove(dir)) }()
-	m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro"}, s.lowerOptions(lower, "")...)}
+	m := mount.Mount{Type: "overlay", Source: "overlay", Options: append([]string{"ro"}, s.lowerOptions(treeOf(view), "", homeOf(view))...)}
 	if err := m.Mount(dir); err != nil {
 		return fmt.Errorf("mount image %s to look at it: %w", image.Digest, err)
 	}
@@ -217,51 +253,133 @@ func (s hotStore) View(ctx context.Context, image hif.Image, fn func(dir string)
 	return fn(dir)
 }
 
-// Space implements [hif.Store].
-func (s hotStore) Space() (plan.Space, error) {
-	free, total, err := s.tiers.Space(placement.NVM)
-	return plan.Space{Free: free, Total: total, Reserve: s.config.Reserve(total)}, err
+// DataRoot implements [hif.Store].
+func (s hotStore) DataRoot() string { return s.store.Tiers.DataRoot() }
+
+// PackPath implements [hif.Store].
+func (s hotStore) PackPath(layer uint64) string { return s.store.PackPath(store.LayerID(layer)) }
+
+// PackFile implements [hif.Store].
+func (s hotStore) PackFile(ref pack.Ref) (block uint32, size int64, err error) {
+	return s.store.PackFile(ref)
 }
+
+// Space implements [hif.Store].
+func (s hotStore) Space() (plan.Space, error) { return operator.Space(s.store) }
+
+// PartsPath implements [hif.Store].
+func (s hotStore) PartsPath(view string) string { return s.store.PartsPath(view) }
+
+// PartsChanged implements [hif.Store].
+func (s hotStore) PartsChanged(ctx context.Context, view string) error {
+	// The chain may have been removed while its parts were made.
+	if ok, err := s.store.HasSnapshot(ctx, view); err != nil || !ok {
+		return errors.Join(err, s.store.DropParts(view))
+	}
+	return s.store.PartsChanged(ctx, view)
+}
+
+// LetGo implements [hif.Store].
+func (s hotStore) LetGo(ctx context.Context) { s.letGo(ctx) }
 
 // Busy implements [migrate.Host].
-func (s hotStore) Busy() (why string, busy bool) {
-	switch {
-	case s.placer.busy():
-		return "a pull is being stored", true
-	case s.starting():
-		return "a container is starting", true
-	}
-	return "", false
-}
+func (s hotStore) Busy() (why string, busy bool) { return s.store.Busy() }
 
-// BringHome implements [migrate.Host].
-func (s hotStore) BringHome(ctx context.Context, id string, pace func(int) error) error {
-	if err := s.homing.bring(ctx, id, pace); err != nil {
+// BringHome implements [migrate.Host]. The store fills at its own pace.
+func (s hotStore) BringHome(ctx context.Context, layer string, _ func(int) error) error {
+	id, err := store.ParseLayerID(layer)
+	if err != nil {
+		return err
+	}
+	if err := s.store.AwaitHome(ctx, id); err != nil {
+		return err
+	}
+	// A database restored from its copy must know that the pack is whole: files
+	// leave NVM now.
+	if err := s.store.FlushDatabase(ctx); err != nil {
 		return err
 	}
 	s.hot.Kick() // only what is at home can be divided into parts
 	return nil
 }
 
-// Settled implements [migrate.Host].
-func (s hotStore) Settled(ctx context.Context, id string, nvmBytes int64) error {
-	r, err := s.db.record(ctx, id)
-	if err != nil || r.Mixed && r.NVMBytes == nvmBytes {
-		return err // a transaction would write to both tiers
+// OnNVM implements [migrate.Host].
+func (s hotStore) OnNVM(layer string) iter.Seq2[migrate.File, error] {
+	return func(yield func(migrate.File, error) bool) {
+		id, err := store.ParseLayerID(layer)
+		if err != nil {
+			yield(migrate.File{}, err)
+			return
+		}
+		for e, err := range s.store.Tiers.OnNVM(layer) {
+			f := migrate.File{Bytes: e.Bytes}
+			if err == nil {
+				f.Redirect = pack.Ref{Layer: uint64(id), Number: e.Number}.Redirect()
+			}
+			if !yield(f, err) || err != nil {
+				return
+			}
+		}
 	}
-	err = s.db.updateRecord(ctx, id, func(r *record) { r.Mixed, r.NVMBytes = true, nvmBytes })
-	s.mirror.changed()
+}
+
+// Stands implements [migrate.Host].
+func (s hotStore) Stands(redirect string) (bool, error) {
+	ref, err := pack.ParseRedirect(redirect)
+	return err == nil && s.store.OnNVM(ref) >= 0, err
+}
+
+// Promote implements [migrate.Host].
+func (s hotStore) Promote(ctx context.Context, redirect string, pace func(int) error) (int64, error) {
+	return s.store.Promote(ctx, redirect, pace)
+}
+
+// Demote implements [migrate.Host].
+func (s hotStore) Demote(redirect string) (freed, held int64, err error) {
+	return s.store.Demote(redirect, s.pins)
+}
+
+// Held implements [migrate.Host].
+func (s hotStore) Held() int64 { return s.pins.Bytes() }
+
+// Free implements [migrate.Host].
+func (s hotStore) Free() (int64, error) {
+	room, err := s.store.Room(placement.NVM)
+	return room.Scarcer(), err
+}
+
+// Settled implements [migrate.Host].
+func (s hotStore) Settled(ctx context.Context, layer string, nvmBytes int64) error {
+	id, err := store.ParseLayerID(layer)
+	if err != nil {
+		return err
+	}
+	before, err := s.store.Layer(id)
+	if err != nil {
+		return err
+	}
+	err = s.store.Counted(ctx, id, nvmBytes)
+	if before.NVM == 0 && nvmBytes > 0 {
+		// A plan made while its first files came up took it for a layer without any,
+		// and would let none of them leave.
+		s.kickHot()
+	}
 	s.letGo(ctx)
 	return err
 }
 
-// LetGo implements [hif.Store].
-func (s hotStore) LetGo(ctx context.Context) { s.letGo(ctx) }
+// Gone implements [migrate.Host].
+func (s hotStore) Gone(layer string) error { return s.store.Tiers.RemoveData(layer) }
 
 // letGo has the overlays of running containers forget what they have cached of
-// files that are not open: an unlinked file holds its space for as long.
+// files that are not open: an unlinked file holds its space for as long. Without
+// xino=on the directories of running containers would get other inode numbers by
+// that, at which tar, rm and find give up.
 func (s *Snapshotter) letGo(ctx context.Context) {
-	ours := "lowerdir=" + s.state() + "/"
+	if !s.config.Xino {
+		return
+	}
+	ours := "lowerdir=" + s.store.StatePath() + "/"
 	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		return m.FSType != "overlay" || !strings.Contains(m.VFSOptions, ours), false
 	})
@@ -276,90 +394,23 @@ func (s *Snapshotter) letGo(ctx context.Context) {
 }
 
 // watchStart has the start of a container traced.
-func (s *Snapshotter) watchStart(sn storage.Snapshot, info snapshots.Info, r record, start trace.Start) {
+func (s *Snapshotter) watchStart(ctx context.Context, sn storage.Snapshot, info snapshots.Info, r store.Snapshot, start trace.Start) error {
 	if s.hot == nil {
-		return
+		return nil
 	}
-	start.Snapshot, start.Layers = sn.ID, slices.Clone(sn.ParentIDs)
-	slices.Reverse(start.Layers)
+	chain, err := s.store.Chain(ctx, info.Parent)
+	if err != nil {
+		return err
+	}
+	start.Snapshot = sn.ID
+	for _, id := range chain {
+		start.Layers = append(start.Layers, id.String())
+	}
 	if sn.Kind == snapshots.KindView {
 		start.Upper = ""
 	}
-	s.hot.Mounted(hif.Start{Start: start, Namespace: r.Namespace, Key: clientKey(info.Name)})
-}
-
-// PartsPath implements [hif.Store].
-func (s hotStore) PartsPath(top string) string { return s.divided.path(top) }
-
-// PartsChanged implements [hif.Store].
-func (s hotStore) PartsChanged(ctx context.Context, top string) error {
-	// The chain may have been removed while its parts were made.
-	if _, err := s.db.record(ctx, top); errdefs.IsNotFound(err) {
-		return s.divided.drop(top)
-	}
-	return s.divided.changed(ctx, top)
-}
-
-// profiles keeps profiles in a bucket of the database.
-type profiles struct {
-	s      *Snapshotter
-	bucket []byte
-}
-
-var _ profile.Store = profiles{}
-
-// Get implements [profile.Store].
-func (p profiles) Get(image digest.Digest) (data []byte, err error) {
-	err = p.s.db.view(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
-		data = slices.Clone(tx.Bucket(bucketOwn).Bucket(p.bucket).Get([]byte(image)))
-		return nil
-	})
-	return data, err
-}
-
-// Update implements [profile.Store].
-func (p profiles) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
-	err := p.s.db.update(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
-		b := tx.Bucket(bucketOwn).Bucket(p.bucket)
-		old := slices.Clone(b.Get([]byte(image)))
-		data, err := change(old)
-		switch {
-		case err != nil:
-			return err
-		case bytes.Equal(data, old):
-			return errUnchanged // a commit would sync the file
-		case data == nil:
-			return b.Delete([]byte(image))
-		}
-		return b.Put([]byte(image), data)
-	})
-	if errors.Is(err, errUnchanged) {
-		return nil
-	}
-	if err == nil {
-		p.s.mirror.changed()
-	}
-	return err
-}
-
-var errUnchanged = errors.New("nothing to write")
-
-// Each implements [profile.Store].
-func (p profiles) Each(f func(digest.Digest, []byte) error) error {
-	return p.s.db.view(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
-		return tx.Bucket(bucketOwn).Bucket(p.bucket).ForEach(func(k, v []byte) error { return f(digest.Digest(k), v) })
-	})
-}
-
-func (s *Snapshotter) newHot(ctx context.Context) (err error) {
-	if s.config.Hot == nil {
-		return nil
-	}
-	h := hotStore{s}
-	s.hot, err = hif.New(ctx, *s.config.Hot, h, h, s.tiers, hif.Books{
-		Profiles: profiles{s, bucketProfiles}, Predictions: profiles{s, bucketPredictions}, Origins: profiles{s, bucketOrigins},
-	})
-	return err
+	s.hot.Mounted(hif.Start{Start: start, View: sn.ParentIDs[0], Namespace: r.Namespace, Key: store.ClientKey(info.Name)})
+	return nil
 }
 
 // kickHot tells that an image came, or became durable, or went.
@@ -369,5 +420,5 @@ func (s *Snapshotter) kickHot() {
 	}
 }
 
-// starting tells whether the start of a container is under way.
+// starting reports whether the start of a container is under way.
 func (s *Snapshotter) starting() bool { return s.hot != nil && s.hot.Busy() }

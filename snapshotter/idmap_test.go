@@ -17,13 +17,10 @@ import (
 // In a container with a user namespace the image has the owners of the namespace. containerd itself looks at the snapshot with
 // the owners of the image: CRI to copy what the image has in a volume, and whoever wants to know what a container has changed.
 func TestOwnersWithAUserNamespace(t *testing.T) {
-	d := newDownloads(1000)
-	s := start(t, t.TempDir(), nil)
-	key, upper := prepareLayer(t, s, d, 0, "")
-	require.NoError(t, os.WriteFile(filepath.Join(upper, "root"), []byte("r"), 0o644))
-	require.NoError(t, os.WriteFile(filepath.Join(upper, "user"), []byte("u"), 0o644))
-	require.NoError(t, os.Chown(filepath.Join(upper, "user"), 1000, 1001))
-	parent := commitLayer(t, s, d, 0, key)
+	d := newDownloads(t, []entry{{name: "root", data: "r"}, {name: "user", data: "u", uid: 1000}})
+	s := start(t, t.TempDir(), d, nil)
+	d.arrive(t, 0)
+	parent := unpackImage(t, s, d)
 	labels := snapshots.WithLabels(map[string]string{
 		snapshots.LabelSnapshotUIDMapping: "0:100000:65536", snapshots.LabelSnapshotGIDMapping: "0:200000:65536",
 	})
@@ -36,7 +33,7 @@ func TestOwnersWithAUserNamespace(t *testing.T) {
 	shows := func(root string, shiftUID, shiftGID uint32) {
 		t.Helper()
 		require.Equal(t, [2]uint32{shiftUID, shiftGID}, owner(filepath.Join(root, "root")))
-		require.Equal(t, [2]uint32{1000 + shiftUID, 1001 + shiftGID}, owner(filepath.Join(root, "user")))
+		require.Equal(t, [2]uint32{1000 + shiftUID, 1000 + shiftGID}, owner(filepath.Join(root, "user")))
 		for name, want := range map[string]string{"root": "r", "user": "u"} {
 			got, err := os.ReadFile(filepath.Join(root, name))
 			require.NoError(t, err)
@@ -84,7 +81,7 @@ func TestOwnersWithAUserNamespace(t *testing.T) {
 	require.NoError(t, s.Remove(inNamespace(t), "test/2/view"))
 	require.NoError(t, s.Cleanup(inNamespace(t)))
 	for _, dir := range []string{"i", "u"} {
-		left, err := os.ReadDir(s.state(dir))
+		left, err := os.ReadDir(s.store.StatePath(dir))
 		require.NoError(t, err)
 		require.Empty(t, left)
 	}

@@ -19,7 +19,7 @@ import (
 // A transaction that fails leaves its id to the next snapshot, whose files must
 // not go with those of the failed one.
 func TestFailedPrepareHurtsNobody(t *testing.T) {
-	s := start(t, t.TempDir(), nil)
+	s := start(t, t.TempDir(), nil, nil)
 	ctx := inNamespace(t)
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -60,22 +60,22 @@ func TestFailedPrepareHurtsNobody(t *testing.T) {
 // has an id that the database does not know, and must not give out again.
 func TestIDsOfLeftoversAreNotGivenOut(t *testing.T) {
 	dir := t.TempDir()
-	s := start(t, dir, nil)
+	s := start(t, dir, nil, nil)
 	ctx := inNamespace(t)
 	_, err := s.Prepare(ctx, "test/1/a", "")
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
 	for i := 2; i <= 5; i++ {
-		require.NoError(t, mkdirs(s.tiers.Staging(placement.NVM, strconv.Itoa(i))+"/fs"))
+		require.NoError(t, mkdirs(s.store.Tiers.Staging(placement.NVM, strconv.Itoa(i))+"/fs"))
 	}
-	s = start(t, dir, nil)
+	s = start(t, dir, nil, nil)
 	mounts, err := s.Prepare(ctx, "test/1/b", "")
 	require.NoError(t, err)
-	require.NoError(t, s.removal("6")(ctx), "an id that lives was taken for garbage")
+	require.NoError(t, s.store.RemoveNow(ctx, "6"), "an id that lives was taken for garbage")
 	require.DirExists(t, mounts[0].Source)
-	require.Equal(t, s.tiers.Staging(placement.NVM, "6")+"/fs", mounts[0].Source)
+	require.Equal(t, s.store.Tiers.Staging(placement.NVM, "6")+"/fs", mounts[0].Source)
 	require.Eventually(t, func() bool {
-		_, err := os.Lstat(s.tiers.Staging(placement.NVM, "5"))
+		_, err := os.Lstat(s.store.Tiers.Staging(placement.NVM, "5"))
 		return os.IsNotExist(err)
 	}, awaitFor, awaitEvery)
 }

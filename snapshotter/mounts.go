@@ -9,25 +9,26 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+	"github.com/containerd/log"
 
 	"github.com/nhybrid/nhybrid/hif/trace"
-	"github.com/nhybrid/nhybrid/placement"
-	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
 // mounts says how to mount an active snapshot or a view.
-func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snapshots.Info, r record) ([]mount.Mount, error) {
-	if sn.Kind == snapshots.KindActive && isExtraction(info.Name) {
-		return s.extractionMounts(sn), nil
+func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snapshots.Info, r store.Snapshot) ([]mount.Mount, error) {
+	upper := s.store.Tiers.Upper(r.Tier, sn.ID)
+	extraction := sn.Kind == snapshots.KindActive && isExtraction(info.Name)
+	if extraction && (r.Image != nil || len(sn.ParentIDs) == 0) {
+		return extractionMounts(upper), nil
 	}
-	upper := filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "fs")
 	if sn.Kind == snapshots.KindActive {
 		// Nobody syncs what a container writes, nor the directory it writes to.
 		if _, err := os.Lstat(upper); errors.Is(err, os.ErrNotExist) {
@@ -42,24 +43,36 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 		}
 		return []mount.Mount{{Type: "bind", Source: upper, Options: []string{mode, "rbind"}}}, nil
 	}
-	tree, err := s.tree(ctx, info.Parent, sn.ParentIDs[0])
+	if s.config.Reach != nil {
+		if err := s.config.Reach(); err != nil {
+			return nil, fmt.Errorf("mount snapshot %q: %w", info.Name, err)
+		}
+	}
+	view, err := s.view(ctx, info.Parent, sn.ParentIDs[0])
 	if err != nil {
 		return nil, fmt.Errorf("mount snapshot %q: %w", info.Name, err)
 	}
+	tree := view
 	if r.UIDMap != "" {
-		if tree, err = s.idmapped(tree, sn.ID, sn.ParentIDs[0], r.UIDMap, r.GIDMap); err != nil {
+		if tree, err = s.store.Idmapped(view, sn.ID, sn.ParentIDs[0], r.UIDMap, r.GIDMap); err != nil {
 			return nil, err
 		}
 	}
 	var options []string
 	if sn.Kind == snapshots.KindActive {
-		options = append(options, "workdir="+filepath.Join(s.tiers.Staging(r.Tier, sn.ID), "work"), "upperdir="+upper)
+		options = append(options, "workdir="+filepath.Join(s.store.Tiers.Staging(r.Tier, sn.ID), "work"), "upperdir="+upper)
 	}
-	parts := s.divided.mounted(ctx, sn.ParentIDs[0])
-	options = append(options, s.lowerOptions(tree, parts)...)
-	s.watchStart(sn, info, r, trace.Start{Upper: upper, Tree: tree, Parts: parts})
+	parts := s.store.Parts(ctx, sn.ParentIDs[0])
+	options = append(options, s.lowerOptions(treeOf(tree), parts, homeOf(view))...)
+	start := trace.Start{Upper: upper, Tree: treeOf(tree), Parts: parts, Home: homeOf(view)}
+	if err := s.watchStart(ctx, sn, info, r, start); err != nil {
+		log.G(ctx).WithError(err).WithField("key", info.Name).Warn("the start of a container is not traced")
+	}
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}, notByPath(sn.Kind)}, nil
 }
+
+// homeOf is the directory of a view in which all data files stand by number.
+func homeOf(view string) string { return filepath.Join(view, "h") }
 
 // notByPath is a second mount that does nothing (mount.Mount makes no call for
 // it). It keeps containerd from taking the overlay for its directories: where
@@ -81,8 +94,8 @@ func notByPath(kind snapshots.Kind) mount.Mount {
 	return mount.Mount{Type: "none", Source: "none", Options: options}
 }
 
-// lowerOptions are the overlay options for a tree with the two data roots
-// behind it, and between them the parts of large files if there are some.
+// lowerOptions are the overlay options for a tree with the places of data behind
+// it: NVM, the parts of large files if there are some, and the packs.
 //
 // They must be one "lowerdir=". To see what a container has changed, containerd
 // mounts its snapshot read-only: it takes the upper directory away and puts it
@@ -90,61 +103,52 @@ func notByPath(kind snapshots.Kind) mount.Mount {
 // newer lowerdir+ and datadir+ it finds nothing there, and the commit of a
 // container would be empty without a word.
 //
+// A tree and an upper directory never stand on one filesystem. Without xino=on
+// overlayfs then numbers directories anew whenever they leave its cache, and files
+// have a device of their own.
+//
 // An idmapped tree has commas in its path, at which containerd shall find the
-// pieces of it; see idmapped.
-func (s *Snapshotter) lowerOptions(tree, parts string) []string {
-	lower := []string{tree, s.tiers.DataRoot(placement.NVM)}
+// pieces of it (store.Idmapped).
+func (s *Snapshotter) lowerOptions(tree, parts, home string) []string {
+	lower := []string{tree, s.store.Tiers.DataRoot()}
 	if parts != "" {
 		lower = append(lower, parts)
 	}
-	lower = append(lower, s.tiers.DataRoot(placement.HDD))
-	return append(strings.Split("lowerdir="+strings.Join(lower, "::"), ","), s.features.Options()...)
-}
-
-// extractionMounts are written to by path and never mounted: the upper
-// directory through the link, and the parents' own directories, from which
-// containerd's applier takes owner and mode of parent directories that a layer
-// does not list. Without parents it is still an overlay: on a bind mount the
-// applier drops whiteouts (containerd#13030).
-func (s *Snapshotter) extractionMounts(sn storage.Snapshot) []mount.Mount {
-	options := []string{"upperdir=" + s.tiers.Linked(sn.ID)}
-	if parents := s.ownDirs(sn.ParentIDs); len(parents) > 0 {
-		options = append(options, "lowerdir="+strings.Join(parents, ":"))
+	lower = append(lower, home)
+	features := s.store.Features()
+	options := append(strings.Split("lowerdir="+strings.Join(lower, "::"), ","), features.Options()...)
+	if s.config.Xino {
+		options = append(options, "xino=on")
 	}
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+	return options
 }
 
-// ownDirs are the directories of layers, on whatever tiers they have some.
-func (s *Snapshotter) ownDirs(ids []string) (dirs []string) {
-	for _, id := range ids {
-		for _, t := range tier.Tiers {
-			if st, err := os.Lstat(s.tiers.Data(t, id)); err == nil && st.IsDir() {
-				dirs = append(dirs, s.tiers.Data(t, id))
+// extractionMounts are for an applier that writes by path. Without parents it is
+// still an overlay: on a bind mount the applier drops whiteouts (containerd#13030).
+// Parents are not named: of a layer whose image is known, what is written there is
+// replaced by our own unpacking.
+func extractionMounts(upper string) []mount.Mount {
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + upper}}}
+}
+
+// mappedRoot is the host id of root in a map "container:host:size[,…]".
+func mappedRoot(idmap string) (int, error) {
+	for m := range strings.SplitSeq(idmap, ",") {
+		p := strings.Split(m, ":")
+		if len(p) != 3 {
+			return 0, fmt.Errorf("id map %q: want container:host:size: %w", idmap, errdefs.ErrInvalidArgument)
+		}
+		var n [3]uint64
+		for i := range p {
+			v, err := strconv.ParseUint(p[i], 10, 32)
+			if err != nil {
+				return 0, fmt.Errorf("id map %q: %q is not a number: %w", idmap, p[i], errdefs.ErrInvalidArgument)
 			}
+			n[i] = v
+		}
+		if n[0] == 0 && n[2] > 0 {
+			return int(n[1]), nil
 		}
 	}
-	return dirs
-}
-
-// erofsMagic is EROFS_SUPER_MAGIC_V1.
-const erofsMagic = 0xe0f5e1e2
-
-// isErofs reports that a tree is mounted on dir. The roots themselves cannot
-// be EROFS, which is read-only.
-func isErofs(dir string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(dir, &st) == nil && uint32(st.Type) == erofsMagic
-}
-
-// unmount takes a mount point away, also while something still looks into it.
-func unmount(dir string) error {
-	if isErofs(dir) {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			return fmt.Errorf("unmount %q: %w", dir, err)
-		}
-	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("remove mount point: %w", err)
-	}
-	return nil
+	return 0, fmt.Errorf("id map %q does not map root: %w", idmap, errdefs.ErrInvalidArgument)
 }

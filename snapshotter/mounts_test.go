@@ -5,7 +5,6 @@ package snapshotter
 
 import (
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -18,11 +17,10 @@ import (
 
 // ctr snapshots mounts prints commands for a shell, one for each mount. Options with a backslash have to be quoted.
 func TestMountsAsCommands(t *testing.T) {
-	d := newDownloads(1000)
-	s := start(t, t.TempDir(), nil)
-	key, upper := prepareLayer(t, s, d, 0, "")
-	require.NoError(t, os.WriteFile(filepath.Join(upper, "file"), []byte("f"), 0o644))
-	parent := commitLayer(t, s, d, 0, key)
+	d := newDownloads(t, []entry{{name: "file", data: "f"}})
+	s := start(t, t.TempDir(), d, nil)
+	d.arrive(t, 0)
+	parent := unpackImage(t, s, d)
 	for key, prepare := range map[string]func() ([]mount.Mount, error){
 		"active": func() ([]mount.Mount, error) { return s.Prepare(inNamespace(t), "test/1/active", parent) },
 		"view":   func() ([]mount.Mount, error) { return s.View(inNamespace(t), "test/1/view", parent) },

@@ -21,6 +21,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
 // newTiers makes a directory pair below dir: NVM is a tmpfs of the given size.
@@ -37,11 +39,11 @@ func newTiers(dir string, size string) (root, nvm string, clean func() error, er
 
 func unmountAll(s *Snapshotter) error {
 	var errs []error
-	for _, d := range []string{"t", "i"} {
-		names, err := filepath.Glob(s.state(d, "*"))
+	for _, d := range []string{"v", "i", "p"} {
+		names, err := filepath.Glob(s.store.StatePath(d, "*"))
 		errs = append(errs, err)
 		for _, n := range names {
-			if isErofs(n) {
+			if pack.Mounted(n) {
 				errs = append(errs, unix.Unmount(n, unix.MNT_DETACH))
 			}
 		}
@@ -59,7 +61,7 @@ func suiteSnapshotter(policy, nvmSize string, throughSocket bool) func(context.C
 		if err != nil {
 			return nil, nil, err
 		}
-		s, err := New(ctx, Config{Root: root, NVMRoot: nvm, Policy: p, UpperTier: placement.NVM, WriteBack: true})
+		s, err := New(ctx, Config{Store: store.Config{Root: root, NVMRoot: nvm, WriteBack: true}, Policy: p, UpperTier: placement.NVM})
 		if err != nil {
 			return nil, nil, errors.Join(err, clean())
 		}

@@ -132,18 +132,13 @@ func (w *watchers) stored(pl *pulling, i int) {
 	w.publish(e)
 }
 
-func (w *watchers) swung(x *extract) { w.about(x, "swing") }
-
-func (w *watchers) decided(x *extract) { w.about(x, "decision") }
-
-func (w *watchers) about(x *extract, kind string) {
-	if x.pulling == nil {
-		return
-	}
-	e := event(x.pulling, kind)
-	l := layerProgress(x.pulling, x.index)
-	l.Tier, l.Decision = x.tier().String(), x.message()
-	e.Layers, e.Message = []*control.LayerProgress{l}, x.decision.Reason
+// decided sends the decision on a layer: before its first file is placed, or
+// after the last where the policy places files one by one.
+func (w *watchers) decided(pl *pulling, i int, d *control.Decision) {
+	e := event(pl, "decision")
+	l := layerProgress(pl, i)
+	l.Tier, l.Decision = d.Tier, d
+	e.Layers, e.Message = []*control.LayerProgress{l}, d.Reason
 	w.publish(e)
 }
 
@@ -158,7 +153,7 @@ func (w *watchers) ended(pl *pulling, trouble string) {
 func layerProgress(pl *pulling, i int) *control.LayerProgress {
 	l, q := pl.layers[i], pl.placed[i]
 	p := &control.LayerProgress{Index: int32(i), Digest: l.Digest, Size: l.Compressed, Offset: l.Offset}
-	if q.prepared || q.storing || q.stored {
+	if q.storing || q.stored && q.job != nil {
 		p.Tier = q.tier.String()
 	}
 	switch {
@@ -179,11 +174,23 @@ func layerProgress(pl *pulling, i int) *control.LayerProgress {
 }
 
 // running is all pulls in the order in which they began. Called with p.mu held.
-func (p *placer) running() []*pulling {
-	pulls := make([]*pulling, 0, len(p.pulls))
-	for _, pl := range p.pulls {
+func (p *pulls) running() []*pulling {
+	pulls := make([]*pulling, 0, len(p.byKey))
+	for _, pl := range p.byKey {
 		pulls = append(pulls, pl)
 	}
 	slices.SortFunc(pulls, func(a, b *pulling) int { return a.began.Compare(b.began) })
 	return pulls
+}
+
+// Subscribe returns a channel of events, which begins with the pulls that are
+// running, and a function that ends it.
+func (p *pulls) Subscribe() (<-chan *control.Event, func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var first []*control.Event
+	for _, pl := range p.running() {
+		first = append(first, whole(pl))
+	}
+	return p.watch.subscribe(first)
 }

@@ -13,14 +13,14 @@ import (
 	"github.com/nhybrid/nhybrid/hif/plan"
 )
 
-// hot is the configuration of hot files as the manager takes it.
-func hot(c config.Hot) *hif.Config {
+// hot is the configuration of hot files as the manager takes it. hdd is a path on the HDD tier.
+func hot(c config.Hot, hdd string) *hif.Config {
 	h := &hif.Config{
 		Trace: c.Trace, Quiet: time.Duration(c.Quiet), Window: time.Duration(c.Window),
 		Predict: hif.Prediction(c.Predict), Fetch: c.FetchProfiles,
 		Migrate:   c.Migrate,
 		Limits:    plan.Limits{High: float64(c.HighWatermark) / 100, Low: float64(c.LowWatermark) / 100},
-		Engine:    migrate.Config{Rate: int64(c.Rate), Operations: c.Operations},
+		Engine:    migrate.Config{Rate: int64(c.Rate), Operations: c.Operations, HDD: hdd},
 		PartsFrom: c.Parts.Bytes,
 	}
 	for host := range strings.SplitSeq(c.PlainHTTP, ",") {

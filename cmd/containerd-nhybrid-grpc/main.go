@@ -15,7 +15,9 @@ import (
 	"runtime/debug"
 	"time"
 
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -27,7 +29,9 @@ import (
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/host"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
 // version is set by the build.
@@ -73,7 +77,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	if unknown := config.UnknownEnv(os.Environ()); len(unknown) > 0 {
 		log.G(ctx).Warnf("environment variables that mean nothing to nhybrid: %v", unknown)
 	}
-	// Garbage is mostly what a capture leaves; give it back rather than grow.
+	// Garbage is mostly what merging a view leaves; give it back rather than grow.
 	debug.SetGCPercent(50)
 
 	// Both sockets first: one that is in use must stop us before we touch the store.
@@ -99,20 +103,27 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	scm := &regions{stop: func() {}}
 	watcher := pull.New(c.Containerd.Address, pull.WithTimeout(time.Duration(c.Containerd.Timeout)))
 	sn, err := snapshotter.New(ctx, snapshotter.Config{
-		Root:          c.Root,
-		NVMRoot:       c.NVMRoot,
-		State:         c.State,
-		Policy:        policy,
-		Reserve:       func(total int64) int64 { return c.Placement.NVMReserve.Of(total) + scm.held(c, total) },
-		HDDRate:       float64(c.Placement.HDDRate),
-		Poll:          time.Duration(c.Placement.PollInterval),
-		UpperTier:     upper,
-		Workers:       c.Background.Workers,
-		WriteBack:     c.Background.WriteBack,
-		WriteBackRate: int64(c.Background.WriteBackRate),
-		SyncRemove:    c.Snapshot.SyncRemove,
-		Downloads:     watcher,
-		Hot:           hot(c.Hot),
+		Store: store.Config{
+			Root:          c.Root,
+			NVMRoot:       c.NVMRoot,
+			State:         c.State,
+			Reserve:       func(total int64) int64 { return c.Placement.NVMReserve.Of(total) + scm.held(c, total) },
+			ReserveInodes: c.Placement.NVMReserve.Inodes,
+			HDDRate:       float64(c.Placement.HDDRate),
+			Workers:       c.Background.Workers,
+			Unpacks:       c.Unpack.Concurrency,
+			MostBytes:     c.Unpack.MaxBytes.Bytes,
+			WriteBack:     c.Background.WriteBack,
+			WriteBackRate: int64(c.Background.WriteBackRate),
+		},
+		Policy:     policy,
+		Poll:       time.Duration(c.Placement.PollInterval),
+		UpperTier:  upper,
+		Xino:       c.Snapshot.Xino,
+		SyncRemove: c.Snapshot.SyncRemove,
+		Downloads:  watcher,
+		Reach:      host.NewReach(c.Containerd.Address, c.State).Check,
+		Hot:        hot(c.Hot, c.Root),
 	})
 	if err != nil {
 		return errors.Join(err, watcher.Close())
@@ -133,6 +144,8 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	ctl := control.NewServer(withRegions{sn.Control(), scm}, control.Info{Version: version, Address: c.Address, Config: text})
 	srv := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(sn))
+	// No comparer: containerd's walking differ makes diffs as well as ours would.
+	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(sn.Applier(), nil))
 	failed := make(chan error, 3)
 	start := func(what string, serve func(net.Listener) error, l net.Listener) {
 		go func() {

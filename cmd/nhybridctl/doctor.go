@@ -24,21 +24,29 @@ func (a *app) doctor() *cobra.Command {
 	var file, containerd, program, name string
 	c := &cobra.Command{
 		Use: "doctor", Short: "Look for what is wrong with the installation, and say the cure", Args: cobra.NoArgs,
-		Long: "Look at the kernel (by trial mounts), at the filesystems of both tiers, at the daemon and at containerd's\nconfiguration. Each finding is ok, warn or fail and one line; those that are not ok have a cure. The exit code is 1 if\nanything fails. Needs root. Nothing is changed: what the trials make in the tiers is gone when they end.",
+		Long: "Look at the kernel (by trial mounts), at the filesystems of both tiers, at the daemon, its layers and its mounts, at\ncontainerd's images and at its configuration. Each finding is ok, warn or fail and one line; those that are not ok have a cure. The exit code is 1 if\nanything fails. Needs root. Nothing is changed: what the trials make in the tiers is gone when they end.",
 		RunE: func(c *cobra.Command, _ []string) error {
-			bar := a.steps(4, "looking")
+			bar := a.steps(5, "looking")
 			var all []doctor.Finding
-			settings, found := a.doctorDaemon(c.Context(), file)
-			all = append(all, found...)
+			daemon := a.doctorDaemon(c.Context(), file)
+			all = append(all, daemon.findings...)
 			bar()
-			if settings != nil {
-				served := !slices.ContainsFunc(found, func(f doctor.Finding) bool { return f.Area == "regions" && f.Level == doctor.Fail })
-				all = append(all, doctor.Host(*settings, served)...)
+			if settings := daemon.settings; settings != nil {
+				all = append(all, doctor.Host(*settings, !daemon.regionsOff)...)
+				bar()
+				if daemon.pid > 0 {
+					all = append(all, doctor.Namespaces(*settings, daemon.pid)...)
+				}
+				if daemon.containerd {
+					ctx, cancel := context.WithTimeout(c.Context(), doctorTimeout)
+					all = append(all, doctor.Blobs(ctx, *settings, name)...)
+					cancel()
+				}
 				bar()
 				whole, raw, err := doctor.Read(c.Context(), containerd, program)
 				bar()
 				if err != nil {
-					all = append(all, doctor.Finding{Area: "containerd", Level: doctor.Fail, Text: plain(err),
+					all = append(all, doctor.Finding{Area: "containerd", Level: doctor.Fail, Text: control.ErrorMessage(err),
 						Cure: "mend it, or name containerd's configuration with --containerd-config"})
 				} else {
 					all = append(all, doctor.Containerd(containerd, whole, raw, *settings, name, doctor.Fsync)...)
@@ -65,64 +73,97 @@ func (a *app) steps(n int, what string) func() {
 	return func() { _ = bar.Add(1) } // an ornament
 }
 
-// doctorDaemon asks the daemon how it is. Its own configuration counts; without an answer that of the file does.
-func (a *app) doctorDaemon(ctx context.Context, file string) (*config.Config, []doctor.Finding) {
-	var all []doctor.Finding
-	add := func(area string, level doctor.Level, text, cure string) {
-		all = append(all, doctor.Finding{Area: area, Level: level, Text: oneLine(text), Cure: oneLine(cure)})
-	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+// doctorTimeout bounds what is asked of the daemon, and of containerd.
+const doctorTimeout = 10 * time.Second
+
+// daemon is what the daemon says of itself.
+type daemon struct {
+	findings []doctor.Finding
+	// settings are its own, or without an answer those of the file; nil where they are no good.
+	settings   *config.Config
+	pid        int // 0: it does not answer
+	containerd bool
+	regionsOff bool
+}
+
+func (d *daemon) add(area string, level doctor.Level, text, cure string) {
+	d.findings = append(d.findings, doctor.Finding{Area: area, Level: level, Text: control.Message(text), Cure: control.Message(cure)})
+}
+
+// doctorDaemon asks the daemon how it is.
+func (a *app) doctorDaemon(ctx context.Context, file string) *daemon {
+	d := &daemon{}
+	ctx, cancel := context.WithTimeout(ctx, doctorTimeout)
 	defer cancel()
 	var status *control.StatusResponse
 	var running *control.ConfigResponse
+	var layers []*control.Snapshot
 	err := a.with(func(client control.Client) (err error) {
 		if status, err = client.Status(ctx, &control.StatusRequest{}); err != nil {
 			return err
 		}
-		running, err = client.Config(ctx, &control.ConfigRequest{})
-		return err
+		if running, err = client.Config(ctx, &control.ConfigRequest{}); err != nil {
+			return err
+		}
+		stream, err := client.List(ctx, &control.ListRequest{})
+		if err != nil {
+			return err
+		}
+		return receive(ctx, stream, func(s *control.Snapshot) error { layers = append(layers, s); return nil })
 	})
 	if err != nil {
-		add("daemon", doctor.Fail, plain(err), "systemctl start nhybrid, and see journalctl -u nhybrid; or give --address")
+		d.add("daemon", doctor.Fail, control.ErrorMessage(err), "systemctl start nhybrid, and see journalctl -u nhybrid; or give --address")
 		c, err := config.Load(file, os.Environ(), nil)
 		if err != nil {
-			add("config", doctor.Fail, plain(err), "mend it; nhybridctl config default shows every key")
-			return nil, all
+			d.add("config", doctor.Fail, control.ErrorMessage(err), "mend it; nhybridctl config default shows every key")
+			return d
 		}
-		add("config", doctor.OK, "the configuration file is good", "")
-		return &c, all
+		d.add("config", doctor.OK, "the configuration file is good", "")
+		d.settings = &c
+		return d
 	}
-	add("daemon", doctor.OK, fmt.Sprintf("%s answers as process %d, policy %s", status.GetVersion(), status.GetPid(), status.GetPolicy()), "")
+	d.pid = int(status.GetPid())
+	d.add("daemon", doctor.OK, fmt.Sprintf("%s answers as process %d, policy %s", status.GetVersion(), status.GetPid(), status.GetPolicy()), "")
 	// Builds without a version in them have nothing to compare.
 	if v, s := version, status.GetVersion(); v != s && v != "" && s != "" && s != "unknown" {
-		add("daemon", doctor.Warn, fmt.Sprintf("the daemon is of version %s, nhybridctl of %s", status.GetVersion(), v), "restart the daemon; no container notices")
+		d.add("daemon", doctor.Warn, fmt.Sprintf("the daemon is of version %s, nhybridctl of %s", status.GetVersion(), v), "restart the daemon; no container notices")
 	}
 	if k := status.GetContainerd(); k.GetReachable() {
-		add("daemon", doctor.OK, "it reaches containerd "+k.GetVersion(), "")
+		d.containerd = true
+		d.add("daemon", doctor.OK, "it reaches containerd "+k.GetVersion(), "")
 	} else {
-		add("daemon", doctor.Fail, fmt.Sprintf("it does not reach containerd at %s: %s", k.GetAddress(), cause(k.GetError())), "start containerd, or set containerd.address")
+		d.add("daemon", doctor.Fail, fmt.Sprintf("it does not reach containerd at %s: %s", k.GetAddress(), cause(k.GetError())), "start containerd, or set containerd.address")
 	}
 	for _, q := range status.GetQueues() {
 		if q.GetFailed() > 0 {
-			add("daemon", doctor.Warn, fmt.Sprintf("%d jobs of queue %s failed: %s", q.GetFailed(), q.GetName(), q.GetLastError()), "see the daemon's log")
+			d.add("daemon", doctor.Warn, fmt.Sprintf("%d jobs of queue %s failed: %s", q.GetFailed(), q.GetName(), q.GetLastError()), "see the daemon's log")
 		}
 	}
-	for _, w := range status.GetWarnings() {
-		if strings.HasPrefix(w, api.NotServed) {
-			add("regions", doctor.Fail, "no container with a region starts: "+w, "mend what the reason names, and restart the daemon; no container notices")
-			continue
-		}
-		add("daemon", doctor.Warn, w, "")
-	}
-	if len(status.GetWarnings()) == 0 {
-		add("daemon", doctor.OK, "it warns of nothing", "")
-	}
+	d.warnings(status.GetWarnings(), layers)
+	d.findings = append(d.findings, doctor.Damaged(layers)...)
 	c, err := config.Parse("the daemon's configuration", []byte(running.GetToml()))
 	if err != nil {
-		add("config", doctor.Fail, plain(err), "use the nhybridctl that came with the daemon")
-		return nil, all
+		d.add("config", doctor.Fail, control.ErrorMessage(err), "use the nhybridctl that came with the daemon")
+		return d
 	}
-	return &c, all
+	d.settings = &c
+	return d
+}
+
+// warnings passes on what the daemon warns of, but for what doctor says itself of single layers.
+func (d *daemon) warnings(all []string, layers []*control.Snapshot) {
+	if len(all) == 0 {
+		d.add("daemon", doctor.OK, "it warns of nothing", "")
+	}
+	for _, w := range all {
+		switch {
+		case strings.HasPrefix(w, api.NotServed):
+			d.regionsOff = true
+			d.add("regions", doctor.Fail, "no container with a region starts: "+w, "mend what the reason names, and restart the daemon; no container notices")
+		case !slices.ContainsFunc(layers, func(s *control.Snapshot) bool { return s.GetError() != "" && strings.Contains(w, s.GetError()) }):
+			d.add("daemon", doctor.Warn, w, "")
+		}
+	}
 }
 
 func (a *app) printFindings(all []doctor.Finding) error {

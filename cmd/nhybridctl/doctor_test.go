@@ -30,8 +30,11 @@ root = '`+t.TempDir()+`'
   type = 'snapshot'
   address = '`+c.Address+`'
   exports = { root = '`+c.Root+`', enable_remote_snapshot_annotations = 'true' }
+[proxy_plugins.nhybrid-diff]
+  type = 'diff'
+  address = '`+c.Address+`'
 [plugins.'io.containerd.transfer.v1.local']
-  unpack_config = [ { platform = 'linux/`+runtime.GOARCH+`', snapshotter = 'overlayfs' }, { platform = 'linux', snapshotter = 'nhybrid' } ]
+  unpack_config = [ { platform = 'linux/`+runtime.GOARCH+`', snapshotter = 'overlayfs', differ = 'walking' }, { platform = 'linux', snapshotter = 'nhybrid', differ = 'nhybrid-diff' } ]
 `), 0o600))
 	return file
 }
@@ -52,6 +55,9 @@ func TestDoctor(t *testing.T) {
 	require.Contains(t, out, "warn  daemon: NVM is nearly full")
 	require.Contains(t, out, "warn  tiers: both tiers stand on the same filesystem")
 	require.Contains(t, out, "ok    containerd: snapshotter \"nhybrid\"")
+	require.Contains(t, out, "ok    containerd: differ \"nhybrid-diff\"")
+	require.Contains(t, out, "ok    images: all layers can be used")
+	require.Contains(t, out, "warn  mounts: the mount namespaces of containerd and the daemon were not compared")
 	require.Contains(t, out, "warn  containerd: capability remap-ids is missing")
 	require.Contains(t, out, " 0 failures\n")
 
@@ -75,6 +81,28 @@ func TestDoctor(t *testing.T) {
 	require.Equal(t, exitFailure, code)
 	require.Empty(t, errs)
 	require.Contains(t, out, `fail  containerd: [proxy_plugins.nhybrid] has address "/run/other.sock"`)
+}
+
+// What is wrong is said once, with its cure, and nothing else contradicts it.
+func TestDoctorSaysEachFaultOnce(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("doctor mounts, which needs root")
+	}
+	c := config.Default()
+	c.Root, c.NVMRoot = filepath.Join(t.TempDir(), "hdd"), filepath.Join(t.TempDir(), "nvm")
+	const trouble = "checksum of file 3 is wrong; it is unpacked anew as soon as containerd has blob sha256:1: pull the image again"
+	socket := serve(t, &backend{trouble: trouble, warnings: []string{
+		"layer 9 cannot be used: " + trouble, "regions are not served: sweep \"/mnt/nvm/nhybrid/r/tmp\": operation not permitted",
+	}}, c)
+	code, out, errs := ctl(t, "doctor", "--address", socket, "--containerd", "", "--containerd-config", containerdConfig(t, c))
+	require.Equal(t, exitFailure, code)
+	require.Empty(t, errs)
+	require.Equal(t, 1, strings.Count(out, "checksum of file 3"), out)
+	require.Contains(t, out, "fail  images: layer 9 cannot be used: checksum of file 3 is wrong\n      cure: it is unpacked anew as soon as containerd has blob sha256:1: pull the image again\n")
+	require.Contains(t, out, "fail  regions: no container with a region starts: regions are not served: sweep")
+	require.NotContains(t, out, "containers ask for regions")
+	require.NotContains(t, out, "containers cannot ask for regions")
+	require.Contains(t, out, "warn  daemon: NVM is nearly full")
 }
 
 // withoutRegions is a daemon that could not open its store of regions.

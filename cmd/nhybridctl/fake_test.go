@@ -33,13 +33,17 @@ var moment = timestamppb.New(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
 type backend struct {
 	*hot
 	events []*control.Event
+	// trouble is why the layer of snapshot 4 cannot be used.
+	trouble string
+	// warnings are beside the one of Status.
+	warnings []string
 }
 
 func layers() []*control.Layer {
 	return []*control.Layer{
 		{
 			Index: 0, Digest: base, ChainId: base, SnapshotId: "1", Compressed: 64_900_000, Uncompressed: 180_000_000, HddBytes: 181_000_000,
-			Inodes: 9000, Tier: "hdd", Captured: true, Durable: true,
+			Inodes: 9000, Tier: "hdd", State: "home", Durable: true, Layer: "7",
 			Decision: &control.Decision{
 				Tier: "hdd", Policy: "lass", Index: 0, Layers: 3, Ldl: 1, Downloading: 2, BytesLeft: 90_000_000, Admitted: true,
 				Reason:  "layer 0 to HDD: it is stored while 2 other layers still download, 90.0 MB to go, so its storing costs the pull no time",
@@ -47,39 +51,44 @@ func layers() []*control.Layer {
 			},
 		},
 		{
-			Index: 1, Digest: java, ChainId: digest, SnapshotId: "2", Compressed: 80_700_000, Uncompressed: 214_000_000, NvmBytes: 215_000_000,
-			Inodes: 900, Tier: "nvm", Captured: true, Ldl: true,
+			Index: 1, Digest: java, ChainId: digest, SnapshotId: "2", Compressed: 80_700_000, Uncompressed: 214_000_000, NvmBytes: 15_000_000, HddBytes: 200_000_000,
+			Inodes: 900, Tier: "hdd", State: "stored", Ldl: true, Layer: "8",
 			Decision: &control.Decision{
-				Tier: "nvm", Policy: "lass", Index: 1, Layers: 3, Ldl: 1, Admitted: true,
-				Reason:  "layer 1 to NVM: no other layer is downloading any more, so the pull waits for its storing (it is the last to download)",
-				NvmFree: 2_000_000_000, NvmReserve: 100_000_000, HddBacklog: 1_000_000, HddRate: 47e6, Time: moment, Swings: 1,
+				Tier: "nvm", Policy: "drain", Index: 1, Layers: 3, Ldl: 1, Admitted: true,
+				Reason:  "layer 1 to NVM: 200 MB in 300 files to the pack (the disk keeps up); 10.0 MB in 12 files to NVM and the pack (hot by profile); 4.00 MB in 1 file to NVM alone (the disk would be late)",
+				NvmFree: 2_000_000_000, NvmReserve: 100_000_000, HddBacklog: 1_000_000, HddRate: 140e6, Time: moment,
+				Files: []*control.Share{
+					{Place: "pack", Rule: "in-time", Files: 300, Bytes: 200_000_000},
+					{Place: "both", Rule: "hot", HotBy: "hot by profile", Files: 12, Bytes: 10_000_000},
+					{Place: "nvm", Rule: "late", Files: 1, Bytes: 4_000_000},
+				},
 			},
 		},
-		{Index: 2, Digest: digest, ChainId: java, Compressed: 168, Uncompressed: 2048},
+		{Index: 2, Digest: digest, ChainId: java, Compressed: 168},
 	}
 }
 
-func (*backend) Status(context.Context) (*control.StatusResponse, error) {
+func (b *backend) Status(context.Context) (*control.StatusResponse, error) {
 	return &control.StatusResponse{
 		Policy: "lass",
 		Kernel: &control.Kernel{Release: "6.18.0", DataOnly: true, FileBacked: true, StackOk: true, Loop: true, IdMap: true, IndexOff: true},
 		Tiers: []*control.Tier{
-			{Name: "nvm", Root: "/mnt/nvm/nhybrid", Filesystem: "ext4", Device: "/dev/pmem0", Total: 4e9, Free: 3e9, Used: 1e9, Reserve: 2e8, Dax: true},
+			{Name: "nvm", Root: "/mnt/nvm/nhybrid", Filesystem: "ext4", Device: "/dev/pmem0", Total: 4e9, Free: 3e9, Used: 1e9, Reserve: 2e8, Dax: true, Inodes: 32768, InodesFree: 31000},
 			{Name: "hdd", Root: "/var/lib/nhybrid", Filesystem: "xfs", Device: "/dev/sda1", Total: 4e12, Free: 3e12, Used: 1e12, Quota: true},
 		},
-		Queues:     []*control.Queue{{Name: "capture", Waiting: 2, Running: 1}, {Name: "sync", Failed: 1, LastError: "no space left on device"}},
+		Queues:     []*control.Queue{{Name: "unpack", Waiting: 2, Running: 1}, {Name: "sync", Failed: 1, LastError: "no space left on device"}},
 		Containerd: &control.Containerd{Address: "/run/containerd/containerd.sock", Reachable: true, Version: "v2.4.2"},
 		Active:     3, Committed: 12, Pulls: 1, NotDurable: 2,
-		Warnings: []string{"NVM is nearly full"},
+		Warnings: append([]string{"NVM is nearly full"}, b.warnings...),
 	}, nil
 }
 
-func (*backend) List(_ context.Context, r *control.ListRequest, send func(*control.Snapshot) error) error {
+func (b *backend) List(_ context.Context, r *control.ListRequest, send func(*control.Snapshot) error) error {
 	for _, s := range []*control.Snapshot{
-		{Id: "1", Key: "default/1/" + base, Namespace: "default", Name: base, Kind: "committed", Tier: "hdd", HddBytes: 181_000_000, Inodes: 9000, Captured: true, Durable: true, Images: []string{image}},
-		{Id: "2", Key: "default/2/" + digest, Namespace: "default", Name: digest, Parent: "default/1/" + base, Kind: "committed", Tier: "nvm", NvmBytes: 215_000_000, Inodes: 900, Captured: true, TreeBytes: 5_400_000, Images: []string{image}, Created: moment, Labels: map[string]string{"b": "2", "a": "1"}},
+		{Id: "1", Key: "default/1/" + base, Namespace: "default", Name: base, Kind: "committed", Layer: "7", Tier: "hdd", HddBytes: 181_000_000, Inodes: 9000, State: "home", Durable: true, Images: []string{image}},
+		{Id: "2", Key: "default/2/" + digest, Namespace: "default", Name: digest, Parent: "default/1/" + base, Kind: "committed", Layer: "8", Tier: "hdd", NvmBytes: 15_000_000, HddBytes: 200_000_000, Inodes: 900, State: "stored", ViewBytes: 5_400_000, Images: []string{image}, Created: moment, Labels: map[string]string{"b": "2", "a": "1"}},
 		{Id: "3", Key: "k8s.io/3/web", Namespace: "k8s.io", Name: "web", Parent: "default/2/" + digest, Kind: "active", Tier: "nvm", NvmBytes: 4096, Inodes: 1},
-		{Id: "4", Key: "default/4/" + java, Namespace: "default", Name: java, Kind: "committed", Tier: "nvm", Error: "not durable before the crash\nand its blob is gone; pull the image again"},
+		{Id: "4", Key: "default/4/" + java, Namespace: "default", Name: java, Kind: "committed", Layer: "9", Tier: "nvm", State: "stored", Error: b.trouble},
 	} {
 		if r.GetNamespace() != "" && r.GetNamespace() != s.GetNamespace() {
 			continue
@@ -111,9 +120,12 @@ func (*backend) Inspect(_ context.Context, r *control.InspectRequest) (*control.
 func (*backend) Why(_ context.Context, r *control.WhyRequest) (*control.WhyResponse, error) {
 	w := &control.WhyResponse{Image: image, Total: 3, Layers: layers()}
 	switch {
-	case r.GetPath() != "":
+	case len(r.GetPath()) > 0:
 		w.Layers = w.Layers[1:2]
-		w.File = &control.File{Path: r.GetPath(), Type: "file", Size: 6_800_000, LayerIndex: 1, Tier: "nvm", DataPath: "/mnt/nvm/nhybrid/d/2" + r.GetPath()}
+		w.File = &control.File{
+			Path: r.GetPath(), Type: "file", Size: 6_800_000, LayerIndex: 1, Tier: "nvm", DataPath: []byte("/mnt/nvm/nhybrid/d/8/0b/11"),
+			Reason: "it is hot, so that a copy of it stands on NVM beside the pack",
+		}
 	case r.GetLayer() != "":
 		w.Layers = w.Layers[:1]
 	}
@@ -124,10 +136,10 @@ func (*backend) Usage(context.Context, *control.UsageRequest) (*control.UsageRes
 	return &control.UsageResponse{
 		Images: []*control.ImageUsage{{Name: image, Namespace: "default", Layers: 3, NvmOwn: 215_000_000, HddShared: 181_000_000}},
 		Tiers: []*control.TierUsage{
-			{Name: "nvm", Layers: 215_000_000, Uppers: 4096, Trees: 5_400_000, Metadata: 1_000_000, Free: 3e9, Total: 4e9},
+			{Name: "nvm", Layers: 215_000_000, Uppers: 4096, Views: 5_400_000, Parts: 2_500_000, Metadata: 1_000_000, Free: 3e9, Total: 4e9},
 			{Name: "hdd", Layers: 181_000_000, Metadata: 1_000_000, Orphans: 77, Free: 3e12, Total: 4e12},
 		},
-		Orphans: []*control.Orphan{{Id: "9", Path: "/var/lib/nhybrid/d/9", HddBytes: 77, Reason: "no snapshot has this id"}},
+		Orphans: []*control.Orphan{{Id: "9", Path: "/var/lib/nhybrid/s/9", HddBytes: 77, Reason: "no snapshot has this id"}},
 	}, nil
 }
 

@@ -172,7 +172,7 @@ func (a *app) printHeat(ctx context.Context, image string, o heatOptions) error 
 	table := [][]string{{"PATH", "FILES", "SIZE", "HOT", "NVM", "TIER", "WEIGHT", "HEAT"}}
 	paint := colour(a.out)
 	for _, h := range rows {
-		name, files, tier, weight := printable(string(h.Path)), strconv.FormatInt(h.Files, 10), "", ""
+		name, files, tier, weight := control.Printable(string(h.Path)), strconv.FormatInt(h.Files, 10), "", ""
 		if h.file != nil {
 			files, tier, weight = "-", h.file.GetTier(), fmt.Sprintf("%.2f", h.file.GetWeight())
 			if h.file.GetPinned() {

@@ -15,11 +15,11 @@ import (
 	"runtime/debug"
 	"strings"
 
-	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 // Exit codes.
@@ -75,10 +75,10 @@ func run(ctx context.Context, args []string, out, errs io.Writer) int {
 	case errors.Is(err, silent{}):
 		return exitFailure
 	case !a.started, errors.As(err, &wrong):
-		fmt.Fprintf(errs, "nhybridctl: %s; see %s --help\n", plain(err), c.CommandPath())
+		fmt.Fprintf(errs, "nhybridctl: %s; see %s --help\n", control.ErrorMessage(err), c.CommandPath())
 		return exitUsage
 	}
-	fmt.Fprintf(errs, "nhybridctl: %s\n", plain(err))
+	fmt.Fprintf(errs, "nhybridctl: %s\n", control.ErrorMessage(err))
 	return exitFailure
 }
 
@@ -135,15 +135,4 @@ func buildVersion() (v, revision string) {
 		}
 	}
 	return v, revision
-}
-
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
-
-// plain is an error's text in one line, without a class at its end that is of use to programs only.
-func plain(err error) string {
-	s := oneLine(err.Error())
-	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented} {
-		s = strings.TrimSuffix(s, ": "+class.Error())
-	}
-	return s
 }

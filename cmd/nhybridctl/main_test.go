@@ -18,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
@@ -47,22 +48,24 @@ var changing = regexp.MustCompile(`(process +)\d+, up \S+|("pid": )\d+|("started
 func TestGolden(t *testing.T) {
 	c := config.Default()
 	c.SCM.Enabled = false // du would ask those of this machine
-	socket := serve(t, &backend{}, c)
+	socket := serve(t, &backend{trouble: "not durable before the crash\nand its blob is gone; pull the image again"}, c)
 	for name, args := range map[string][]string{
-		"status":        {"status"},
-		"status.json":   {"status", "--json"},
-		"ls":            {"ls"},
-		"ls-bytes":      {"ls", "--bytes", "--labels"},
-		"ls-namespace":  {"ls", "-n", "k8s.io"},
-		"ls.json":       {"ls", "--json"},
-		"inspect":       {"inspect", image},
-		"inspect.json":  {"inspect", image, "--json"},
-		"why":           {"why", image},
-		"why-layer":     {"why", image, "0"},
-		"why-path":      {"why", image, "/usr/bin/python3.11"},
-		"why-path.json": {"why", image, "/usr/bin/python3.11", "--json"},
-		"du":            {"du"},
-		"du.json":       {"du", "--json"},
+		"status":         {"status"},
+		"status.json":    {"status", "--json"},
+		"ls":             {"ls"},
+		"ls-bytes":       {"ls", "--bytes", "--labels"},
+		"ls-namespace":   {"ls", "-n", "k8s.io"},
+		"ls.json":        {"ls", "--json"},
+		"inspect":        {"inspect", image},
+		"inspect.json":   {"inspect", image, "--json"},
+		"why":            {"why", image},
+		"why-layer":      {"why", image, "0"},
+		"why-path":       {"why", image, "/usr/bin/python3.11"},
+		"why-path.json":  {"why", image, "/usr/bin/python3.11", "--json"},
+		"why-bytes":      {"why", image, "/n/bad\xff\nx"},
+		"why-bytes.json": {"why", image, "/n/bad\xff", "--json"},
+		"du":             {"du"},
+		"du.json":        {"du", "--json"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			code, out, errs := ctl(t, append([]string{"--address", socket}, args...)...)
@@ -135,6 +138,10 @@ func TestWrongUse(t *testing.T) {
 		{[]string{"simulate", "--layers", "x", "--policy", "best"}, exitUsage, "--policy"},
 		{[]string{"simulate", "--layers", "x", "--nvm-size", "big"}, exitUsage, "--nvm-size"},
 		{[]string{"simulate", "--layers", "x", "--concurrent", "0"}, exitUsage, "--concurrent"},
+		{[]string{"simulate", "--layers", "x", "--model", "best"}, exitUsage, "choose one of paper, one-pass"},
+		{[]string{"simulate", "--layers", "x", "--cores", "0"}, exitUsage, "--cores"},
+		{[]string{"simulate", "--layers", "x", "--commit", "-1s"}, exitUsage, "--commit"},
+		{[]string{"simulate", "--layers", "x", "--hot", "2"}, exitUsage, "--hot"},
 	} {
 		code, out, errs := ctl(t, x.args...)
 		require.Equal(t, x.code, code, "%v: %s", x.args, errs)
@@ -173,6 +180,27 @@ func TestSimulate(t *testing.T) {
 	code, out, _ = ctl(t, "simulate", "--layers", table, "--images")
 	require.Zero(t, code)
 	require.Contains(t, out, "web")
+
+	code, out, errs = ctl(t, "simulate", "--layers", table, "--json", "--model", "one-pass", "--policy", "boundary=1", "--commit", "1s", "--hot", "0.5", "--content-on-hdd")
+	require.Zero(t, code, errs)
+	var onePass struct {
+		Options placement.Options `json:"options"`
+		All     struct {
+			NVMSaved  map[string]float64 `json:"nvm_saved"`
+			TReturned map[string]float64 `json:"t_returned"`
+		} `json:"all"`
+	}
+	require.NoError(t, json.Unmarshal([]byte(out), &onePass))
+	require.Contains(t, onePass.All.NVMSaved, "drain")
+	require.InDelta(t, (0.1+1)/2, onePass.All.NVMSaved["boundary=1"], 1e-3) // the largest layer of a, and none of b
+	require.Greater(t, onePass.All.TReturned["hdd"], 2.0)                   // 1 s a layer: 3 s and 1 s
+	require.Equal(t, 0.5, onePass.Options.Hot)
+	require.True(t, onePass.Options.ContentOnHDD)
+
+	code, out, _ = ctl(t, "simulate", "--layers", table, "--images", "--model", "one-pass")
+	require.Zero(t, code)
+	require.Contains(t, out, "seconds until durable")
+	require.Contains(t, out, "web")
 }
 
 func TestCompletion(t *testing.T) {
@@ -196,7 +224,6 @@ func events() []*control.Event {
 			{Index: 1, Digest: java, Size: 80_700_000, State: "waiting", Tier: "hdd"},
 		}},
 		{Time: moment, Type: "progress", Pull: "7", Layers: []*control.LayerProgress{{Index: 0, Digest: base, Size: 64_900_000, Offset: 64_900_000, State: "downloaded", Tier: "hdd"}}},
-		{Time: moment, Type: "swing", Pull: "7", Image: image, Layers: []*control.LayerProgress{{Index: 1, Digest: java, Size: 80_700_000, Offset: 1000, State: "downloading", Tier: "nvm"}}, Message: "no other download is running"},
 		{Time: moment, Type: "decision", Pull: "7", Image: image, Layers: []*control.LayerProgress{{Index: 1, Digest: java, Size: 80_700_000, Offset: 80_700_000, State: "storing", Tier: "nvm", Decision: d}}},
 		{Time: moment, Type: "progress", Pull: "7", Layers: []*control.LayerProgress{{Index: 1, Digest: java, Size: 80_700_000, Offset: 80_700_000, State: "stored", Tier: "nvm"}}},
 		{Time: moment, Type: "done", Pull: "7", Image: image},
@@ -212,7 +239,7 @@ func TestWatch(t *testing.T) {
 	code, out, _ = ctl(t, "watch", "--once", "--json", "--address", socket)
 	require.Zero(t, code)
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	require.Len(t, lines, 6)
+	require.Len(t, lines, 5)
 	for _, l := range lines {
 		require.True(t, json.Valid([]byte(l)), l)
 	}

@@ -4,9 +4,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -148,11 +150,11 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		state += ", without limits"
 	}
 	if m.GetWhy() != "" {
-		state += ": " + oneLine(m.GetWhy())
+		state += ": " + control.Message(m.GetWhy())
 	}
 	rows := [][]string{{"state", state}}
 	if len(m.GetCurrent()) > 0 {
-		rows = append(rows, []string{"moving", fmt.Sprintf("%s (%s)", printable("/"+string(m.GetCurrent())), m.GetCurrentDirection())})
+		rows = append(rows, []string{"moving", moving(string(m.GetCurrent()), m.GetCurrentDirection())})
 	}
 	rate := fmt.Sprintf("%s, %.0f operations/s", placement.FormatRate(m.GetRate()), m.GetOperations())
 	var limits []string
@@ -177,7 +179,7 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		[]string{"pinned", fmt.Sprintf("%d files, %s: unlinked, still open", m.GetPinnedFiles(), a.size(m.GetPinnedBytes()))},
 		[]string{"settled", fmt.Sprintf("%d of %d layers", m.GetSettled(), m.GetLayers())})
 	if m.GetFailed() > 0 {
-		rows = append(rows, []string{"failed", fmt.Sprintf("%d files; the last at %s: %s", m.GetFailed(), m.GetLastErrorTime().AsTime().Format(time.RFC3339), oneLine(m.GetLastError()))})
+		rows = append(rows, []string{"failed", fmt.Sprintf("%d files; the last at %s: %s", m.GetFailed(), m.GetLastErrorTime().AsTime().Format(time.RFC3339), control.Message(m.GetLastError()))})
 	}
 	if err := a.table(rows); err != nil || len(m.GetDirections()) == 0 {
 		return err
@@ -190,6 +192,25 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		})
 	}
 	return a.table(rows)
+}
+
+// numbered is a data file by the numbers of the layer and of the file in it, as docs/store.md has it.
+var numbered = regexp.MustCompile(`^/?([0-9]+)/[0-9a-f]{2}/([0-9]+)$`)
+
+// moving says what is being moved, and where to. The daemon names a file by its path in the image or by its numbers, and a
+// layer whose pack is filled by its number.
+func moving(current, direction string) string {
+	what := control.Printable("/" + strings.TrimPrefix(current, "/"))
+	if _, err := strconv.ParseUint(current, 10, 64); err == nil {
+		what = "layer " + current
+		direction = cmp.Or(direction, "home")
+	} else if n := numbered.FindStringSubmatch(current); n != nil {
+		what = fmt.Sprintf("file %s of layer %s", n[2], n[1])
+	}
+	if direction == "" {
+		return what
+	}
+	return fmt.Sprintf("%s (%s)", what, direction)
 }
 
 // percent is a share in words, or nothing where there is no whole.

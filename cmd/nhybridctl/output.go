@@ -13,8 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"unicode"
-	"unicode/utf8"
 
 	"golang.org/x/term"
 	"google.golang.org/protobuf/proto"
@@ -75,14 +73,6 @@ func printList[M proto.Message](a *app, all []M) error {
 		list = append(list, b)
 	}
 	return a.printJSON(list)
-}
-
-// printable writes a path of an image, which may hold anything: bytes that would steer the terminal are quoted.
-func printable(path string) string {
-	if !utf8.ValidString(path) || strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return strconv.Quote(path)
-	}
-	return path
 }
 
 // colour tells if w takes colours, and the user wants them (https://no-color.org).

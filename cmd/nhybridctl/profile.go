@@ -172,7 +172,7 @@ func (a *app) printProfile(info *control.ProfileInfo, p profile.Profile) error {
 		}
 		rows = append(rows, []string{
 			strconv.Itoa(i + 1), string(f.Kind), a.size(f.Size), touched, strconv.Itoa(f.Starts), fmt.Sprintf("%.2f", f.Weight),
-			strconv.Itoa(f.Layer), rule, printable("/" + string(f.Path)),
+			strconv.Itoa(f.Layer), rule, control.Printable("/" + string(f.Path)),
 		})
 	}
 	if err := a.table(rows); err != nil || len(p.Rules) == 0 {
@@ -181,7 +181,7 @@ func (a *app) printProfile(info *control.ProfileInfo, p profile.Profile) error {
 	fmt.Fprintln(a.out)
 	rows = [][]string{{"RULE", "GLOB"}}
 	for _, r := range p.Rules {
-		rows = append(rows, []string{string(r.Action), printable(r.Glob)})
+		rows = append(rows, []string{string(r.Action), control.Printable(r.Glob)})
 	}
 	return a.table(rows)
 }
@@ -275,7 +275,7 @@ func (a *app) printPut(done string, r *control.PutResponse) error {
 	}
 	fmt.Fprintf(a.out, "%d files are left out:\n", left.GetTotal())
 	for _, f := range left.GetFiles() {
-		fmt.Fprintf(a.out, "  %s: %s\n", printable("/"+string(f.GetPath())), oneLine(f.GetWhy()))
+		fmt.Fprintf(a.out, "  %s: %s\n", control.Printable("/"+string(f.GetPath())), control.Message(f.GetWhy()))
 	}
 	if more := left.GetTotal() - int64(len(left.GetFiles())); more > 0 {
 		fmt.Fprintf(a.out, "  and %d more\n", more)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -58,7 +59,7 @@ func (a *app) profileDiff() *cobra.Command {
 func (a *app) printDiff(d profile.Difference) error {
 	var rows [][]string
 	row := func(sign string, f profile.File, what string) {
-		rows = append(rows, []string{sign, string(f.Kind), a.size(f.Size), printable("/" + string(f.Path)), what})
+		rows = append(rows, []string{sign, string(f.Kind), a.size(f.Size), control.Printable("/" + string(f.Path)), what})
 	}
 	for _, f := range d.Removed {
 		row("-", f, "")
@@ -130,6 +131,9 @@ func (a *app) profileRule(name string, action profile.Action, short string) *cob
 			"unpin":   "  nhybridctl profile unpin docker.io/library/postgres:17 '/usr/lib/postgresql/**'",
 		}[name],
 		RunE: func(c *cobra.Command, args []string) error {
+			if !utf8.ValidString(args[1]) { // rules stand in profiles, which are JSON
+				return usage(fmt.Sprintf("%s: glob %s is not UTF-8; write ? for each byte that is not, such as '/n/bad?' for the file \"/n/bad\\xff\"", name, control.Printable(args[1])))
+			}
 			return a.with(func(client control.Client) error {
 				r, err := client.SetRule(c.Context(), &control.SetRuleRequest{Image: args[0], Namespace: a.namespace, Glob: args[1], Action: string(action)})
 				if err != nil {
@@ -138,7 +142,7 @@ func (a *app) profileRule(name string, action profile.Action, short string) *cob
 				if a.json {
 					return a.printMessage(r)
 				}
-				fmt.Fprintf(a.out, "%s matches %d files of %s, %s\n", printable(args[1]), r.GetFiles(), args[0], a.size(r.GetBytes()))
+				fmt.Fprintf(a.out, "%s matches %d files of %s, %s\n", control.Printable(args[1]), r.GetFiles(), args[0], a.size(r.GetBytes()))
 				if len(r.GetRules()) == 0 {
 					fmt.Fprintln(a.out, "no rules are left")
 					return nil
@@ -146,7 +150,7 @@ func (a *app) profileRule(name string, action profile.Action, short string) *cob
 				fmt.Fprintln(a.out)
 				rows := [][]string{{"RULE", "GLOB"}}
 				for _, rule := range r.GetRules() {
-					rows = append(rows, []string{rule.GetAction(), printable(rule.GetGlob())})
+					rows = append(rows, []string{rule.GetAction(), control.Printable(rule.GetGlob())})
 				}
 				return a.table(rows)
 			})

@@ -112,7 +112,7 @@ func regionCall[A, R any](a *app, c *cobra.Command, op string, args func([]strin
 	c.RunE = func(c *cobra.Command, given []string) error {
 		q, err := args(given)
 		if err != nil {
-			return usage(fmt.Sprintf("scm %s: %s", c.Name(), plain(err)))
+			return usage(fmt.Sprintf("scm %s: %s", c.Name(), control.ErrorMessage(err)))
 		}
 		var r R
 		if _, err := a.ask(c.Context(), op, q, &r); err != nil {

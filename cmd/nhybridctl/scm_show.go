@@ -77,7 +77,7 @@ func (a *app) scmList() *cobra.Command {
 			rows := [][]string{{"NAMESPACE", "REGION", "SIZE", "NVM", "CREATED", "USED BY", "MARKS", "ORIGIN"}}
 			for _, r := range l.Regions {
 				rows = append(rows, []string{
-					r.Namespace, r.String(), a.regionSize(r.Size), a.size(taken(r)), r.Created.UTC().Format(time.RFC3339), orDash(users(r)), orDash(marks(r)), orDash(printable(r.Origin)),
+					r.Namespace, r.String(), a.regionSize(r.Size), a.size(taken(r)), r.Created.UTC().Format(time.RFC3339), orDash(users(r)), orDash(marks(r)), orDash(control.Printable(r.Origin)),
 				})
 			}
 			if err := a.table(rows); err != nil {
@@ -89,7 +89,7 @@ func (a *app) scmList() *cobra.Command {
 				}
 			}
 			for _, key := range slices.Sorted(maps.Keys(l.Broken)) {
-				fmt.Fprintln(a.out, "warning:", oneLine(l.Broken[key]))
+				fmt.Fprintln(a.out, "warning:", control.Message(l.Broken[key]))
 			}
 			return nil
 		},
@@ -132,7 +132,7 @@ func (a *app) scmInspect() *cobra.Command {
 			}
 			rows := [][]string{
 				{"region", r.String()}, {"namespace", r.Namespace}, {"id", r.ID}, {"size", a.regionSize(r.Size)}, {"on NVM", a.size(taken(r.Record))},
-				{"created", r.Created.UTC().Format(time.RFC3339)}, {"origin", orDash(printable(r.Origin))}, {"marks", orDash(marks(r.Record))},
+				{"created", r.Created.UTC().Format(time.RFC3339)}, {"origin", orDash(control.Printable(r.Origin))}, {"marks", orDash(marks(r.Record))},
 				{"counts for", "namespace " + r.Owner + ", which has " + a.account(r.Account)},
 			}
 			for _, u := range r.Users {
@@ -199,7 +199,7 @@ func (a *app) printRegionUsage(ctx context.Context) error {
 	s, err := a.regionUsage(ctx)
 	switch {
 	case err != nil:
-		_, err = fmt.Fprintf(a.out, "\nregions on NVM are not known: %s\n", plain(err))
+		_, err = fmt.Fprintf(a.out, "\nregions on NVM are not known: %s\n", control.ErrorMessage(err))
 	case s != nil:
 		_, err = fmt.Fprintf(a.out, "\nregions on NVM: %s, and %s that wait in the pool; nhybridctl scm df tells more\n", a.size(s.Promised+s.Making), a.size(s.Pool))
 	}
@@ -217,7 +217,7 @@ func (a *app) printUsageJSON(ctx context.Context, images proto.Message) error {
 		Unknown string        `json:"regions_unknown,omitempty"`
 	}
 	if more.Regions, err = a.regionUsage(ctx); err != nil {
-		more.Regions, more.Unknown = nil, plain(err)
+		more.Regions, more.Unknown = nil, control.ErrorMessage(err)
 	}
 	m, err := json.Marshal(more)
 	if err != nil {
@@ -273,12 +273,12 @@ func (a *app) printReport(r region.Report) error {
 		if r.Repaired {
 			header, pending = "good", "rolled back"
 		}
-		rows = append(rows, []string{"layout", orDash(printable(r.Layout))}, []string{"uuid", r.UUID}, []string{"copy of", orDash(r.Parent)},
+		rows = append(rows, []string{"layout", orDash(control.Printable(r.Layout))}, []string{"uuid", r.UUID}, []string{"copy of", orDash(r.Parent)},
 			[]string{"opened", fmt.Sprintf("%d times for writing", r.Generation)}, []string{"header", header}, []string{"log", pending},
 			[]string{"heap", fmt.Sprintf("%d blocks, %s; %s in free chunks", r.HeapBlocks, a.size(r.HeapBytes), a.size(int64(r.HeapFree)))})
 	}
 	for _, p := range r.Problems {
-		rows = append(rows, []string{"problem", oneLine(p)})
+		rows = append(rows, []string{"problem", control.Message(p)})
 	}
 	return a.table(rows)
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/scmlib/region"
 	"github.com/nhybrid/nhybrid/scmlib/region/stream"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 func (a *app) scmExport() *cobra.Command {
@@ -47,7 +48,7 @@ func (a *app) scmExport() *cobra.Command {
 			if a.json {
 				return a.printJSON(stats)
 			}
-			fmt.Fprintf(a.out, "%s: %s in use, %s\n", printable(args[1]), a.size(stats.Used), a.size(stats.Stream))
+			fmt.Fprintf(a.out, "%s: %s in use, %s\n", control.Printable(args[1]), a.size(stats.Used), a.size(stats.Stream))
 			return nil
 		},
 	}

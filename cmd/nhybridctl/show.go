@@ -37,21 +37,21 @@ func (a *app) printStatus(r *control.StatusResponse, now time.Time) error {
 	kernel := []string{k.GetRelease()}
 	switch {
 	case k.GetFileBacked() && (k.GetStackOk() || !k.GetLoop()):
-		kernel = append(kernel, "trees from files")
+		kernel = append(kernel, "views from files")
 	default:
-		kernel = append(kernel, "trees through loop devices")
+		kernel = append(kernel, "views through loop devices")
 	}
 	if k.GetMetacopy() {
 		kernel = append(kernel, "metacopy=on")
 	}
 	if !k.GetIdMap() {
-		kernel = append(kernel, "no id-mapped trees")
+		kernel = append(kernel, "no id-mapped views")
 	}
 	containerd := r.GetContainerd().GetAddress() + ", "
 	if r.GetContainerd().GetReachable() {
 		containerd += r.GetContainerd().GetVersion()
 	} else {
-		containerd += "not reachable: " + oneLine(cause(r.GetContainerd().GetError()))
+		containerd += "not reachable: " + control.Message(cause(r.GetContainerd().GetError()))
 	}
 	rows := [][]string{
 		{"version", strings.TrimSpace(r.GetVersion() + " " + r.GetRevision())},
@@ -74,20 +74,28 @@ func (a *app) printStatus(r *control.StatusResponse, now time.Time) error {
 		return err
 	}
 	fmt.Fprintln(a.out)
-	rows = [][]string{{"TIER", "ROOT", "FILESYSTEM", "USED", "FREE", "RESERVE", "SIZE", "DAX", "QUOTA"}}
+	rows = [][]string{{"TIER", "ROOT", "FILESYSTEM", "USED", "FREE", "RESERVE", "SIZE", "INODES FREE", "DAX", "QUOTA"}}
 	for _, t := range r.GetTiers() {
 		rows = append(rows, []string{
 			t.GetName(), t.GetRoot(), strings.TrimSpace(t.GetFilesystem() + " " + t.GetDevice()),
-			a.size(t.GetUsed()), a.size(t.GetFree()), a.size(t.GetReserve()), a.size(t.GetTotal()), yes(t.GetDax()), yes(t.GetQuota()),
+			a.size(t.GetUsed()), a.size(t.GetFree()), a.size(t.GetReserve()), a.size(t.GetTotal()), inodes(t), yes(t.GetDax()), yes(t.GetQuota()),
 		})
 	}
 	if err := a.table(rows); err != nil {
 		return err
 	}
 	for _, w := range r.GetWarnings() {
-		fmt.Fprintln(a.out, "warning:", oneLine(w))
+		fmt.Fprintln(a.out, "warning:", control.Message(w))
 	}
 	return nil
+}
+
+// inodes says how many a tier has left, and of how many.
+func inodes(t *control.Tier) string {
+	if t.GetInodes() == 0 {
+		return "no limit"
+	}
+	return strings.TrimSpace(strconv.FormatInt(t.GetInodesFree(), 10) + percent(t.GetInodesFree(), t.GetInodes()))
 }
 
 func (a *app) ls() *cobra.Command {
@@ -117,7 +125,7 @@ func (a *app) ls() *cobra.Command {
 }
 
 func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
-	head := []string{"ID", "NAMESPACE", "NAME", "PARENT", "KIND", "TIER", "NVM", "HDD", "INODES", "TREE", "STATE", "IMAGES"}
+	head := []string{"ID", "NAMESPACE", "NAME", "PARENT", "KIND", "LAYER", "TIER", "NVM", "HDD", "INODES", "VIEW", "STATE", "IMAGES"}
 	if labels {
 		head = append(head, "LABELS")
 	}
@@ -128,9 +136,9 @@ func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
 	rows := [][]string{head}
 	for _, s := range all {
 		row := []string{
-			s.GetId(), s.GetNamespace(), control.Short(s.GetName()), orDash(byKey[s.GetParent()]), s.GetKind(), orDash(s.GetTier()),
-			a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()), strconv.FormatInt(s.GetInodes(), 10), a.size(s.GetTreeBytes()),
-			state(s), orDash(strings.Join(s.GetImages(), " ")),
+			s.GetId(), s.GetNamespace(), control.Short(s.GetName()), orDash(byKey[s.GetParent()]), s.GetKind(), orDash(s.GetLayer()),
+			orDash(s.GetTier()), a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()), strconv.FormatInt(s.GetInodes(), 10), a.size(s.GetViewBytes()),
+			state(s.GetState(), s.GetError()), orDash(strings.Join(s.GetImages(), " ")),
 		}
 		if labels {
 			var l []string
@@ -144,19 +152,12 @@ func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
 	return rows
 }
 
-// state is the furthest a snapshot has come.
-func state(s *control.Snapshot) string {
-	switch {
-	case s.GetError() != "":
-		return "unusable: " + oneLine(s.GetError())
-	case s.GetKind() != "committed":
-		return "-"
-	case s.GetDurable():
-		return "durable"
-	case s.GetCaptured():
-		return "captured"
+// state is how far a layer has come, or why it cannot be used.
+func state(state, trouble string) string {
+	if trouble != "" {
+		return "unusable: " + control.Message(trouble)
 	}
-	return "committed"
+	return orDash(state)
 }
 
 func (a *app) inspect() *cobra.Command {
@@ -220,19 +221,22 @@ func (a *app) printInspect(r *control.InspectResponse) error {
 		return err
 	}
 	fmt.Fprintln(a.out)
-	rows = [][]string{{"LAYER", "DIGEST", "SNAPSHOT", "COMPRESSED", "SIZE", "TIER", "NVM", "HDD", "LDL", "STATE", "WHY"}}
+	rows = [][]string{{"INDEX", "DIGEST", "SNAPSHOT", "LAYER", "COMPRESSED", "SIZE", "TIER", "NVM", "HDD", "LDL", "STATE", "WHY"}}
 	for _, l := range r.GetLayers() {
 		ldl := ""
 		if l.GetLdl() {
 			ldl = "last"
 		}
-		s := &control.Snapshot{Kind: "committed", Captured: l.GetCaptured(), Durable: l.GetDurable(), Error: l.GetError()}
-		st := state(s)
+		st := state(l.GetState(), l.GetError())
 		if l.GetSnapshotId() == "" {
 			st = "not unpacked"
 		}
+		size := "-" // not known yet
+		if l.Stored() || l.GetUncompressed() > 0 {
+			size = a.size(l.GetUncompressed())
+		}
 		rows = append(rows, []string{
-			strconv.Itoa(int(l.GetIndex())), control.Short(l.GetDigest()), orDash(l.GetSnapshotId()), a.size(l.GetCompressed()), a.size(l.GetUncompressed()),
+			strconv.Itoa(int(l.GetIndex())), orDash(control.Short(l.GetDigest())), orDash(l.GetSnapshotId()), orDash(l.GetLayer()), a.size(l.GetCompressed()), size,
 			orDash(l.GetTier()), a.size(l.GetNvmBytes()), a.size(l.GetHddBytes()), ldl, st, orDash(l.GetDecision().Cause()),
 		})
 	}
@@ -242,14 +246,14 @@ func (a *app) printInspect(r *control.InspectResponse) error {
 func (a *app) why() *cobra.Command {
 	return &cobra.Command{
 		Use: "why IMAGE [LAYER|PATH]", Short: "Tell why a layer or a file stands where it does",
-		Long:    "Tell why the layers of an image stand where they do. A layer is named by its index, its digest, its chain ID or the\nstart of one of these; a path inside the image begins with /.",
+		Long:    "Tell why the layers of an image stand where they do. A layer is named by its index from 0, the lowest, its digest, its chain ID or the\nstart of one of these; a path inside the image begins with /.",
 		Example: "  nhybridctl why docker.io/library/python:3\n  nhybridctl why docker.io/library/python:3 2\n  nhybridctl why docker.io/library/python:3 /usr/local/bin/python3",
 		Args:    cobra.RangeArgs(1, 2), ValidArgsFunction: a.images,
 		RunE: func(c *cobra.Command, args []string) error {
 			request := &control.WhyRequest{Image: args[0], Namespace: a.namespace}
 			if len(args) == 2 {
 				if strings.HasPrefix(args[1], "/") {
-					request.Path = args[1]
+					request.Path = []byte(args[1])
 				} else {
 					request.Layer = args[1]
 				}
@@ -312,10 +316,10 @@ func (a *app) printUsage(r *control.UsageResponse) error {
 		return err
 	}
 	fmt.Fprintln(a.out)
-	rows = [][]string{{"TIER", "LAYERS", "WRITABLE", "TREES", "METADATA", "ORPHANS", "FREE", "SIZE"}}
+	rows = [][]string{{"TIER", "LAYERS", "WRITABLE", "VIEWS", "PARTS", "METADATA", "ORPHANS", "FREE", "SIZE"}}
 	for _, t := range r.GetTiers() {
 		rows = append(rows, []string{
-			t.GetName(), a.size(t.GetLayers()), a.size(t.GetUppers()), a.size(t.GetTrees()), a.size(t.GetMetadata()),
+			t.GetName(), a.size(t.GetLayers()), a.size(t.GetUppers()), a.size(t.GetViews()), a.size(t.GetParts()), a.size(t.GetMetadata()),
 			a.size(t.GetOrphans()), a.size(t.GetFree()), a.size(t.GetTotal()),
 		})
 	}
@@ -332,7 +336,7 @@ func (a *app) printUsage(r *control.UsageResponse) error {
 		if name == "" {
 			name = o.GetPath()
 		}
-		rows = append(rows, []string{name, a.size(o.GetNvmBytes()), a.size(o.GetHddBytes()), oneLine(o.GetReason())})
+		rows = append(rows, []string{name, a.size(o.GetNvmBytes()), a.size(o.GetHddBytes()), control.Message(o.GetReason())})
 	}
 	return a.table(rows)
 }

@@ -7,23 +7,32 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 func (a *app) simulate() *cobra.Command {
-	var file, nvmSize string
+	var file, nvmSize, model string
 	var images bool
 	o := placement.DefaultOptions()
+	var commit, blobCommit time.Duration
 	rates := map[string]*float64{"bandwidth": &o.Bandwidth, "nvm-write": &o.NVMWrite, "hdd-write": &o.HDDWrite, "unpack": &o.Unpack}
 	c := &cobra.Command{
 		Use: "simulate --layers FILE.csv", Short: "Replay pulls of a table of layers with the daemon's own policies", Args: cobra.NoArgs,
-		Long: "Replay the pull of each image of a table of layers and compare what the policies put on NVM and when the image is\ndurable. The table is CSV with a header line; image, layer_index and compressed_bytes are needed. - reads the standard input.",
+		Long: `Replay the pull of each image of a table of layers and compare what the policies put on NVM and when the image is
+durable. The table is CSV with a header line; image, layer_index and compressed_bytes are needed. - reads the standard input.
+
+Two models say what a pull is:
+  paper     layers are unpacked after they have arrived, each on one tier: the snapshotters of containerd, and the N-Docker paper
+  one-pass  layers are unpacked while they arrive, placed by the file or by the layer as the policy has it: nhybrid`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if file == "" {
 				return usage("simulate: --layers FILE.csv is missing")
@@ -31,7 +40,7 @@ func (a *app) simulate() *cobra.Command {
 			for name, rate := range rates {
 				v, err := placement.ParseRate(c.Flag(name).Value.String())
 				if err != nil {
-					return usage(fmt.Sprintf("simulate: --%s: %s", name, plain(err)))
+					return usage(fmt.Sprintf("simulate: --%s: %s", name, control.ErrorMessage(err)))
 				}
 				*rate = v
 			}
@@ -43,16 +52,36 @@ func (a *app) simulate() *cobra.Command {
 				o.NVMSize = n
 			}
 			if _, err := placement.ParsePolicy(o.Policy); err != nil {
-				return usage("simulate: --policy: " + plain(err))
+				return usage("simulate: --policy: " + control.ErrorMessage(err))
 			}
 			if o.Concurrent < 1 || o.Unpacks < 1 {
 				return usage("simulate: --concurrent and --unpacks must be at least 1")
+			}
+			if !(o.Cores > 0) {
+				return usage("simulate: --cores must be above 0")
+			}
+			o.Commit, o.BlobCommit = commit.Seconds(), blobCommit.Seconds()
+			if o.Commit < 0 || o.BlobCommit < 0 {
+				return usage("simulate: --commit and --blob-commit must not be negative")
+			}
+			if !(o.Hot >= 0 && o.Hot <= 1) {
+				return usage("simulate: --hot must lie between 0 and 1")
+			}
+			if !slices.Contains(models, model) {
+				return usage(fmt.Sprintf("simulate: --model %q: choose one of %s", model, strings.Join(models, ", ")))
 			}
 			table, err := a.readLayers(file, c.InOrStdin())
 			if err != nil {
 				return err
 			}
-			report, err := placement.Simulate(table, o)
+			var report interface {
+				WriteTable(w io.Writer, images bool) error
+			}
+			if model == onePass {
+				report, err = placement.SimulateOnePass(table, o)
+			} else {
+				report, err = placement.Simulate(table, o)
+			}
 			if err != nil {
 				return err
 			}
@@ -69,13 +98,29 @@ func (a *app) simulate() *cobra.Command {
 	f.String("hdd-write", "140MB/s", "write rate of the HDD")
 	f.String("unpack", "150MB/s", "rate at which one layer is unpacked, in uncompressed bytes")
 	f.IntVar(&o.Concurrent, "concurrent", o.Concurrent, "downloads at a time")
-	f.IntVar(&o.Unpacks, "unpacks", o.Unpacks, "layers unpacked at a time, for parallel unpacking")
+	f.StringVar(&model, "model", paper, "what a pull is: "+strings.Join(models, ", "))
+	f.IntVar(&o.Unpacks, "unpacks", o.Unpacks, "layers unpacked at a time; model paper: for parallel unpacking")
+	f.Float64Var(&o.Cores, "cores", o.Cores, "CPU cores that unpack (model one-pass)")
+	f.DurationVar(&commit, "commit", seconds(o.Commit), "containerd's commit of a layer (model one-pass)")
+	f.DurationVar(&blobCommit, "blob-commit", seconds(o.BlobCommit), "containerd's commit of a blob (model one-pass)")
+	f.BoolVar(&o.ContentOnHDD, "content-on-hdd", o.ContentOnHDD, "containerd's blobs stand on the HDD too (model one-pass)")
+	f.Float64Var(&o.Hot, "hot", o.Hot, "share of the files that are known to be hot, 0 to 1 (model one-pass)")
 	f.StringVar(&nvmSize, "nvm-size", "", "bytes free on NVM before each pull (default no limit)")
 	f.StringVar(&o.Policy, "policy", o.Policy, strings.Join(placement.PolicyNames, ", "))
 	f.BoolVar(&images, "images", false, "show each image too")
 	_ = c.RegisterFlagCompletionFunc("policy", cobra.FixedCompletions(placement.PolicyNames, cobra.ShellCompDirectiveNoFileComp)) // fails for unknown flags only
+	_ = c.RegisterFlagCompletionFunc("model", cobra.FixedCompletions(models, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
+
+const (
+	paper   = "paper"
+	onePass = "one-pass"
+)
+
+var models = []string{paper, onePass}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
 
 // readLayers shows a progress bar while it reads, on a terminal: a table may have millions of rows.
 func (a *app) readLayers(file string, stdin io.Reader) ([]placement.Image, error) {

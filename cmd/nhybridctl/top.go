@@ -148,7 +148,7 @@ func (a *app) topLines(s *control.TopSample, r *rates) error {
 	}
 	trace := fmt.Sprintf("overflows %d, events lost %d", s.GetOverflows(), s.GetLost())
 	if s.GetTraceError() != "" {
-		trace = "off: " + oneLine(s.GetTraceError())
+		trace = "off: " + control.Message(s.GetTraceError())
 	}
 	rows := [][]string{
 		{"time", s.GetTime().AsTime().Format(time.RFC3339)},
@@ -171,7 +171,7 @@ func (a *app) topLines(s *control.TopSample, r *rates) error {
 	rows = [][]string{{"START OF", "NAMESPACE", "FILES", "FOR", "IMAGE"}}
 	for _, o := range s.GetStarts() {
 		rows = append(rows, []string{
-			printable(o.GetContainer()), o.GetNamespace(), strconv.FormatInt(o.GetFiles(), 10),
+			control.Printable(o.GetContainer()), o.GetNamespace(), strconv.FormatInt(o.GetFiles(), 10),
 			s.GetTime().AsTime().Sub(o.GetSince().AsTime()).Round(100 * time.Millisecond).String(), orDash(o.GetImage()),
 		})
 	}
@@ -205,7 +205,7 @@ func (a *app) topMigration(m *control.MigrationState, r *rates) string {
 		line += fmt.Sprintf(", %s unlinked but still open", a.size(m.GetPinnedBytes()))
 	}
 	if m.GetWhy() != "" {
-		line += ": " + oneLine(m.GetWhy())
+		line += ": " + control.Message(m.GetWhy())
 	}
 	return line
 }

@@ -96,7 +96,7 @@ func (a *app) eventLine(e *control.Event) error {
 		}
 	}
 	if e.GetMessage() != "" && !told {
-		line += ": " + oneLine(e.GetMessage())
+		line += ": " + control.Message(e.GetMessage())
 	}
 	_, err := fmt.Fprintln(a.out, line)
 	return err
@@ -153,7 +153,7 @@ func (v *view) apply(e *control.Event) {
 	case "done":
 		p.end = "done"
 	case "failed":
-		p.end = strings.TrimSuffix("failed: "+oneLine(e.GetMessage()), ": ")
+		p.end = strings.TrimSuffix("failed: "+control.Message(e.GetMessage()), ": ")
 	}
 }
 

@@ -11,9 +11,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/nhybrid/nhybrid/placement"
-	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
 const (
@@ -44,10 +41,10 @@ type sample struct {
 	busy time.Duration
 }
 
-func newDisk(tiers *tier.Store, limit float64) *disk {
+func newDisk(path string, limit float64) *disk {
 	d := &disk{limit: limit}
 	if limit < 1 {
-		d.stat = statFile(tiers.Root(placement.HDD))
+		d.stat = statFile(path)
 	}
 	return d
 }

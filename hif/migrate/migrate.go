@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"sync"
 	"time"
 
@@ -20,23 +21,45 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/nhybrid/nhybrid/hif/plan"
-	"github.com/nhybrid/nhybrid/placement/tier"
 )
 
-// Host is what the engine needs of the store around it. The engine calls it from
-// one goroutine.
+// File is a whole file that stands on NVM.
+type File struct {
+	Redirect string // as of pack.Ref
+	Bytes    int64  // that it occupies there
+}
+
+// Host is the store as the engine sees it: layers by their ids, decimal, and their data files by their redirects. Its methods
+// are called from several goroutines; those that move files from one, the engine's.
 type Host interface {
 	// Busy tells why moving has to wait: a pull or a start is under way. It is
 	// asked before each step, so it must be quick.
 	Busy() (reason string, busy bool)
-	// BringHome returns when all data of a layer stand on HDD, durably, and its
+	// BringHome fills the holes of a layer's pack and returns when it is whole, durably, and its
 	// record says so. ErrNotFound if the layer is gone. It calls pace, in the same
 	// goroutine, before it copies a piece of so many bytes; an error of pace ends
 	// it, and the next call goes on where it ended.
-	BringHome(ctx context.Context, id string, pace func(int) error) error
-	// Settled tells how many bytes a layer occupies on NVM after it was changed.
-	// ErrNotFound if the layer is gone; the engine then removes what stands of it.
-	Settled(ctx context.Context, id string, nvmBytes int64) error
+	BringHome(ctx context.Context, layer string, pace func(int) error) error
+	// OnNVM goes through the files of a layer that stand on NVM, none if the layer is gone. It ends after the first error.
+	OnNVM(layer string) iter.Seq2[File, error]
+	// Stands tells whether a file stands on NVM.
+	Stands(redirect string) (bool, error)
+	// Promote copies a file from its pack to NVM, where it stands under its name only when it is whole and synced. It may be
+	// open, mapped or executed meanwhile. It calls pace like BringHome, and returns the bytes it copied, 0 for a file that
+	// stands there. ErrNotFound if there is no such file or layer; an error of unix.ENOSPC or EDQUOT if there is no room.
+	Promote(ctx context.Context, redirect string, pace func(int) error) (copied int64, err error)
+	// Demote removes a file from NVM and tells which of its bytes are free and which somebody still holds. A file that
+	// does not stand there is no work. ErrFailedPrecondition if the layer's pack is not whole, durably.
+	Demote(redirect string) (freed, held int64, err error)
+	// Held is how many bytes of demoted files somebody still has open or cached.
+	Held() int64
+	// Free is how much of NVM is free, in bytes.
+	Free() (int64, error)
+	// Settled tells how many bytes the files of a layer occupy on NVM after some were moved.
+	// ErrNotFound if the layer is gone; the engine then has Gone remove what stands of it.
+	Settled(ctx context.Context, layer string, nvmBytes int64) error
+	// Gone removes the files that the engine brought to NVM of a layer after its removal.
+	Gone(layer string) error
 }
 
 // Config is how fast the engine goes. Zero means no limit.
@@ -46,6 +69,8 @@ type Config struct {
 	// Disk is the share of time, 0 to 1, in which others may keep the HDD busy
 	// without stopping the engine; 0 is [DefaultDisk], 1 never stops it.
 	Disk float64
+	// HDD is any path on the HDD tier, to find its device.
+	HDD string
 
 	step     func(string)  // tests: before each step
 	retry    time.Duration // tests: first pause after a failure
@@ -110,13 +135,11 @@ type Stats struct {
 
 // Engine moves files. Its methods may be called from several goroutines.
 type Engine struct {
-	tiers  *tier.Store
 	host   Host
 	config Config
 	bytes  *rate.Limiter
 	ops    *rate.Limiter
 	disk   *disk
-	pins   *tier.Pins
 	cancel context.CancelFunc
 	done   chan struct{}
 
@@ -125,8 +148,8 @@ type Engine struct {
 	// held is since when the engine makes way for others without a break; zero: it
 	// does not. Of the engine's goroutine alone.
 	held time.Time
-	// settled are layers that were pruned and accounted for since something of
-	// them last left NVM. Of the engine's goroutine alone.
+	// settled are layers that were accounted for since something of them last left
+	// NVM. Of the engine's goroutine alone.
 	settled map[string]bool
 
 	mu       sync.Mutex
@@ -147,7 +170,7 @@ type goal struct {
 }
 
 // New starts an engine without a goal. Close it after use.
-func New(config Config, tiers *tier.Store, host Host) (*Engine, error) {
+func New(config Config, host Host) (*Engine, error) {
 	if config.Rate < 0 || config.Operations < 0 || config.Disk < 0 || config.Disk > 1 {
 		return nil, fmt.Errorf("migration limits %d bytes/s, %d operations/s, disk share %g: must not be negative, nor the share above 1: %w",
 			config.Rate, config.Operations, config.Disk, errdefs.ErrInvalidArgument)
@@ -164,14 +187,10 @@ func New(config Config, tiers *tier.Store, host Host) (*Engine, error) {
 	if config.step == nil {
 		config.step = func(string) {}
 	}
-	pins, err := tiers.Pins()
-	if err != nil {
-		return nil, fmt.Errorf("prepare migration: %w", err)
-	}
 	e := &Engine{
-		tiers: tiers, host: host, config: config, pins: pins,
+		host: host, config: config,
 		bytes: rate.NewLimiter(rate.Inf, 0), ops: rate.NewLimiter(rate.Inf, 0),
-		disk: newDisk(tiers, config.Disk),
+		disk: newDisk(config.HDD, config.Disk),
 		done: make(chan struct{}), changed: make(chan struct{}), failing: map[string]*failure{}, settled: map[string]bool{},
 		goal:     &goal{reached: true},
 		progress: Progress{Since: time.Now()},
@@ -189,7 +208,7 @@ func New(config Config, tiers *tier.Store, host Host) (*Engine, error) {
 	return e, nil
 }
 
-// burst is more than any piece that package tier copies at once.
+// burst is more than any piece that a [Host] copies at once.
 const burst = 1 << 20
 
 // Apply makes a plan the goal, in place of the one before, and returns. A file
@@ -268,7 +287,7 @@ func (e *Engine) Wait(ctx context.Context) error {
 
 // Progress tells where the engine stands.
 func (e *Engine) Progress() Progress {
-	pinned := e.pins.Bytes()
+	pinned := e.host.Held()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	p := e.progress
@@ -298,7 +317,16 @@ func (e *Engine) Stats() Stats {
 func (e *Engine) Close() error {
 	e.cancel()
 	<-e.done
-	return e.pins.Close()
+	return nil
+}
+
+// Reached tells whether the tiers look like the plan that was applied last, but
+// for what failed and will be tried again. A plan just applied is not reached
+// before the engine has looked at it.
+func (e *Engine) Reached() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.goal.reached
 }
 
 // change changes what mu guards, and tells whoever waits.

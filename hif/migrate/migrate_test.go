@@ -7,14 +7,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -30,19 +26,18 @@ import (
 // at home with one cold copy on NVM. It returns the plan and what is on NVM after it.
 func scene(r *rig) (plan.Plan, []string) {
 	for i := range 6 {
-		r.file(placement.NVM, fmt.Sprintf("/1/usr/lib/cold%d", i), 5000*i+1)
-		r.file(placement.HDD, fmt.Sprintf("/2/opt/d%d/f", i), 300_000*i+1)
+		r.file(placement.NVM, name(1, i+1), 5000*i+1)
+		r.file(placement.HDD, name(2, i+1), 300_000*i+1)
 	}
-	r.file(placement.NVM, "/1/usr/bin/hot", 70_000)
-	one := r.tiers.Data(placement.NVM, "1")
-	require.NoError(r.t, os.Link(filepath.Join(one, "usr/lib/cold1"), filepath.Join(one, "usr/zlink")))
-	r.files["/1/usr/zlink"] = r.files["/1/usr/lib/cold1"]
-	require.NoError(r.t, os.Symlink("hot", filepath.Join(one, "usr/bin/link")))
-	require.NoError(r.t, os.WriteFile(filepath.Join(one, "usr/empty"), nil, 0o600))
-	r.file(placement.HDD, "/2/was", 10_000)
-	r.file(placement.NVM, "/2/was", 10_000)
-	return scenePlan(), []string{"/1/usr/bin/hot", "/2/opt/d3/f", "/2/opt/d5/f"}
+	r.file(placement.NVM, hot, 70_000)
+	r.file(placement.HDD, was, 10_000)
+	r.file(placement.NVM, was, 10_000)
+	r.atHome("2")
+	return scenePlan(), []string{hot, name(2, 4), name(2, 6)}
 }
+
+// Files of a scene.
+var hot, was = name(1, 16), name(2, 16)
 
 func (r *rig) reaches(e *Engine, want []string) {
 	r.t.Helper()
@@ -52,8 +47,11 @@ func (r *rig) reaches(e *Engine, want []string) {
 	require.Equal(r.t, want, r.onNVM("1", "2"))
 	r.whole()
 	for _, id := range []string{"1", "2"} {
-		n, err := r.tiers.Occupied(id)
-		require.NoError(r.t, err)
+		var n int64
+		for f, err := range r.host.OnNVM(id) {
+			require.NoError(r.t, err)
+			n += f.Bytes
+		}
 		require.Equal(r.t, n, r.host.settled[id])
 	}
 }
@@ -66,12 +64,11 @@ func TestReachesThePlan(t *testing.T) {
 	e.Apply(p)
 	r.reaches(e, want)
 	st, pr := e.Stats(), e.Progress()
-	require.Equal(t, plan.Sum{Files: 7, Bytes: st.Down.Bytes}, st.Down, "the file with two names counts once")
+	require.Equal(t, plan.Sum{Files: 7, Bytes: st.Down.Bytes}, st.Down)
 	require.Equal(t, plan.Sum{Files: 2, Bytes: 2_400_002}, st.Up)
 	require.EqualValues(t, 1, st.Home)
 	require.Equal(t, Direction{Done: plan.Sum{Files: 7, Bytes: st.Down.Bytes}}, pr.Down)
 	require.Zero(t, pr.Up.Left)
-	require.NoDirExists(t, filepath.Join(r.tiers.Data(placement.NVM, "1"), "usr/lib"))
 
 	e.Apply(p) // nothing is left to do
 	r.reaches(e, want)
@@ -105,7 +102,7 @@ func TestPauseWhileALayerIsBroughtHome(t *testing.T) {
 	r := newRig(t)
 	p, want := scene(r)
 	h := &homing{host: r.host, first: make(chan struct{}, 1)}
-	e, err := New(Config{}, r.tiers, h)
+	e, err := New(Config{HDD: r.host.home}, h)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = e.Close() })
 	soon := func(what func() bool) {
@@ -138,111 +135,10 @@ func TestNothingToDoIsNoWork(t *testing.T) {
 	r.reaches(e, want)
 	require.Zero(t, steps.Load())
 
-	r.put(placement.NVM, "/2/was", r.files["/2/was"])
+	r.put(placement.NVM, was, r.files[was])
 	e.Apply(p)
 	r.reaches(e, want)
 	require.NotZero(t, steps.Load())
-}
-
-// The engine is killed at each of its steps, and at random moments, in a process
-// of its own; the next one goes on.
-func TestKilled(t *testing.T) {
-	if dir := os.Getenv("MIGRATE_TEST_DIR"); dir != "" {
-		child(t, dir)
-		return
-	}
-	steps := 0
-	for at := 1; ; at++ {
-		r := newRig(t)
-		p, want := scene(r)
-		killed := r.child("MIGRATE_TEST_STEP="+strconv.Itoa(at), 0)
-		r.whole()
-		e := r.engine(Config{})
-		e.Apply(p)
-		r.reaches(e, want)
-		require.NoError(t, e.Close())
-		if !killed {
-			break
-		}
-		steps++
-	}
-	require.Greater(t, steps, 12)
-	random := 0
-	for i := range 4 {
-		r := newRig(t)
-		p, want := scene(r)
-		for range 2 {
-			if r.child("MIGRATE_TEST_STEP=0", time.Duration(rand.IntN(16000*(i+1)))*time.Microsecond) {
-				random++
-			}
-			r.whole()
-		}
-		_, err := r.tiers.IDs() // as at the start of the daemon
-		require.NoError(t, err)
-		names, err := os.ReadDir(filepath.Join(r.tiers.Root(placement.NVM), "s"))
-		require.NoError(t, err)
-		require.Empty(t, names)
-		e := r.engine(Config{})
-		e.Apply(p)
-		r.reaches(e, want)
-	}
-	t.Logf("killed at %d steps and %d random moments", steps, random)
-}
-
-// child runs the scene's plan in another process, which it kills after a time
-// from the moment that the process begins to work, and tells whether it died.
-func (r *rig) child(env string, after time.Duration) bool {
-	r.t.Helper()
-	cmd := exec.CommandContext(r.t.Context(), os.Args[0], "-test.run=^TestKilled$")
-	cmd.Env = append(os.Environ(), "MIGRATE_TEST_DIR="+r.dir, env)
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	ready, err := cmd.StdoutPipe()
-	require.NoError(r.t, err)
-	require.NoError(r.t, cmd.Start())
-	if after > 0 {
-		b := make([]byte, 1)
-		if _, err := ready.Read(b); err == nil {
-			time.Sleep(after) // the moment is random, nothing waits for it
-			_ = cmd.Process.Kill()
-		}
-	} else {
-		_, _ = new(bytes.Buffer).ReadFrom(ready)
-	}
-	err = cmd.Wait()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == unix.SIGKILL {
-		return true
-	}
-	require.NoError(r.t, err, said.String())
-	return false
-}
-
-func child(t *testing.T, dir string) {
-	r := openRig(t, dir, filepath.Join(dir, "nvm"))
-	at, err := strconv.ParseInt(os.Getenv("MIGRATE_TEST_STEP"), 10, 64)
-	require.NoError(t, err)
-	var n atomic.Int64
-	e := r.engine(Config{step: func(string) {
-		if n.Add(1) == at {
-			_ = unix.Kill(os.Getpid(), unix.SIGKILL)
-			select {}
-		}
-	}})
-	fmt.Print(".")
-	e.Apply(scenePlan())
-	require.NoError(t, e.Wait(t.Context()))
-}
-
-// scenePlan is the plan of scene.
-func scenePlan() plan.Plan {
-	return plan.Plan{
-		Down: []plan.Reduction{
-			{Layer: "2", AtHome: true, Keep: keep("/2/opt/d3/f", "/2/opt/d5/f")},
-			{Layer: "1", Keep: keep("/1/usr/bin/hot")},
-		},
-		Up: []plan.Promotion{{Redirect: "/2/opt/d5/f", Size: 1_500_001}, {Redirect: "/2/opt/d3/f", Size: 900_001}},
-	}
 }
 
 // Files that are open, mapped and running stay as they are, and cost space until they are let go.
@@ -250,13 +146,13 @@ func TestUnderARunningContainer(t *testing.T) {
 	r := newRig(t)
 	sleep, err := os.ReadFile("/bin/sleep")
 	require.NoError(t, err)
-	r.put(placement.NVM, "/1/sleep", sleep)
-	r.file(placement.NVM, "/1/data", 3_000_000)
+	r.put(placement.NVM, name(1, 1), sleep)
+	r.file(placement.NVM, name(1, 2), 3_000_000)
 	path := r.mount()
-	running := exec.CommandContext(t.Context(), path("/1/sleep"), "1000")
+	running := exec.CommandContext(t.Context(), path(name(1, 1)), "1000")
 	require.NoError(t, running.Start())
 	t.Cleanup(func() { _ = running.Process.Kill(); _ = running.Wait() })
-	held, err := os.Open(path("/1/data"))
+	held, err := os.Open(path(name(1, 2)))
 	require.NoError(t, err)
 	defer held.Close()
 	mapped, err := unix.Mmap(int(held.Fd()), 0, 3_000_000, unix.PROT_READ, unix.MAP_SHARED)
@@ -265,17 +161,17 @@ func TestUnderARunningContainer(t *testing.T) {
 
 	e := r.engine(Config{})
 	down := plan.Plan{Down: []plan.Reduction{{Layer: "1", AtHome: false, Keep: keep()}}}
-	back := plan.Plan{Up: up(r, "/1/data", "/1/sleep")}
+	back := plan.Plan{Up: up(r, name(1, 2), name(1, 1))}
 	for range 3 {
 		for _, p := range []plan.Plan{down, back} {
 			e.Apply(p)
 			require.NoError(t, e.Wait(t.Context()))
-			require.True(t, bytes.Equal(mapped, r.files["/1/data"]), "a mapped file changed")
+			require.True(t, bytes.Equal(mapped, r.files[name(1, 2)]), "a mapped file changed")
 			b := make([]byte, 3_000_000)
 			_, err := held.ReadAt(b, 0)
 			require.NoError(t, err)
-			require.True(t, bytes.Equal(b, r.files["/1/data"]), "an open file changed")
-			require.NoError(t, exec.CommandContext(t.Context(), path("/1/sleep"), "0").Run())
+			require.True(t, bytes.Equal(b, r.files[name(1, 2)]), "an open file changed")
+			require.NoError(t, exec.CommandContext(t.Context(), path(name(1, 1)), "0").Run())
 			require.NoError(t, running.Process.Signal(unix.Signal(0)))
 			r.whole()
 		}
@@ -298,7 +194,7 @@ func TestNoRoom(t *testing.T) {
 	r := openRig(t, dir, filepath.Join(nvm, "store"))
 	var names []string
 	for i := range 6 {
-		names = append(names, fmt.Sprintf("/1/f%d", i))
+		names = append(names, name(1, i+1))
 		r.file(placement.HDD, names[i], 4<<20)
 	}
 	e := r.engine(Config{})
@@ -314,20 +210,18 @@ func TestNoRoom(t *testing.T) {
 	before := r.onNVM("1")
 	require.NotEmpty(t, before)
 	// With one it is not reached, and what leaves makes room.
-	free, _, err := r.tiers.Space(placement.NVM)
+	r.atHome("1")
+	free, err := r.host.Free()
 	require.NoError(t, err)
-	e.Apply(plan.Plan{Down: []plan.Reduction{{Layer: "1", AtHome: true, Keep: keep("/1/f5")}}, Up: up(r, "/1/f5"), Floor: free + 4<<20})
+	e.Apply(plan.Plan{Down: []plan.Reduction{{Layer: "1", AtHome: true, Keep: keep(name(1, 6))}}, Up: up(r, name(1, 6)), Floor: free + 4<<20})
 	require.NoError(t, e.Wait(t.Context()))
-	require.Equal(t, []string{"/1/f5"}, r.onNVM("1"))
-	e.Apply(plan.Plan{Up: up(r, "/1/f1"), Floor: 1 << 40})
+	require.Equal(t, []string{name(1, 6)}, r.onNVM("1"))
+	e.Apply(plan.Plan{Up: up(r, name(1, 2)), Floor: 1 << 40})
 	err = e.Wait(t.Context())
 	require.True(t, errdefs.IsResourceExhausted(err), err)
 	require.False(t, errors.Is(err, unix.ENOSPC), err)
-	require.Equal(t, []string{"/1/f5"}, r.onNVM("1"))
+	require.Equal(t, []string{name(1, 6)}, r.onNVM("1"))
 	r.whole()
-	names2, err := os.ReadDir(filepath.Join(r.tiers.Root(placement.NVM), "s"))
-	require.NoError(t, err)
-	require.Empty(t, names2, "a torn copy is left")
 }
 
 func waitState(t *testing.T, e *Engine, want State) State {
@@ -391,14 +285,14 @@ func TestOthersNeverEnd(t *testing.T) {
 // Another plan takes effect at once; the file that is being copied is finished if it is still wanted.
 func TestAnotherPlan(t *testing.T) {
 	r := newRig(t)
-	r.file(placement.HDD, "/1/large", 4<<20)
-	r.file(placement.HDD, "/1/other", 1)
+	r.file(placement.HDD, name(1, 1), 4<<20)
+	r.file(placement.HDD, name(1, 2), 1)
 	e := r.engine(Config{Rate: 1 << 20}) // the burst is spent after the first piece or two
-	e.Apply(plan.Plan{Up: up(r, "/1/large")})
-	require.Eventually(t, func() bool { return e.Progress().Current == "/1/large" && e.Progress().State == Running }, 10*time.Second, time.Millisecond)
-	e.Apply(plan.Plan{Up: up(r, "/1/other")})
+	e.Apply(plan.Plan{Up: up(r, name(1, 1))})
+	require.Eventually(t, func() bool { return e.Progress().Current == name(1, 1) && e.Progress().State == Running }, 10*time.Second, time.Millisecond)
+	e.Apply(plan.Plan{Up: up(r, name(1, 2))})
 	require.NoError(t, e.Wait(t.Context()))
-	require.Equal(t, []string{"/1/other"}, r.onNVM("1"))
+	require.Equal(t, []string{name(1, 2)}, r.onNVM("1"))
 	require.Zero(t, e.Progress().Failing)
 }
 
@@ -407,7 +301,7 @@ func TestOneFailureDoesNotStopTheOthers(t *testing.T) {
 	p, want := scene(r)
 	r.host.fail["1"] = errors.New("the disk is on fire")
 	e := r.engine(Config{retry: time.Hour})
-	p.Up = append(p.Up, plan.Promotion{Redirect: "/2/nowhere", Size: 1})
+	p.Up = append(p.Up, plan.Promotion{Redirect: name(2, 99), Size: 1})
 	e.Apply(p)
 	err := e.Wait(t.Context())
 	require.ErrorContains(t, err, "on fire")
@@ -416,7 +310,7 @@ func TestOneFailureDoesNotStopTheOthers(t *testing.T) {
 	require.Equal(t, 2, pr.Failing)
 	require.NotEmpty(t, pr.Error)
 	require.Equal(t, want[1:], r.onNVM("2"))
-	require.Len(t, r.onNVM("1"), 10, "layer 1 is as it was")
+	require.Len(t, r.onNVM("1"), 7, "layer 1 is as it was")
 	r.whole()
 	// The same plan does not make it try sooner, Now does.
 	e.Apply(p)
@@ -433,29 +327,39 @@ func TestOneFailureDoesNotStopTheOthers(t *testing.T) {
 	require.NoError(t, e.Wait(t.Context()))
 	// After a short pause it tries again by itself.
 	f := r.engine(Config{retry: time.Millisecond})
-	f.Apply(plan.Plan{Up: []plan.Promotion{{Redirect: "/2/late", Size: 5}}})
+	f.Apply(plan.Plan{Up: []plan.Promotion{{Redirect: name(2, 100), Size: 5}}})
 	require.Error(t, f.Wait(t.Context()))
-	r.file(placement.HDD, "/2/late", 5)
+	r.file(placement.HDD, name(2, 100), 5)
 	require.Eventually(t, func() bool { return f.Wait(t.Context()) == nil && f.Progress().Failing == 0 }, 10*time.Second, time.Millisecond)
-	require.Contains(t, r.onNVM("2"), "/2/late")
+	require.Contains(t, r.onNVM("2"), name(2, 100))
 }
 
 // A layer that is removed meanwhile leaves nothing.
 func TestLayerGone(t *testing.T) {
 	r := newRig(t)
-	r.file(placement.HDD, "/1/f", 5)
+	r.file(placement.HDD, name(1, 1), 5)
 	require.NoError(t, os.WriteFile(filepath.Join(r.dir, "gone-1"), nil, 0o600))
 	e := r.engine(Config{})
-	e.Apply(plan.Plan{Up: up(r, "/1/f"), Down: []plan.Reduction{{Layer: "9", AtHome: true}}})
+	e.Apply(plan.Plan{Up: up(r, name(1, 1)), Down: []plan.Reduction{{Layer: "9", AtHome: true}}})
 	require.NoError(t, e.Wait(t.Context()))
-	require.NoDirExists(t, r.tiers.Data(placement.NVM, "1"))
-	require.NoDirExists(t, r.tiers.Data(placement.HDD, "1"))
+	require.NoDirExists(t, filepath.Join(r.host.nvm, "1"))
+}
+
+// What a store does not let go stays, and is told.
+func TestPackWithHoles(t *testing.T) {
+	r := newRig(t)
+	r.file(placement.NVM, name(1, 1), 5)
+	e := r.engine(Config{retry: time.Hour})
+	e.Apply(plan.Plan{Down: []plan.Reduction{{Layer: "1", AtHome: true}}}) // by a record that is wrong
+	require.ErrorIs(t, e.Wait(t.Context()), errdefs.ErrFailedPrecondition)
+	require.Equal(t, []string{name(1, 1)}, r.onNVM("1"))
+	r.whole()
 }
 
 func TestRefusesNonsense(t *testing.T) {
 	r := newRig(t)
 	for _, c := range []Config{{Rate: -1}, {Operations: -1}, {Disk: 2}, {Disk: -1}} {
-		_, err := New(c, r.tiers, r.host)
+		_, err := New(c, r.host)
 		require.True(t, errdefs.IsInvalidArgument(err), "%+v", c)
 	}
 }

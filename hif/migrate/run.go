@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/hif/plan"
-	"github.com/nhybrid/nhybrid/placement"
 )
 
 // loop is the engine's goroutine.
@@ -160,19 +159,19 @@ func (r *run) survey(ctx context.Context) error {
 		if !d.AtHome {
 			homeless++
 		}
-		groups, err := r.leaving(d)
+		leave, err := r.leaving(d)
 		if err != nil {
 			continue // work will meet it too
 		}
-		for _, g := range groups {
-			down.Add(g.bytes)
+		for _, f := range leave {
+			down.Add(f.Bytes)
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 	}
 	for _, u := range r.goal.Up {
-		if n, err := r.tiers.StandsOn(placement.NVM, u.Redirect); err == nil && n < 0 {
+		if stands, err := r.host.Stands(u.Redirect); err == nil && !stands {
 			up.Add(u.Size)
 		}
 	}
@@ -186,41 +185,17 @@ func (r *run) survey(ctx context.Context) error {
 	return nil
 }
 
-// names are all names that one file has on NVM.
-type names struct {
-	redirects []string
-	bytes     int64
-}
-
-// leaving are the files of a layer that do not belong on NVM. A file stays with all its names.
-func (r *run) leaving(d *plan.Reduction) (leave []*names, err error) {
-	linked := map[uint64]*names{}
-	stays := map[*names]bool{}
-	for entry, err := range r.tiers.OnNVM(d.Layer) {
+// leaving are the files of a layer that do not belong on NVM.
+func (r *run) leaving(d *plan.Reduction) (leave []File, err error) {
+	for f, err := range r.host.OnNVM(d.Layer) {
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("list layer %s on NVM: %w", d.Layer, err)
 		}
-		if !entry.Data() {
-			continue
-		}
-		n := linked[entry.Inode]
-		if n == nil {
-			n = &names{bytes: entry.Bytes}
-			leave = append(leave, n)
-			if entry.Links > 1 {
-				linked[entry.Inode] = n
-			}
-		}
-		n.redirects = append(n.redirects, entry.Redirect)
-		stays[n] = stays[n] || d.Keep[entry.Redirect]
-	}
-	kept := leave[:0]
-	for _, n := range leave {
-		if !stays[n] {
-			kept = append(kept, n)
+		if !d.Keep[f.Redirect] {
+			leave = append(leave, f)
 		}
 	}
-	return kept, nil
+	return leave, nil
 }
 
 // reduce leaves of a layer on NVM what is to stay.
@@ -256,13 +231,13 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 	r.dirty[d.Layer] = true
 	delete(r.settled, d.Layer)
 	var failed error
-	for _, n := range leave {
-		r.current(n.redirects[0])
+	for _, f := range leave {
+		r.current(f.Redirect)
 		if err := r.gate(ctx, r.goal, 1, 0, nil); err != nil {
 			return err
 		}
 		r.config.step("demote")
-		freed, held, err := r.tiers.DemoteAll(n.redirects, r.pins)
+		freed, held, err := r.host.Demote(f.Redirect)
 		if err != nil {
 			if failed == nil {
 				failed = err
@@ -270,7 +245,7 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 			continue
 		}
 		r.change(func() {
-			r.progress.Down.move(n.bytes)
+			r.progress.Down.move(f.Bytes)
 			r.stats.Down.Files++
 			r.stats.Down.Bytes += freed + held
 			r.stats.Freed += freed
@@ -278,12 +253,6 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 	}
 	if failed != nil {
 		return failed
-	}
-	r.config.step("prune")
-	freed, err := r.tiers.Prune(d.Layer)
-	r.change(func() { r.stats.Freed += freed })
-	if err != nil {
-		return err
 	}
 	r.config.step("settle")
 	if err := r.settle(ctx, d.Layer); err != nil {
@@ -308,7 +277,7 @@ func (r *run) promote(ctx context.Context) error {
 		if !r.due(u.Redirect) {
 			continue
 		}
-		if n, err := r.tiers.StandsOn(placement.NVM, u.Redirect); err != nil || n >= 0 {
+		if stands, err := r.host.Stands(u.Redirect); err != nil || stands {
 			r.result(u.Redirect, err)
 			continue
 		}
@@ -321,7 +290,7 @@ func (r *run) promote(ctx context.Context) error {
 			return err
 		}
 		// Space that the plan has freed may not be free yet, or may be somebody else's by now.
-		free, _, err := r.tiers.Space(placement.NVM)
+		free, err := r.host.Free()
 		if err != nil {
 			r.result(noRoom, err)
 			return nil
@@ -333,7 +302,7 @@ func (r *run) promote(ctx context.Context) error {
 		r.config.step("promote")
 		id := layerOf(u.Redirect)
 		r.dirty[id] = true
-		copied, err := r.tiers.Promote(ctx, u.Redirect, func(n int) error {
+		copied, err := r.host.Promote(ctx, u.Redirect, func(n int) error {
 			return r.gate(ctx, r.goal, 0, n, func(next *goal) bool { return next.up[u.Redirect] })
 		})
 		switch {
@@ -358,7 +327,7 @@ func (r *run) promote(ctx context.Context) error {
 		return nil
 	}
 	err := fmt.Errorf("no room on NVM for %d files of %d bytes, with %d bytes held by files that are open or cached: %w",
-		waiting.Files, waiting.Bytes, r.pins.Bytes(), errdefs.ErrResourceExhausted)
+		waiting.Files, waiting.Bytes, r.host.Held(), errdefs.ErrResourceExhausted)
 	if full != nil {
 		err = fmt.Errorf("%w: %w", err, full)
 	}
@@ -368,7 +337,11 @@ func (r *run) promote(ctx context.Context) error {
 
 // settle tells the host what a layer occupies.
 func (r *run) settle(ctx context.Context, id string) error {
-	bytes, err := r.tiers.Occupied(id)
+	var bytes int64
+	var err error
+	for f, e := range r.host.OnNVM(id) {
+		bytes, err = bytes+f.Bytes, e
+	}
 	if err == nil {
 		err = r.host.Settled(ctx, id, bytes)
 	}
@@ -393,7 +366,7 @@ func (r *run) gone(id string) error {
 			}
 		}
 	})
-	return r.tiers.Remove(id)
+	return r.host.Gone(id)
 }
 
 func layerOf(redirect string) string {

@@ -31,6 +31,7 @@ import (
 	"github.com/nhybrid/nhybrid/integration/hddsim"
 	"github.com/nhybrid/nhybrid/integration/hddsim/block"
 	"github.com/nhybrid/nhybrid/integration/image"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // A subject is an image whose start opens large files.
@@ -124,15 +125,18 @@ func build(t *testing.T, b *image.Builder, s subject) v1.Image {
 	return img
 }
 
-// bench is an emulated HDD, an NVM in memory, and one image on them.
+// bench is an emulated HDD, an NVM in memory, and one image on them, as one layer: a tree, its files in a pack on HDD, and
+// in place of a view once more there, by their numbers.
 type bench struct {
-	t     *testing.T
-	dir   string
-	disk  *hddsim.Disk
-	roots Roots
-	tree  string
-	image string
-	bytes int64 // of the files
+	t         *testing.T
+	dir       string
+	disk      *hddsim.Disk
+	nvm, home string // data roots
+	packs     *packs
+	tree      string
+	image     string
+	bytes     int64               // of the files
+	paths     map[pack.Ref]string // where containers see them
 }
 
 func newBench(t *testing.T) *bench {
@@ -151,30 +155,33 @@ func newBench(t *testing.T) *bench {
 	t.Cleanup(func() { loop.Close() })
 	require.NoError(t, block.Mount(loop.Path(), nvm, "ext4", unix.MS_NOATIME, ""))
 	t.Cleanup(func() { require.NoError(t, unix.Unmount(nvm, unix.MNT_DETACH)) })
-	b := &bench{t: t, dir: dir, disk: disk, roots: Roots{filepath.Join(nvm, "d"), filepath.Join(disk.Mountpoint(), "d")}, tree: filepath.Join(dir, "tree"), image: filepath.Join(nvm, "parts.erofs")}
-	require.NoError(t, os.Mkdir(b.roots.NVM, 0o755))
-	require.NoError(t, os.Mkdir(b.roots.HDD, 0o755))
+	b := &bench{t: t, dir: dir, disk: disk, nvm: filepath.Join(nvm, "d"), home: filepath.Join(disk.Mountpoint(), "h"), tree: filepath.Join(dir, "tree"), image: filepath.Join(nvm, "parts.erofs")}
+	require.NoError(t, os.Mkdir(b.nvm, 0o755))
+	require.NoError(t, os.Mkdir(b.home, 0o755))
 	return b
 }
 
 // unpack puts the image on HDD as one layer, and its metadata into the tree.
 func (b *bench) unpack(img v1.Image) {
 	t := b.t
-	home := filepath.Join(b.roots.HDD, "1")
-	require.NoError(t, errors.Join(os.RemoveAll(home), os.RemoveAll(b.tree), os.RemoveAll(filepath.Join(b.roots.NVM, "1")), os.Mkdir(home, 0o755)))
+	b.packs, b.paths = newPacks(b.disk.Mountpoint()), map[pack.Ref]string{}
+	unpacked := filepath.Join(b.disk.Mountpoint(), "unpacked")
+	require.NoError(t, errors.Join(os.RemoveAll(unpacked), os.RemoveAll(b.tree), os.RemoveAll(filepath.Join(b.home, "1")),
+		os.RemoveAll(filepath.Join(b.nvm, "1")), os.RemoveAll(b.packs.PackPath(1)), os.Mkdir(unpacked, 0o755)))
 	layers, err := img.Layers()
 	require.NoError(t, err)
 	for _, l := range layers {
 		r, err := l.Uncompressed()
 		require.NoError(t, err)
-		_, err = archive.Apply(t.Context(), home, r)
+		_, err = archive.Apply(t.Context(), unpacked, r)
 		require.NoError(t, err)
 		_, err = io.Copy(io.Discard, r)
 		require.NoError(t, errors.Join(err, r.Close()))
 	}
-	run(t, "cp", "-a", "--attributes-only", home, b.tree)
+	run(t, "cp", "-a", "--attributes-only", unpacked, b.tree)
 	b.bytes = 0
-	require.NoError(t, filepath.WalkDir(home, func(path string, d fs.DirEntry, err error) error {
+	ref := pack.Ref{Layer: 1}
+	require.NoError(t, filepath.WalkDir(unpacked, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
@@ -183,20 +190,27 @@ func (b *bench) unpack(img v1.Image) {
 			return err
 		}
 		b.bytes += info.Size()
-		rel := strings.TrimPrefix(path, home)
-		hole := b.tree + rel
-		return errors.Join(os.Truncate(hole, info.Size()), unix.Setxattr(hole, "trusted.overlay.metacopy", nil, 0),
-			unix.Setxattr(hole, "trusted.overlay.redirect", []byte("/1"+rel), 0))
+		ref.Number++
+		redirect := ref.Redirect()
+		data, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		b.packs.add(t, redirect, data)
+		b.paths[ref] = strings.TrimPrefix(path, unpacked)
+		hole := b.tree + b.paths[ref]
+		return errors.Join(os.MkdirAll(filepath.Dir(b.home+redirect), 0o755), os.Rename(path, b.home+redirect), os.Truncate(hole, info.Size()),
+			unix.Setxattr(hole, "trusted.overlay.metacopy", nil, 0), unix.Setxattr(hole, "trusted.overlay.redirect", []byte(redirect), 0))
 	}))
 }
 
 // promote puts whole files on NVM, and nothing else.
 func (b *bench) promote(redirects []string) (bytes int64) {
-	require.NoError(b.t, os.RemoveAll(filepath.Join(b.roots.NVM, "1")))
+	require.NoError(b.t, os.RemoveAll(filepath.Join(b.nvm, "1")))
 	for _, r := range redirects {
-		dst := b.roots.NVM + r
+		dst := b.nvm + r
 		require.NoError(b.t, os.MkdirAll(filepath.Dir(dst), 0o755))
-		run(b.t, "cp", b.roots.HDD+r, dst)
+		run(b.t, "cp", b.home+r, dst)
 		st, err := os.Stat(dst)
 		require.NoError(b.t, err)
 		bytes += st.Size()
@@ -245,21 +259,22 @@ func (b *bench) start(s subject, parts string, traced bool) result {
 		require.NoError(t, os.Mkdir(filepath.Join(dir, d), 0o755))
 	}
 	root := filepath.Join(dir, "root")
-	lower := []string{b.tree, b.roots.NVM}
+	lower := []string{b.tree, b.nvm}
 	if parts != "" {
 		lower = append(lower, parts)
 	}
-	lower = append(lower, b.roots.HDD)
+	lower = append(lower, b.home)
 	var w *trace.Watch
 	var tr *trace.Tracer
 	if traced {
-		tr, err = trace.New(trace.Config{Roots: [2]string{b.roots.HDD, b.roots.NVM}, Quiet: time.Hour, Max: time.Hour})
+		tr, err = trace.New(trace.Config{Root: b.nvm, Quiet: time.Hour, Max: time.Hour})
 		require.NoError(t, err)
 	}
 	unix.Sync()
 	require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0))
 	if traced {
-		w, err = tr.Watch(trace.Start{Snapshot: "1", Upper: filepath.Join(dir, "upper"), Tree: b.tree, Parts: parts, Layers: []string{"1"}})
+		w, err = tr.Watch(trace.Start{Snapshot: "1", Upper: filepath.Join(dir, "upper"), Tree: b.tree, Parts: parts, Home: b.home, Layers: []string{"1"},
+			Path: func(ref pack.Ref) string { return b.paths[ref] }})
 		require.NoError(t, err)
 	}
 	if parts != "" {
@@ -292,14 +307,12 @@ func (b *bench) start(s subject, parts string, traced bool) result {
 	return r
 }
 
-func redirect(f trace.File) string { return "/" + f.Layer + "/" + f.Path }
-
 func wants(files []trace.File) (all []Want) {
 	for _, f := range files {
 		if f.Touched < 0 || len(f.Ranges) == 0 {
 			continue
 		}
-		w := Want{Redirect: redirect(f), Size: f.Size}
+		w := Want{Redirect: f.Redirect(), Size: f.Size}
 		for _, r := range f.Ranges {
 			w.Ranges = append(w.Ranges, Range{r.Offset, r.Length})
 		}
@@ -337,7 +350,7 @@ func TestWhatPartsSave(t *testing.T) {
 			first := b.start(s, "", true)
 			var hot []string
 			for _, f := range first.trace.Files {
-				hot = append(hot, redirect(f))
+				hot = append(hot, f.Redirect())
 			}
 			whole := b.promote(hot)
 			require.NoError(t, b.disk.SetModel(hddsim.HDD()))
@@ -345,12 +358,12 @@ func TestWhatPartsSave(t *testing.T) {
 			t.Cleanup(func() { require.NoError(t, Unmount(point)) })
 			set := Choose(wants(first.trace.Files), Rules{Spare: b.bytes * 3 / 100})
 			files := set.Files
-			st, err := Write(t.Context(), b.image, b.roots, set, noPace)
+			st, err := Write(t.Context(), b.image, b.nvm, b.packs, set, noPace)
 			require.NoError(t, err)
-			require.NoError(t, Mount(b.image, point, b.roots.HDD))
+			require.NoError(t, Mount(b.image, point, b.packs.PackPath))
 			divide := func() {
 				for _, f := range files {
-					require.NoError(t, os.Remove(b.roots.NVM+f.Redirect))
+					require.NoError(t, os.Remove(b.nvm+f.Redirect))
 				}
 			}
 			// By turns, since others work on the machine, too.
@@ -369,7 +382,7 @@ func TestWhatPartsSave(t *testing.T) {
 			second := b.start(s, point, true)
 			parts, beyond := 0, int64(0)
 			for _, f := range second.trace.Files {
-				i := slices.IndexFunc(files, func(d File) bool { return d.Redirect == redirect(f) })
+				i := slices.IndexFunc(files, func(d File) bool { return d.Redirect == f.Redirect() })
 				if !f.Parts {
 					continue
 				}

@@ -17,14 +17,14 @@ import (
 	"github.com/nhybrid/nhybrid/internal/erofs"
 )
 
-// Mount mounts the image at path on point, a directory that is made where it is missing; hdd is the data root on HDD, which
-// holds the cold chunks. Image and files are verified first: a file that is not there or has another size is refused. What
+// Mount mounts the image at path on point, a directory that is made where it is missing; packPath is where the pack of a
+// layer stands, which holds the cold chunks. The image is verified first, and that the packs are there and large enough. What
 // is mounted on point already is replaced without a moment in between, and lives on for the overlays that have it.
 //
-// Errors: those of [Read]; errdefs.ErrNotFound and ErrFailedPrecondition for a file on HDD; errdefs.ErrNotImplemented where
+// Errors: those of [Read]; errdefs.ErrNotFound and ErrFailedPrecondition for a pack; errdefs.ErrNotImplemented where
 // the kernel cannot, or not on this filesystem.
-func Mount(path, point, hdd string) error {
-	mnt, err := open(path, hdd)
+func Mount(path, point string, packPath func(layer uint64) string) error {
+	mnt, err := open(path, packPath)
 	if err != nil {
 		return fmt.Errorf("mount parts image %q: %w", path, err)
 	}
@@ -52,12 +52,21 @@ func attach(mnt int, point string) error {
 	return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// Unmount takes the mount on point away, if there is one, and the directory. Overlays that have it keep it.
-func Unmount(point string) error {
+// Detach takes the mount on point away, if there is one. Overlays that have it keep it. The bare directory stays: a container
+// that was told to mount it finds no parts there, and does not fail.
+func Detach(point string) error {
 	for Mounted(point) {
 		if err := unix.Unmount(point, unix.MNT_DETACH); err != nil {
 			return fmt.Errorf("unmount parts at %q: %w", point, err)
 		}
+	}
+	return nil
+}
+
+// Unmount is Detach, and removes the directory. No container may be told to mount it any more.
+func Unmount(point string) error {
+	if err := Detach(point); err != nil {
+		return err
 	}
 	if err := os.Remove(point); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("remove mount point: %w", err)
@@ -104,39 +113,28 @@ func Current(path, point string) bool {
 }
 
 // open verifies the image and its devices, and returns a mount that is attached nowhere.
-func open(path, hdd string) (mnt int, err error) {
+func open(path string, packPath func(layer uint64) string) (mnt int, err error) {
 	image, err := os.Open(path)
 	if err != nil {
 		return -1, err
 	}
 	defer image.Close()
-	set, err := readFrom(image)
+	c, err := readFrom(image)
 	if err != nil {
 		return -1, err
 	}
-	root, err := openDir(hdd)
+	devices, err := c.openPacks(packPath)
 	if err != nil {
 		return -1, err
 	}
-	defer unix.Close(root)
-	devices := make([]*os.File, len(set.Files))
-	defer func() {
-		for _, d := range devices {
-			d.Close() // nil where it was not opened
-		}
-	}()
-	for i := range set.Files {
-		if devices[i], err = openData(root, &set.Files[i]); err != nil {
-			return -1, fmt.Errorf("%q on HDD: %w", set.Files[i].Redirect, err)
-		}
-	}
-	return readingAhead(set.ReadAhead(), func() (int, error) { return mount(image, devices) })
+	defer closeAll(devices)
+	return readingAhead(c.ReadAhead(), func() (int, error) { return mount(image, devices) })
 }
 
 // mount uses the mount API with one option after the other: mount(2) takes a page of options at the most.
 //
 // Without directio (Linux 6.15): pages are cached a second time below, but what [ReadAhead] has brought there costs a copy
-// instead of a request to the device, and the file on HDD has a read-ahead of its own.
+// instead of a request to the device, and the pack on HDD has a read-ahead of its own.
 func mount(image *os.File, devices []*os.File) (int, error) {
 	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOSYS) {

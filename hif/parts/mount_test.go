@@ -19,6 +19,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // Reads at random places, by read(2) and through mappings, and a program that runs.
@@ -27,25 +29,25 @@ func TestUseOfDividedFiles(t *testing.T) {
 	program, err := os.ReadFile("/proc/self/exe")
 	require.NoError(t, err)
 	const size = 300*Chunk + 777
-	s.put("/3/program", program)
-	s.put("/3/data", random(size))
+	s.put(name(1), program)
+	s.put(name(2), random(size))
 	hot := func(n int64) (r []Range) {
 		for range 40 {
 			r = append(r, Range{rand.Int64N(n), rand.Int64N(3 * Chunk)})
 		}
 		return Hot(n, r, 0)
 	}
-	s.write([]File{{"/3/data", size, hot(size)}, {"/3/program", int64(len(program)), hot(int64(len(program)))}})
+	s.write([]File{{name(2), size, hot(size)}, {name(1), int64(len(program)), hot(int64(len(program)))}})
 	p := s.point("7")
 	s.mount(p)
 	m := s.overlay(p)
 
-	out, err := exec.CommandContext(t.Context(), m+"/3/program", "-test.run=^$", "-test.v").CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), m+name(1), "-test.run=^$", "-test.v").CombinedOutput()
 	require.NoError(t, err)
 	require.Contains(t, string(out), "PASS")
 
-	want := s.data["/3/data"]
-	f, err := os.Open(m + "/3/data")
+	want := s.data[name(2)]
+	f, err := os.Open(m + name(2))
 	require.NoError(t, err)
 	defer f.Close()
 	mapped, err := unix.Mmap(int(f.Fd()), 0, (size+4095)/4096*4096, unix.PROT_READ, unix.MAP_PRIVATE)
@@ -71,37 +73,37 @@ func TestUseOfDividedFiles(t *testing.T) {
 // A whole file on NVM is found first, and the parts do not hide others.
 func TestWholeFileWins(t *testing.T) {
 	s := newStand(t)
-	s.put("/3/f", random(4*Chunk))
-	s.put("/3/other", random(10))
-	s.write([]File{{"/3/f", 4 * Chunk, nil}})
+	s.put(name(1), random(4*Chunk))
+	s.put(name(2), random(10))
+	s.write([]File{{name(1), 4 * Chunk, nil}})
 	p := s.point("7")
 	s.mount(p)
 	m := s.overlay(p)
 	other := random(4*Chunk + 8)[8:]
-	require.NoError(t, os.Mkdir(s.roots.NVM+"/3", 0o755))
-	require.NoError(t, os.WriteFile(s.roots.NVM+"/3/f", other, 0o644))
-	got, err := os.ReadFile(m + "/3/f")
+	require.NoError(t, os.MkdirAll(filepath.Dir(s.nvm+name(1)), 0o755))
+	require.NoError(t, os.WriteFile(s.nvm+name(1), other, 0o644))
+	got, err := os.ReadFile(m + name(1))
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(other, got))
-	got, err = os.ReadFile(m + "/3/other")
+	got, err = os.ReadFile(m + name(2))
 	require.NoError(t, err)
-	require.True(t, bytes.Equal(s.data["/3/other"], got))
+	require.True(t, bytes.Equal(s.data[name(2)], got))
 
 	// Hot chunks are taken from there, too.
-	s.write([]File{{"/3/f", 4 * Chunk, []Range{{0, 4 * Chunk}}}})
-	require.ErrorIs(t, Verify(t.Context(), s.image, s.roots.HDD, noPace), errdefs.ErrDataLoss)
+	s.write([]File{{name(1), 4 * Chunk, []Range{{0, 4 * Chunk}}}})
+	require.ErrorIs(t, Verify(t.Context(), s.image, s.packs.PackPath, noPace), errdefs.ErrDataLoss)
 }
 
 // A new image takes the place of one that is in use; who has the old one keeps it, also when all is unmounted.
 func TestReplaceWhileInUse(t *testing.T) {
 	s := newStand(t)
 	const size = 50 * Chunk
-	s.put("/3/f", random(size))
+	s.put(name(1), random(size))
 	p := s.point("7")
-	s.write([]File{{"/3/f", size, []Range{{0, Chunk}}}})
+	s.write([]File{{name(1), size, []Range{{0, Chunk}}}})
 	s.mount(p)
 	first := s.overlay(p)
-	f, err := os.Open(first + "/3/f")
+	f, err := os.Open(first + name(1))
 	require.NoError(t, err)
 	defer f.Close()
 	read := func(f *os.File) {
@@ -110,11 +112,11 @@ func TestReplaceWhileInUse(t *testing.T) {
 		buf := make([]byte, 5000)
 		_, err := f.ReadAt(buf, off)
 		require.NoError(t, err)
-		require.True(t, bytes.Equal(s.data["/3/f"][off:off+5000], buf))
+		require.True(t, bytes.Equal(s.data[name(1)][off:off+5000], buf))
 	}
 	read(f)
 	for i := range int64(5) {
-		s.write([]File{{"/3/f", size, []Range{{(i + 1) * 2 * Chunk, Chunk}}}})
+		s.write([]File{{name(1), size, []Range{{(i + 1) * 2 * Chunk, Chunk}}}})
 		require.False(t, Current(s.image, p))
 		s.mount(p)
 		require.True(t, Current(s.image, p))
@@ -127,10 +129,11 @@ func TestReplaceWhileInUse(t *testing.T) {
 	require.NoError(t, Unmount(p))
 	require.NoError(t, Unmount(p), "again")
 	require.NoError(t, os.Remove(s.image))
-	require.NoError(t, os.Remove(s.roots.HDD+"/3/f"))
+	require.NoError(t, os.Remove(s.packs.PackPath(3)))
+	require.NoError(t, os.Remove(s.home+name(1)))
 	require.NoDirExists(t, p)
 	for _, m := range []string{first, second} {
-		g, err := os.Open(m + "/3/f")
+		g, err := os.Open(m + name(1))
 		require.NoError(t, err)
 		for range 20 {
 			read(g)
@@ -143,55 +146,86 @@ func TestReplaceWhileInUse(t *testing.T) {
 func TestMountRefuses(t *testing.T) {
 	s := newStand(t)
 	const size = 4*Chunk + 1
-	s.put("/3/dir/f", random(size))
-	s.write([]File{{"/3/dir/f", size, Hot(size, nil, 0)}})
+	s.put(name(1), random(size))
+	files := []File{{name(1), size, nil}}
+	s.write(files)
 	p := s.point("7")
 	s.mount(p)
 	require.NoError(t, Unmount(p))
-	file := s.roots.HDD + "/3/dir/f"
+	file := s.packs.PackPath(3)
 	for _, tc := range []struct {
 		what string
 		do   func() error
 		want error
 	}{
-		{"another size", func() error { return os.Truncate(file, size+1) }, errdefs.ErrFailedPrecondition},
+		{"cut off", func() error { return os.Truncate(file, 5*Chunk) }, errdefs.ErrFailedPrecondition},
 		{"gone", func() error { return os.Rename(file, file+".away") }, errdefs.ErrNotFound},
-		{"a link", func() error { return os.Symlink("f.away", file) }, unix.ELOOP},
+		{"a link", func() error { return os.Symlink("3.away", file) }, errdefs.ErrFailedPrecondition},
 		{"a FIFO", func() error { return unix.Mkfifo(file, 0o644) }, errdefs.ErrFailedPrecondition},
 		{"a directory", func() error { return os.Mkdir(file, 0o755) }, errdefs.ErrFailedPrecondition},
-		{"a link on the way", func() error { return os.Symlink("dir2", filepath.Dir(file)) }, unix.ELOOP},
-		{"a file on the way", func() error { return os.WriteFile(filepath.Dir(file), nil, 0o644) }, errdefs.ErrNotFound},
+		{"a file on the way", func() error { s.packs.dir = file + ".away"; return nil }, errdefs.ErrNotFound},
 	} {
-		if strings.HasSuffix(tc.what, "way") {
-			require.NoError(t, os.RemoveAll(filepath.Dir(file)))
-		} else {
-			_ = os.Remove(file + map[bool]string{true: "-"}[tc.what == "gone"])
-		}
-		if tc.what == "another size" {
-			require.NoError(t, os.WriteFile(file, nil, 0o644))
+		if tc.what != "cut off" && tc.what != "gone" {
+			_ = os.Remove(file)
 		}
 		require.NoError(t, tc.do(), tc.what)
-		err := Mount(s.image, p, s.roots.HDD)
+		err := Mount(s.image, p, s.packs.PackPath)
 		require.ErrorIs(t, err, tc.want, tc.what)
-		require.ErrorContains(t, err, "/3/dir/f", tc.what)
+		require.ErrorContains(t, err, "pack of layer 3", tc.what)
 		require.False(t, Mounted(p))
-		_, err = Write(t.Context(), s.image, s.roots, Set{Files: []File{{"/3/dir/f", size, Hot(size, nil, 0)}}}, noPace)
+		_, err = Write(t.Context(), s.image, s.nvm, s.packs, Set{Files: files}, noPace)
 		require.ErrorIs(t, err, tc.want, tc.what)
 	}
-	require.ErrorIs(t, Mount(filepath.Join(t.TempDir(), "missing"), p, s.roots.HDD), os.ErrNotExist)
+	require.ErrorIs(t, Mount(filepath.Join(t.TempDir(), "missing"), p, s.packs.PackPath), os.ErrNotExist)
 }
 
+// What stands on NVM in place of a file is not copied, and no link there is followed.
+func TestWriteRefusesWhatIsOnNVM(t *testing.T) {
+	nvm, packs, path := plain(t)
+	const size = 4*Chunk + 1
+	packs.add(t, name(1), random(size))
+	file := nvm + name(1)
+	dir := filepath.Dir(file)
+	set := Set{Files: []File{{name(1), size, []Range{{0, Chunk}}}}}
+	for _, tc := range []struct {
+		what string
+		do   func() error
+		want error
+	}{
+		{"another size", func() error { return os.WriteFile(file, make([]byte, size+1), 0o600) }, errdefs.ErrFailedPrecondition},
+		{"a link", func() error { return os.Symlink(packs.PackPath(3), file) }, unix.ELOOP},
+		{"a FIFO", func() error { return unix.Mkfifo(file, 0o644) }, errdefs.ErrFailedPrecondition},
+		{"a directory", func() error { return os.Mkdir(file, 0o755) }, errdefs.ErrFailedPrecondition},
+		{"a link on the way", func() error { return errors.Join(os.Remove(dir), os.Symlink(packs.dir, dir)) }, unix.ELOOP},
+	} {
+		require.NoError(t, os.MkdirAll(dir, 0o755))
+		require.NoError(t, os.RemoveAll(file))
+		require.NoError(t, tc.do(), tc.what)
+		_, err := Write(t.Context(), path, nvm, packs, set, noPace)
+		require.ErrorIs(t, err, tc.want, tc.what)
+		require.ErrorContains(t, err, name(1), tc.what)
+	}
+	require.NoError(t, os.Remove(dir))
+	_, err := Write(t.Context(), path, nvm, packs, set, noPace)
+	require.NoError(t, err, "it need not be there")
+}
+
+// One device for each layer, at paths of any length.
 func TestManyDevices(t *testing.T) {
 	s := newStand(t)
+	s.packs.dir = filepath.Join(s.packs.dir, strings.Repeat("long, \\of: \n", 15), strings.Repeat("long", 50))
+	require.NoError(t, os.MkdirAll(s.packs.dir, 0o755))
 	var files []File
-	for i := range 400 {
-		name := fmt.Sprintf("/3/%s/%d", strings.Repeat("long", 50), i)
+	for i := range 800 {
+		name := pack.Ref{Layer: uint64(1000 + i%400), Number: uint32(i + 1)}.Redirect()
 		s.put(name, random(3*Chunk+i))
 		files = append(files, File{name, int64(3*Chunk + i), Hot(int64(3*Chunk+i), []Range{{int64(i%3) * Chunk, 1}}, 0)})
 	}
-	s.write(sorted(files))
+	s.write(files)
 	p := s.point("7")
 	s.mount(p)
+	require.NoError(t, os.RemoveAll(s.home))
+	require.NoError(t, os.Mkdir(s.home, 0o755))
 	m := s.overlay(p)
 	for name, data := range s.data {
 		got, err := os.ReadFile(m + name)
@@ -204,16 +238,13 @@ func TestManyDevices(t *testing.T) {
 func TestLargeFile(t *testing.T) {
 	s := newStand(t)
 	const size = 5<<30 + 4096*3 + 17
-	name := "/3/large"
-	require.NoError(t, os.Mkdir(s.roots.HDD+"/3", 0o755))
-	f, err := os.Create(s.roots.HDD + name)
-	require.NoError(t, err)
+	name := name(1)
+	f, base := s.packs.room(t, name, size)
 	defer f.Close()
-	require.NoError(t, f.Truncate(size))
 	marks := []int64{0, 1 << 30, 2<<30 - 3, 3<<30 + 12345, 4<<30 - 1, 4<<30 + 65536, size - 8}
 	var touched []Range
 	for i, at := range marks {
-		_, err := f.WriteAt([]byte(fmt.Sprintf("mark%04d", i)), at)
+		_, err := f.WriteAt([]byte(fmt.Sprintf("mark%04d", i)), base+at)
 		require.NoError(t, err)
 		if i%2 == 0 {
 			touched = append(touched, Range{at, 8})
@@ -222,7 +253,7 @@ func TestLargeFile(t *testing.T) {
 	s.hole(name, name, size)
 	st := s.write([]File{{name, size, Hot(size, touched, 0)}})
 	require.Less(t, st.Bytes, int64(size/500+2<<20), "its index, and what is hot")
-	require.NoError(t, Verify(t.Context(), s.image, s.roots.HDD, noPace))
+	require.NoError(t, Verify(t.Context(), s.image, s.packs.PackPath, noPace))
 	p := s.point("7")
 	s.mount(p)
 	g, err := os.Open(s.overlay(p) + name)
@@ -237,58 +268,6 @@ func TestLargeFile(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, make([]byte, 8), buf, "a hole")
 	}
-}
-
-func TestOddNames(t *testing.T) {
-	s := newStand(t)
-	var files []File
-	add := func(name string, size int64) { files = append(files, File{name, size, Hot(size, nil, 0)}) }
-	for _, name := range []string{"/3/a-b", "/3/a/b", "/3/a/b-c", "/3/a/b.d", "/3/\xff\xfe", "/3/a b\n:,\\", "/3/" + strings.Repeat("n", 255), "/3/-", "/3/ü/…", "/3/..."} {
-		s.put(name, random(2*Chunk+100))
-		add(name, 2*Chunk+100)
-	}
-	// Deeper than any path that the kernel takes in one piece.
-	long := "/4"
-	dir, err := unix.Open(s.roots.HDD, unix.O_PATH|unix.O_DIRECTORY, 0)
-	require.NoError(t, err)
-	for part := "4"; ; part = strings.Repeat("p", 200) {
-		require.NoError(t, unix.Mkdirat(dir, part, 0o755))
-		next, err := unix.Openat(dir, part, unix.O_PATH|unix.O_DIRECTORY, 0)
-		require.NoError(t, err)
-		unix.Close(dir)
-		dir = next
-		if part != "4" {
-			long += "/" + part
-		}
-		if len(long)+201 > maxPath-10 {
-			break
-		}
-	}
-	long += "/" + strings.Repeat("f", maxPath-len(long)-1)
-	require.Len(t, long, maxPath)
-	fd, err := unix.Openat(dir, long[strings.LastIndexByte(long, '/')+1:], unix.O_CREAT|unix.O_WRONLY, 0o644)
-	require.NoError(t, err)
-	unix.Close(dir)
-	deep := os.NewFile(uintptr(fd), "deep")
-	data := random(5*Chunk + 9)
-	_, err = deep.Write(data)
-	require.NoError(t, err)
-	deep.Close()
-	s.hole("/deep", long, int64(len(data)))
-	add(long, int64(len(data)))
-
-	s.write(sorted(files))
-	p := s.point("7")
-	s.mount(p)
-	m := s.overlay(p)
-	for name, data := range s.data {
-		got, err := os.ReadFile(m + name)
-		require.NoError(t, err, "%q", name)
-		require.True(t, bytes.Equal(data, got), "%q", name)
-	}
-	got, err := os.ReadFile(m + "/deep")
-	require.NoError(t, err)
-	require.True(t, bytes.Equal(data, got))
 }
 
 func pages(t *testing.T, name string) uint64 {
@@ -312,26 +291,26 @@ func forgotten(t *testing.T, name string) {
 func TestNothingColdIsRead(t *testing.T) {
 	s := newStand(t)
 	const size, at = 400 * Chunk, 200 * Chunk
-	s.put("/3/f", random(size))
-	home := s.roots.HDD + "/3/f"
+	s.put(name(1), random(size))
+	home := s.packs.PackPath(3)
 	for _, margin := range []int64{0, 16 << 10, 128 << 10} {
-		set := Set{Files: []File{{"/3/f", size, Hot(size, []Range{{at, 1}}, margin)}}, Margin: margin}
-		_, err := Write(t.Context(), s.image, s.roots, set, noPace)
+		set := Set{Files: []File{{name(1), size, Hot(size, []Range{{at, 1}}, margin)}}, Margin: margin}
+		_, err := Write(t.Context(), s.image, s.nvm, s.packs, set, noPace)
 		require.NoError(t, err)
 		p := s.point(fmt.Sprint(margin))
 		s.mount(p)
 		m := s.overlay(p)
 		forgotten(t, home)
-		f, err := os.Open(m + "/3/f")
+		f, err := os.Open(m + name(1))
 		require.NoError(t, err)
 		mapped, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_PRIVATE)
 		require.NoError(t, err)
-		require.Equal(t, s.data["/3/f"][at], mapped[at])
+		require.Equal(t, s.data[name(1)][at], mapped[at])
 		require.Zero(t, pages(t, home), "margin %d", margin)
 		if os.Getpagesize() == Chunk {
-			require.EqualValues(t, max(set.ReadAhead()/Chunk, 1), pages(t, p+"/3/f"), "margin %d", margin)
+			require.EqualValues(t, max(set.ReadAhead()/Chunk, 1), pages(t, p+name(1)), "margin %d", margin)
 		}
-		require.Equal(t, s.data["/3/f"][2*Chunk], mapped[2*Chunk])
+		require.Equal(t, s.data[name(1)][2*Chunk], mapped[2*Chunk])
 		require.NotZero(t, pages(t, home), "what is cold comes from there")
 		require.NoError(t, errors.Join(unix.Munmap(mapped), f.Close()))
 	}
@@ -340,8 +319,8 @@ func TestNothingColdIsRead(t *testing.T) {
 func TestReadAhead(t *testing.T) {
 	s := newStand(t)
 	const size = 400 * Chunk
-	s.put("/3/f", random(size))
-	st := s.write([]File{{"/3/f", size, []Range{{0, size}}}})
+	s.put(name(1), random(size))
+	st := s.write([]File{{name(1), size, []Range{{0, size}}}})
 	forgotten(t, s.image)
 	require.EqualValues(t, 2*aheadStep, ReadAhead(s.image, 2*aheadStep))
 	require.Eventually(t, func() bool { return pages(t, s.image) == 2*aheadStep/uint64(os.Getpagesize()) }, 10*time.Second, time.Millisecond)
@@ -355,7 +334,7 @@ func TestReadAhead(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	s := newStand(t)
-	nvm, hdd := filepath.Dir(s.roots.NVM), filepath.Dir(s.roots.HDD)
+	nvm, hdd := filepath.Dir(s.nvm), filepath.Dir(s.home)
 	if err := Probe(t.Context(), nvm, hdd); err != nil {
 		require.ErrorIs(t, err, errdefs.ErrNotImplemented)
 		t.Skip(err)

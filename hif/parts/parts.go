@@ -3,22 +3,22 @@
 
 // Package parts keeps the touched parts of large files on NVM.
 //
-// The parts of an image are one more data-only layer of its containers' overlays, between the two data roots: a small
-// EROFS image on NVM in which each such file stands at its redirect path. The file is chunk-based; its hot chunks lie in
-// the image itself, all others in an extra device, which is the data file on HDD. The kernel reads both, nothing of ours is
+// The parts of an image are one more data-only layer of its containers' overlays, between NVM and the view: a small EROFS
+// image on NVM in which each such file stands at its redirect. The file is chunk-based; its hot chunks lie in the image
+// itself, all others in extra devices, which are the packs of the layers on HDD. The kernel reads both, nothing of ours is
 // on the way. docs/hif.md says what was measured.
 package parts
 
 import (
 	"cmp"
 	"fmt"
-	"path"
 	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/nhybrid/nhybrid/internal/erofs"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // Chunk is the unit in which a file is divided, in bytes: the grain of traces, and a block of EROFS, so that what a page
@@ -36,7 +36,7 @@ func (r Range) end() int64 { return r.Offset + r.Length }
 // Want is a file of which a start is known to touch some ranges. They may come from a profile of a registry and need
 // not make sense. No ranges at all: nothing of the file is touched.
 type Want struct {
-	Redirect string // "/<layer id>/<path>"
+	Redirect string // as of [pack.Ref]
 	Size     int64
 	Ranges   []Range
 }
@@ -80,9 +80,9 @@ func (f *File) Cold(ranges []Range) (cold []Range) {
 	return cold
 }
 
-// overhead is the metadata of a file: device, inode, name and entries of the list, index.
+// overhead is the metadata of a file: inode, directory entries and entries of the list, index.
 func overhead(f *File) int64 {
-	return erofs.DeviceSlotSize + erofs.InodeSize + 3*int64(len(f.Redirect)) + chunks(f.Size)*8 + int64(len(f.Hot))*8
+	return erofs.InodeSize + 3*int64(len(f.Redirect)) + chunks(f.Size)*8 + int64(len(f.Hot))*8
 }
 
 func chunks(size int64) int64 { return (size + Chunk - 1) / Chunk }
@@ -108,7 +108,7 @@ type Rules struct {
 	MinSize  int64   // of the file: 256 KiB
 	MinSaved int64   // bytes saved at least: 64 KiB
 	MinShare float64 // of its bytes saved at least: 0.1
-	MaxFiles int     // of one image, each a device: 256
+	MaxFiles int     // of one image: 4096
 	// Spare is how many bytes margins may cost: the largest is taken that stays within it, or the smallest.
 	Spare int64
 }
@@ -124,7 +124,7 @@ func (r Rules) withDefaults() Rules {
 		r.MinShare = 0.1
 	}
 	if r.MaxFiles <= 0 {
-		r.MaxFiles = 256
+		r.MaxFiles = maxFiles
 	}
 	return r
 }
@@ -136,7 +136,7 @@ func Choose(wants []Want, r Rules) Set {
 	seen := map[string]bool{}
 	var able []Want
 	for _, w := range wants {
-		if w.Size >= r.MinSize && w.Size <= MaxSize && CheckRedirect(w.Redirect) == nil && !seen[w.Redirect] {
+		if _, err := pack.ParseRedirect(w.Redirect); err == nil && w.Size >= r.MinSize && w.Size <= MaxSize && !seen[w.Redirect] {
 			seen[w.Redirect] = true
 			able = append(able, w)
 		}
@@ -171,14 +171,8 @@ func (r Rules) choose(wants []Want, margin int64) (set Set, saved int64) {
 }
 
 // Hot rounds touched ranges to chunks, with a margin on both sides, and joins them. What is outside the file is cut off.
-//
-// The last chunk is always hot if the file ends within a block: the kernel reads whole blocks, and Linux 6.18 answers EIO
-// where a device ends before its block does.
 func Hot(size int64, touched []Range, margin int64) []Range {
 	var in []Range
-	if size%Chunk != 0 {
-		in = append(in, Range{size / Chunk * Chunk, size % Chunk})
-	}
 	for _, r := range touched {
 		if r.Offset < 0 || r.Length <= 0 || r.Offset >= size {
 			continue
@@ -206,42 +200,22 @@ func Hot(size int64, touched []Range, margin int64) []Range {
 	return out
 }
 
-// CheckRedirect tells whether a redirect is of the form "/<layer id>/<path>", with names that a directory can hold. The
-// error is errdefs.ErrInvalidArgument.
-func CheckRedirect(redirect string) error {
-	id, rest, _ := strings.Cut(strings.TrimPrefix(redirect, "/"), "/")
-	if !strings.HasPrefix(redirect, "/") || id == "" || rest == "" || path.Clean(redirect) != redirect || strings.ContainsRune(redirect, 0) {
-		return fmt.Errorf("%q is not of the form /<layer id>/<path>: %w", redirect, errdefs.ErrInvalidArgument)
-	}
-	if len(redirect) > maxPath {
-		return fmt.Errorf("redirect of %d bytes, at most %d can be opened: %w", len(redirect), maxPath, errdefs.ErrInvalidArgument)
-	}
-	for name := range strings.SplitSeq(redirect[1:], "/") {
-		if len(name) > maxName {
-			return fmt.Errorf("name of %d bytes in %.80q, the limit is %d: %w", len(name), redirect, maxName, errdefs.ErrInvalidArgument)
-		}
-	}
-	return nil
-}
-
-const (
-	maxName = 255
-	maxPath = 4095
-)
-
 // check refuses a set of which no image can be made.
 func (s *Set) check() error {
 	files := s.Files
 	if s.Margin < 0 || s.Margin > MaxSize {
 		return fmt.Errorf("a margin of %d bytes: %w", s.Margin, errdefs.ErrInvalidArgument)
 	}
-	if len(files) == 0 || len(files) > maxDevices {
-		return fmt.Errorf("%d files, want 1 to %d: %w", len(files), maxDevices, errdefs.ErrInvalidArgument)
+	if len(files) == 0 || len(files) > maxFiles {
+		return fmt.Errorf("%d files, want 1 to %d: %w", len(files), maxFiles, errdefs.ErrInvalidArgument)
 	}
+	layers := map[uint64]bool{}
 	for i, f := range files {
-		if err := CheckRedirect(f.Redirect); err != nil {
+		ref, err := pack.ParseRedirect(f.Redirect)
+		if err != nil {
 			return err
 		}
+		layers[ref.Layer] = true
 		if i > 0 && files[i-1].Redirect >= f.Redirect {
 			return fmt.Errorf("%q is not in order: %w", f.Redirect, errdefs.ErrInvalidArgument)
 		}
@@ -255,12 +229,15 @@ func (s *Set) check() error {
 			}
 			end = r.end()
 		}
-		if f.Size%Chunk != 0 && end != f.Size {
-			return fmt.Errorf("the end of %q is not hot: %w", f.Redirect, errdefs.ErrInvalidArgument)
-		}
+	}
+	if len(layers) > maxPacks {
+		return fmt.Errorf("files of %d layers, at most %d: %w", len(layers), maxPacks, errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
 
-// maxDevices is a bound of our own; the format could hold 65 535.
-const maxDevices = 4096
+// Bounds of our own; the format could hold 65 535 devices, and an image has at most 512 layers (package profile).
+const (
+	maxFiles = 4096
+	maxPacks = 512
+)

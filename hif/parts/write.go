@@ -22,14 +22,11 @@ import (
 )
 
 const (
-	volumeName = "nhybrid-parts-2"
+	volumeName = "nhybrid-parts-3"
 
 	// copyPiece is how many bytes are copied between two calls of pace.
 	copyPiece = 512 << 10
 )
-
-// Roots are the data roots of the tiers.
-type Roots struct{ NVM, HDD string }
 
 // Stats of an image.
 type Stats struct {
@@ -42,7 +39,7 @@ type Stats struct {
 type node struct {
 	name   string
 	file   *File // nil: a directory
-	device uint16
+	at     int   // of the file in the list
 	parent *node
 	sub    []*node
 	size   uint64 // of a directory
@@ -51,22 +48,22 @@ type node struct {
 }
 
 type writer struct {
-	set   Set
+	*contents
 	nodes []*node // in path order, the root first
 	meta  int64   // bytes
-	data  int64   // blocks
+	total int64   // blocks of data
 	out   *erofs.Writer
 }
 
 // Write makes the image of a set, as [Choose] returns it, at path. What stood there is
-// replaced once the new one is whole and synced; who has the old one mounted keeps it. Each file must stand on HDD with the
-// size that is given, durably; hot chunks are read from the whole file on NVM where there is one, else from HDD. pace is called
-// before each piece of at most 512 KiB with its size; it may sleep, and ends the work by an error.
+// replaced once the new one is whole and synced; who has the old one mounted keeps it. The packs of all files must be whole,
+// durably: cold chunks are read from them. Hot chunks are copied from the whole file below nvm, the data root there, if it
+// stands, else from the pack. pace is called before each piece of at most 512 KiB with its size; it may sleep, and ends the
+// work by an error.
 //
-// Errors: errdefs.ErrInvalidArgument for an impossible list, ErrNotFound for a file that is not on HDD, ErrFailedPrecondition
-// for one of another size.
-func Write(ctx context.Context, path string, roots Roots, set Set, pace func(int) error) (Stats, error) {
-	w := &writer{set: set}
+// Errors: errdefs.ErrInvalidArgument for an impossible list, ErrNotFound for a file or a pack that is not there,
+// ErrFailedPrecondition for one of another size.
+func Write(ctx context.Context, path, nvm string, packs Packs, set Set, pace func(int) error) (Stats, error) {
 	s := Stats{}
 	if err := set.check(); err != nil {
 		return s, fmt.Errorf("write parts image: %w", err)
@@ -75,24 +72,25 @@ func Write(ctx context.Context, path string, roots Roots, set Set, pace func(int
 		s.Hot += f.Bytes()
 		s.Whole += f.Size
 	}
-	if err := w.layout(); err != nil {
-		return s, fmt.Errorf("write parts image: %w", err)
-	}
-	src, err := openRoots(roots)
+	src, err := openSources(set, nvm, packs)
 	if err != nil {
 		return s, fmt.Errorf("write parts image: %w", err)
 	}
 	defer src.close()
+	w := &writer{contents: src.contents}
+	if err := w.layout(); err != nil {
+		return s, fmt.Errorf("write parts image: %w", err)
+	}
 	err = tier.WriteFile(path, func(f *os.File) error {
 		h := sha256.New()
 		w.out = &erofs.Writer{W: f}
 		meta := w.metadata()
 		h.Write(meta)
 		w.out.Write(meta)
-		if err := w.contents(ctx, src, pace); err != nil {
+		if err := w.data(ctx, src, pace); err != nil {
 			return err
 		}
-		list := appendList(nil, set)
+		list := w.appendList(nil)
 		footer := append([]byte(nil), footerMagic...)
 		footer = binary.LittleEndian.AppendUint64(footer, uint64(len(list)))
 		footer = binary.LittleEndian.AppendUint64(footer, uint64(len(meta)))
@@ -113,44 +111,44 @@ func Write(ctx context.Context, path string, roots Roots, set Set, pace func(int
 func (w *writer) layout() error {
 	root := &node{}
 	w.nodes = []*node{root}
-	for i := range w.set.Files {
+	for i := range w.Files {
 		at := root
-		names := strings.Split(w.set.Files[i].Redirect[1:], "/")
+		names := strings.Split(w.Files[i].Redirect[1:], "/")
 		for j, name := range names {
 			// Redirects are in byte order, in which "a-b" stands before "a/b": the directory may not be the latest.
 			k := slices.IndexFunc(at.sub, func(n *node) bool { return n.name == name })
 			last := j == len(names)-1
 			switch {
 			case k >= 0 && (last || at.sub[k].file != nil):
-				return fmt.Errorf("%q is both a file and a directory: %w", w.set.Files[i].Redirect, errdefs.ErrInvalidArgument)
+				return fmt.Errorf("%q is both a file and a directory: %w", w.Files[i].Redirect, errdefs.ErrInvalidArgument)
 			case k >= 0:
 				at = at.sub[k]
 				continue
 			}
 			n := &node{name: name, parent: at}
 			if last {
-				n.file, n.device = &w.set.Files[i], uint16(i+1)
+				n.file, n.at = &w.Files[i], i
 			}
 			at.sub = append(at.sub, n)
 			w.nodes = append(w.nodes, n)
 			at = n
 		}
 	}
-	pos := int64(erofs.SuperOffset + erofs.SuperSize + len(w.set.Files)*erofs.DeviceSlotSize)
+	pos := int64(erofs.SuperOffset + erofs.SuperSize + len(w.packs)*erofs.DeviceSlotSize)
 	for _, n := range w.nodes {
 		tail := int64(0)
 		if n.file != nil {
 			tail = chunks(n.file.Size) * 8
-			n.block = w.data
-			w.data += blocks(n.file.Bytes())
+			n.block = w.total
+			w.total += blocks(n.file.Bytes())
 		} else {
 			slices.SortFunc(n.sub, func(a, b *node) int { return strings.Compare(a.name, b.name) })
 			n.size = n.measure()
 			if n.inline() {
 				tail = int64(n.size)
 			} else {
-				n.block = w.data
-				w.data += blocks(int64(n.size))
+				n.block = w.total
+				w.total += blocks(int64(n.size))
 			}
 		}
 		pos = erofs.Align(pos, erofs.SlotSize)
@@ -163,7 +161,7 @@ func (w *writer) layout() error {
 		pos += erofs.InodeSize + tail
 	}
 	w.meta = erofs.Align(pos, erofs.BlockSize)
-	if w.meta/erofs.BlockSize+w.data > 1<<32-1 {
+	if w.meta/erofs.BlockSize+w.total > 1<<32-1 {
 		return fmt.Errorf("the image needs more than 2^32 blocks: %w", errdefs.ErrInvalidArgument)
 	}
 	return nil
@@ -221,15 +219,15 @@ func (n *node) mode() uint32 {
 func (w *writer) metadata() []byte {
 	super := erofs.Super{
 		Volume: volumeName, RootNid: uint16(w.nodes[0].nid), Inos: uint64(len(w.nodes)),
-		Blocks: uint32(w.meta/erofs.BlockSize + w.data), Incompat: erofs.IncompatChunkedFile | erofs.IncompatDeviceTable,
-		Devices: uint16(len(w.set.Files)), DeviceTable: (erofs.SuperOffset + erofs.SuperSize) / erofs.DeviceSlotSize,
+		Blocks: uint32(w.meta/erofs.BlockSize + w.total), Incompat: erofs.IncompatChunkedFile | erofs.IncompatDeviceTable,
+		Devices: uint16(len(w.packs)), DeviceTable: (erofs.SuperOffset + erofs.SuperSize) / erofs.DeviceSlotSize,
 	}
-	sum := sha256.Sum256(appendList([]byte(volumeName), w.set))
+	sum := sha256.Sum256(w.appendList([]byte(volumeName)))
 	copy(super.UUID[:], sum[:])
 	super.UUID[6], super.UUID[8] = super.UUID[6]&0x0f|0x80, super.UUID[8]&0x3f|0x80 // version 8: of a scheme of our own
 	b := append(make([]byte, erofs.SuperOffset, w.meta), super.Bytes()...)
-	for _, f := range w.set.Files {
-		b = erofs.AppendDeviceSlot(b, uint32(min(f.Size/erofs.BlockSize, 1<<32-1)))
+	for i := range w.packs {
+		b = erofs.AppendDeviceSlot(b, uint32(w.size(uint16(i+1))))
 	}
 	base := w.meta / erofs.BlockSize
 	for i, n := range w.nodes {
@@ -237,7 +235,7 @@ func (w *writer) metadata() []byte {
 		in := erofs.Inode{Mode: n.mode(), Ino: uint32(i + 1), Nlink: 1}
 		if n.file != nil {
 			in.Layout, in.U, in.Size = erofs.LayoutChunk, erofs.ChunkIndexes, uint64(n.file.Size)
-			b = n.appendChunks(in.Append(b), base)
+			b = w.appendChunks(in.Append(b), n, base)
 			continue
 		}
 		in.Size, in.Nlink = n.size, 2
@@ -260,8 +258,9 @@ func (w *writer) metadata() []byte {
 }
 
 // appendChunks appends the index: device 0 is the image itself, where hot chunks stand one behind the other.
-func (n *node) appendChunks(b []byte, base int64) []byte {
+func (w *writer) appendChunks(b []byte, n *node, base int64) []byte {
 	hot, next := n.file.Hot, base+n.block
+	device, first := w.device(n.at), int64(w.blocks[n.at])
 	for c := range chunks(n.file.Size) {
 		for len(hot) > 0 && hot[0].end() <= c*Chunk {
 			hot = hot[1:]
@@ -270,20 +269,20 @@ func (n *node) appendChunks(b []byte, base int64) []byte {
 			b = erofs.AppendChunk(b, 0, uint32(next))
 			next++
 		} else {
-			b = erofs.AppendChunk(b, n.device, uint32(c))
+			b = erofs.AppendChunk(b, device, uint32(first+c))
 		}
 	}
 	return b
 }
 
-// contents writes the data blocks.
-func (w *writer) contents(ctx context.Context, src *sources, pace func(int) error) error {
+// data writes the data blocks.
+func (w *writer) data(ctx context.Context, src *sources, pace func(int) error) error {
 	for _, n := range w.nodes {
 		if n.file == nil {
 			if !n.inline() {
 				w.out.Write(n.appendDir(nil))
 			}
-		} else if err := w.copyHot(ctx, src, n.file, pace); err != nil {
+		} else if err := w.copyHot(ctx, src, n.at, pace); err != nil {
 			return err
 		}
 		w.out.Pad(erofs.Align(w.out.Pos, erofs.BlockSize))
@@ -294,19 +293,13 @@ func (w *writer) contents(ctx context.Context, src *sources, pace func(int) erro
 	return nil
 }
 
-// copyHot also asks for the file on HDD when all of it is hot or on NVM: it is the device.
-func (w *writer) copyHot(ctx context.Context, src *sources, f *File, pace func(int) error) error {
-	in, err := src.open(src.hdd, f)
+func (w *writer) copyHot(ctx context.Context, src *sources, file int, pace func(int) error) error {
+	f := &w.Files[file]
+	in, base, done, err := src.openFile(file)
 	if err != nil {
-		return fmt.Errorf("%q on HDD: %w", f.Redirect, err)
+		return err
 	}
-	defer func() { in.Close() }()
-	if fast, err := src.open(src.nvm, f); err == nil {
-		in.Close()
-		in = fast
-	} else if !errors.Is(err, errdefs.ErrNotFound) {
-		return fmt.Errorf("%q on NVM: %w", f.Redirect, err)
-	}
+	defer done()
 	// Without: read-ahead would fetch what is cold.
 	if err := unix.Fadvise(int(in.Fd()), 0, 0, unix.FADV_RANDOM); err != nil {
 		return fmt.Errorf("%q: advise: %w", f.Redirect, err)
@@ -321,7 +314,7 @@ func (w *writer) copyHot(ctx context.Context, src *sources, f *File, pace func(i
 			if err := pace(len(piece)); err != nil {
 				return err
 			}
-			if _, err := in.ReadAt(piece, off); err != nil {
+			if _, err := in.ReadAt(piece, base+off); err != nil {
 				if errors.Is(err, io.EOF) {
 					err = fmt.Errorf("it became shorter: %w", errdefs.ErrFailedPrecondition)
 				}

@@ -40,11 +40,12 @@ type state struct {
 	used    map[string]time.Time // by layer
 	hot     []*item              // in the order of work
 	hotHere map[string]int64     // by layer: bytes of hot files on NVM
+	cold    map[string]int64     // by layer: bytes of other files on NVM
 }
 
 // Decide says which files belong on NVM. Only hot files keep their place of
-// layers that are settled (an image that has them is traced) or at home on HDD;
-// other layers stay as they are.
+// layers that are settled (an image that has them is traced) or were stored on
+// HDD; other layers stay as they are.
 //
 // Above the high watermark things leave until the low one: whole layers,
 // longest unused first, then hot files by least benefit per byte, pinned ones
@@ -62,12 +63,10 @@ func Decide(in Input) Plan {
 
 	var reduced []string // layers of which only hot files stay in any case
 	var items, layers []*item
-	cold := map[string]int64{}
 	for id, l := range s.layers {
-		cold[id] = max(0, l.NVM-s.hotHere[id])
 		if l.Fixed == "" && s.reduced(l) {
 			reduced = append(reduced, id)
-			use -= cold[id]
+			use -= s.cold[id]
 		}
 	}
 	pressure := max(use-s.Space.Pinned-high, use-usable) > 0
@@ -77,7 +76,7 @@ func Decide(in Input) Plan {
 	}
 	for id, l := range s.layers {
 		if movable(id) && !s.reduced(l) && l.NVM > 0 {
-			layers = append(layers, &item{file: Promotion{Redirect: id}, layer: id, bytes: cold[id], here: true, used: s.used[id]})
+			layers = append(layers, &item{file: Promotion{Redirect: id}, layer: id, bytes: s.cold[id], here: true, used: s.used[id]})
 		}
 	}
 	for _, it := range s.hot {
@@ -98,12 +97,12 @@ func Decide(in Input) Plan {
 		f.lent = max(0, min(s.Space.Pinned, usable-low))
 	}
 	s.fill(f, items, layers, pressure)
-	return s.plan(items, layers, reduced, cold, use, low, pressure)
+	return s.plan(items, layers, reduced, use, low, pressure)
 }
 
 // gather puts the input in order, and leaves out what makes no sense.
 func gather(in Input) *state {
-	s := &state{Input: in, layers: map[string]Layer{}, settled: map[string]bool{}, used: map[string]time.Time{}, hotHere: map[string]int64{}}
+	s := &state{Input: in, layers: map[string]Layer{}, settled: map[string]bool{}, used: map[string]time.Time{}, hotHere: map[string]int64{}, cold: map[string]int64{}}
 	for _, l := range in.Layers {
 		s.layers[l.ID], s.used[l.ID] = l, l.Used
 	}
@@ -144,6 +143,9 @@ func gather(in Input) *state {
 			s.hotHere[it.layer] += it.bytes
 		}
 	}
+	for id, l := range s.layers {
+		s.cold[id] = max(0, l.NVM-s.hotHere[id])
+	}
 	return s
 }
 
@@ -165,7 +167,10 @@ func (s *state) benefit(f File, used time.Time) float64 {
 	return min(weight, 1) * math.Exp2(-float64(age)/float64(HalfLife)) * (disk.Seek.Seconds() + float64(f.Size)/float64(disk.Rate))
 }
 
-func (s *state) reduced(l Layer) bool { return s.settled[l.ID] || l.Tier == placement.HDD }
+// reduced tells whether only hot files of a layer stay in any case.
+func (s *state) reduced(l Layer) bool {
+	return s.settled[l.ID] || l.Tier == placement.HDD && (!l.Waiting || s.cold[l.ID] == 0)
+}
 
 func (s *state) stale(id string) bool { return s.Now.Sub(s.used[id]) > HalfLife }
 
@@ -295,7 +300,7 @@ func first(a, b bool) int {
 	return 0
 }
 
-func (s *state) plan(items, layers []*item, reduced []string, cold map[string]int64, use, low int64, pressure bool) Plan {
+func (s *state) plan(items, layers []*item, reduced []string, use, low int64, pressure bool) Plan {
 	p := Plan{Floor: s.Space.Total - low, Pressure: pressure, Use: use}
 	down := map[string]*Reduction{}
 	for _, id := range reduced {
@@ -303,9 +308,9 @@ func (s *state) plan(items, layers []*item, reduced []string, cold map[string]in
 		if l.NVM == 0 && l.Tier == placement.HDD && s.hotHere[id] == 0 {
 			continue
 		}
-		down[id] = &Reduction{Freed: cold[id], Reason: "an image that has the layer was traced, so only its hot files stay"}
+		down[id] = &Reduction{Freed: s.cold[id], Reason: "an image that has the layer was traced, so only its hot files stay"}
 		if !s.settled[id] {
-			down[id].Reason = "the layer is at home on HDD, so only hot files stay"
+			down[id].Reason = "the layer was stored on HDD, so only hot files stay"
 		}
 	}
 	for _, it := range layers {

@@ -39,7 +39,7 @@ func (k Knowledge) String() string {
 
 // File is a file that starts of an image need.
 type File struct {
-	Redirect string  // "/<layer id>/<path>", the one name by which it is read
+	Redirect string  // as of pack.Ref, the one name by which it is read
 	Size     int64   // bytes
 	Weight   float64 // share of the starts that use it, 0 to 1
 	Pinned   bool    // the operator wants it on NVM
@@ -60,10 +60,13 @@ type Layer struct {
 	ID string
 	// Tier is what its record says: HDD, its home, if all its data stand there
 	// durably and what is on NVM is a copy; NVM as long as its place is there.
-	Tier  placement.Tier
-	NVM   int64     // bytes that it occupies on NVM now, directories included
-	Used  time.Time // when it was stored, or last used in a way that Images do not tell
-	Fixed string    // why it must be left alone for now; "" if it need not
+	Tier placement.Tier
+	// Waiting: files of it were stored on NVM alone. They stay until an image that
+	// has the layer is traced or room is needed, also once they are copies.
+	Waiting bool
+	NVM     int64     // bytes that its files occupy on NVM now
+	Used    time.Time // when it was stored, or last used in a way that Images do not tell
+	Fixed   string    // why it must be left alone for now; "" if it need not
 }
 
 // Space is the space on NVM, in bytes.

@@ -87,12 +87,13 @@ func random(r *rand.Rand) *world {
 		if r.IntN(8) == 0 {
 			l.Fixed = "damaged"
 		}
+		l.Waiting = r.IntN(2) == 0
 		w.layers[id], w.sizes[id] = l, map[string]int64{}
 		for j := range r.IntN(20) {
 			size := int64(math.Exp(r.Float64()*16)) + 1
 			redirect := fmt.Sprintf("/%s/f%d", id, j)
 			w.sizes[id][redirect] = size
-			w.onNVM[redirect] = l.Tier == placement.NVM || r.IntN(4) == 0
+			w.onNVM[redirect] = l.Tier == placement.NVM || r.IntN(4) == 0 || l.Waiting && r.IntN(2) == 0
 			total += (size + block - 1) / block * block
 		}
 	}
@@ -253,6 +254,29 @@ func TestOnlyHotFilesOfSettledLayersStay(t *testing.T) {
 	p = Decide(in)
 	require.Empty(t, p.Down)
 	require.Len(t, p.Up, 1)
+}
+
+// What a pull has stored on NVM waits there for the first start, also when the
+// pack is whole; it leaves when room is needed.
+func TestWaitingLayerStaysUntilTraced(t *testing.T) {
+	in := Input{Now: now, Layers: []Layer{{ID: "1", Tier: placement.HDD, Waiting: true, NVM: 1 << 20, Used: now}},
+		Images: one(File{Redirect: "/1/hot", Size: 5000, Weight: 1, OnNVM: true}), Space: Space{Free: 1 << 30, Total: 2 << 30}}
+	in.Images[0].Knowledge = Predicted
+	p := Decide(in)
+	require.Empty(t, p.Down)
+	in.Layers[0].Waiting = false
+	require.Len(t, Decide(in).Down, 1, "what came up later leaves when it is not hot any more")
+	in.Layers[0].Waiting = true
+	in.Images[0].Knowledge = Traced
+	p = Decide(in)
+	require.Len(t, p.Down, 1)
+	require.True(t, p.Down[0].AtHome)
+	require.EqualValues(t, 1<<20-8192, p.Down[0].Freed)
+	in.Images[0].Knowledge = Predicted
+	in.Space = Space{Free: 0, Total: 1 << 20}
+	p = Decide(in)
+	require.Len(t, p.Down, 1)
+	require.Equal(t, map[string]bool{"/1/hot": true}, p.Down[0].Keep)
 }
 
 func TestOrderAndBenefit(t *testing.T) {

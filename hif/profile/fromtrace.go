@@ -4,23 +4,31 @@
 package profile
 
 import (
+	"regexp"
 	"slices"
 
 	"github.com/nhybrid/nhybrid/hif/trace"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
-// FromTrace makes a start of a trace. layer gives the place in the image of a
-// layer by the id it has on this node; files of other layers, such as those of
-// a committed container below this one, are left out and counted.
-func FromTrace(tr trace.Trace, layer func(id string) (int, bool)) (s Start, foreign int) {
+var soName = regexp.MustCompile(`\.so(\.[0-9][^/]*)?$`)
+
+// FromTrace makes a start of a trace. find names a data file of the image; files
+// that it does not know, such as those of a committed container below this one,
+// are left out and counted. A file that was read and has the name of a shared
+// object is a library: the trace sees numbers in place of names.
+func FromTrace(tr trace.Trace, find func(pack.Ref) (Entry, bool)) (s Start, foreign int) {
 	s = Start{At: tr.Began.Add(tr.Duration), Complete: tr.Complete}
 	for _, f := range tr.Files {
-		i, ok := layer(f.Layer)
-		if !ok || f.Size <= 0 || Path(f.Path).Check() != nil {
+		e, ok := find(f.Ref)
+		if !ok || e.Size != f.Size || f.Size <= 0 || e.Path.Check() != nil {
 			foreign++
 			continue
 		}
-		u := Use{Entry: Entry{Path: Path(f.Path), Layer: i, Size: f.Size}, Kind: Kind(f.Kind), Touched: f.Touched}
+		u := Use{Entry: e, Kind: Kind(f.Kind), Touched: f.Touched}
+		if u.Kind == Read && soName.MatchString(string(e.Path)) {
+			u.Kind = Library
+		}
 		for _, r := range f.Ranges {
 			u.Ranges = append(u.Ranges, Range(r))
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/nhybrid/nhybrid/hif/trace"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 var (
@@ -299,15 +300,25 @@ func TestDiff(t *testing.T) {
 }
 
 func TestFromTrace(t *testing.T) {
+	names := map[uint32]Path{1: "bin/sh", 2: "../x", 3: "lib/libc.so.6", 4: "lib/libx.so", 5: "a.sock", 6: "grown"}
+	file := func(layer uint64, number uint32, kind trace.Kind) trace.File {
+		return trace.File{Ref: pack.Ref{Layer: layer, Number: number}, Kind: kind, Size: 1}
+	}
 	tr := trace.Trace{Began: day, Duration: time.Minute, Complete: true, Files: []trace.File{
-		{Layer: "17", Path: "bin/sh", Kind: trace.Exec, Size: 1 << 20, Touched: 65536, Ranges: []trace.Range{{Offset: 0, Length: 65536}}},
-		{Layer: "99", Path: "other", Kind: trace.Read, Size: 1},
-		{Layer: "17", Path: "../x", Kind: trace.Read, Size: 1},
+		{Ref: pack.Ref{Layer: 17, Number: 1}, Kind: trace.Exec, Size: 1, Touched: 1, Ranges: []trace.Range{{Offset: 0, Length: 1}}},
+		file(99, 1, trace.Read), file(17, 2, trace.Read), file(17, 3, trace.Exec), file(17, 4, trace.Read), file(17, 5, trace.Read),
 	}}
-	s, foreign := FromTrace(tr, func(id string) (int, bool) { return 1, id == "17" })
-	require.Equal(t, 2, foreign)
+	tr.Files = append(tr.Files, trace.File{Ref: pack.Ref{Layer: 17, Number: 6}, Size: 2})
+	s, foreign := FromTrace(tr, func(ref pack.Ref) (Entry, bool) {
+		return Entry{Path: names[ref.Number], Layer: 1, Size: 1}, ref.Layer == 17
+	})
+	require.Equal(t, 3, foreign)
+	use := func(path Path, kind Kind) Use { return Use{Entry: Entry{Path: path, Layer: 1, Size: 1}, Kind: kind} }
+	sh := use("bin/sh", Exec)
+	sh.Touched, sh.Ranges = 1, []Range{{0, 1}}
 	require.Equal(t, Start{At: day.Add(time.Minute), Complete: true, Files: []Use{
-		{Entry: Entry{Path: "bin/sh", Layer: 1, Size: 1 << 20}, Kind: Exec, Touched: 65536, Ranges: []Range{{0, 65536}}}}}, s)
+		sh, use("lib/libc.so.6", Exec), use("lib/libx.so", Library), use("a.sock", Read),
+	}}, s)
 	p := Merge(New(image, day), s, DefaultAgeing)
 	require.NoError(t, p.Validate())
 }

@@ -77,7 +77,7 @@ func againstStrace(t *testing.T, divided bool) {
 		require.True(t, got.Complete)
 		require.True(t, got.Executed())
 		for _, f := range got.Files {
-			require.Equal(t, divided && f.Size >= 16<<10, f.Parts, f.Path)
+			require.Equal(t, divided && f.Size >= 16<<10, f.Parts, s.names[f.Ref])
 		}
 		data, err := os.ReadFile(log)
 		require.NoError(t, err)
@@ -95,7 +95,7 @@ func againstStrace(t *testing.T, divided bool) {
 				continue
 			}
 			require.True(t, filepath.IsAbs(name), line)
-			if st, err := os.Lstat(s.tree + name); err == nil && st.Mode().IsRegular() && st.Size() > 0 {
+			if st, err := os.Lstat(s.tree() + name); err == nil && st.Mode().IsRegular() && st.Size() > 0 {
 				want[filepath.Clean(name)[1:]] = true
 			}
 		}
@@ -106,7 +106,7 @@ func againstStrace(t *testing.T, divided bool) {
 			list = append(list, p)
 		}
 		sort.Strings(list)
-		require.Equal(t, list, paths(got))
+		require.Equal(t, list, s.paths(got))
 		t.Logf("%d files, the same by strace and by the trace", len(list))
 	}
 }
@@ -150,7 +150,7 @@ func TestTouched(t *testing.T) {
 	cfg.countSelf = true // this process is the container
 	tr := s.tracer(cfg)
 	for _, f := range []string{"small", "part", "evicted", "warm", "unread", "lib"} {
-		fd, err := unix.Open(filepath.Join(s.root(placement.HDD), "3", f), unix.O_RDONLY, 0)
+		fd, err := unix.Open(s.at(placement.HDD, f), unix.O_RDONLY, 0)
 		require.NoError(t, err)
 		require.NoError(t, unix.Fsync(fd))
 		require.Eventually(t, func() bool { // pages under write-back stay at first
@@ -161,7 +161,7 @@ func TestTouched(t *testing.T) {
 		}, 10*time.Second, time.Millisecond)
 		unix.Close(fd)
 	}
-	run(t, "cat", filepath.Join(s.root(placement.HDD), "3/warm"))
+	run(t, "cat", s.at(placement.HDD, "warm"))
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
@@ -179,17 +179,13 @@ func TestTouched(t *testing.T) {
 	read("evicted", 0, 4096)
 	read("evicted", 4*mb, 128<<10)
 	require.Eventually(t, func() bool { return w.Files() == 3 }, 10*time.Second, time.Millisecond) // what had been evicted at its first open is known
-	pageOut(t, filepath.Join(s.root(placement.HDD), "3/evicted"), 8*mb)
+	pageOut(t, s.at(placement.HDD, "evicted"), 8*mb)
 	read("warm", 0, 4096)
 	read("unread", 0, 0)
 	read("lib", 0, 4096)
 	read("memory", 0, 4096)
 	got := ready(w)
-	by := map[string]File{}
-	for _, f := range got.Files {
-		require.False(t, f.Assumed)
-		by[f.Path] = f
-	}
+	by := s.byPath(got)
 	require.EqualValues(t, 100, by["small"].Touched)
 	require.EqualValues(t, 4096+128<<10, by["part"].Touched)
 	require.Equal(t, []Range{{0, 4096}, {4 * mb, 128 << 10}}, by["part"].Ranges)
@@ -246,7 +242,7 @@ func TestJoin(t *testing.T) {
 func TestRefused(t *testing.T) {
 	need(t, "setpriv")
 	if os.Getenv("HIF_REFUSED") != "" {
-		_, err := New(Config{Roots: [2]string{"/", "/"}})
+		_, err := New(Config{Root: "/"})
 		if !errdefs.IsNotImplemented(err) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "CAP_SYS_ADMIN") {
 			t.Fatalf("got %v", err)
 		}
@@ -264,7 +260,7 @@ func TestRefused(t *testing.T) {
 func TestBadRoot(t *testing.T) {
 	s := newStore(t)
 	cfg := s.config()
-	cfg.Roots[1] = filepath.Join(cfg.Roots[1], "missing")
+	cfg.Root = filepath.Join(cfg.Root, "missing")
 	_, err := New(cfg)
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.False(t, errdefs.IsNotImplemented(err))

@@ -29,23 +29,26 @@ func TestMomentaryMount(t *testing.T) {
 	w := watch(t, tr, c)
 	point := t.TempDir()
 	release := hold(t, tr) // the reader is busy elsewhere
-	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
-	run(t, "cat", filepath.Join(point, "etc/passwd"), filepath.Join(point, "etc/foreign"))
+	mountOverlay(t, point, c.lower())
+	run(t, "cat", filepath.Join(point, "etc/passwd"))
+	require.NoError(t, unix.Unmount(point, 0))
+	mountOverlay(t, point, c.lower())
+	run(t, "cat", filepath.Join(point, "etc/foreign"))
 	require.NoError(t, unix.Unmount(point, 0))
 	release()
 	got := ready(w)
-	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.Equal(t, []string{"etc/passwd"}, s.paths(got))
 	require.True(t, got.Files[0].Assumed)
 	require.EqualValues(t, 1, tr.Stats().Unresolved)
 
 	// While it stands, such a mount is known by its tree.
 	w = watch(t, tr, c)
-	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	mountOverlay(t, point, c.lower())
 	run(t, "cat", filepath.Join(point, "etc/passwd"))
-	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] == 3 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] == 2 }, 10*time.Second, time.Millisecond)
 	require.NoError(t, unix.Unmount(point, 0))
 	got = ready(w)
-	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.Equal(t, []string{"etc/passwd"}, s.paths(got))
 	require.False(t, got.Files[0].Assumed)
 }
 
@@ -69,7 +72,7 @@ func TestMomentaryMountIsNotHeld(t *testing.T) {
 		t.Fatal("nobody looked")
 	}
 	got := ready(w)
-	require.Equal(t, []string{"etc/passwd"}, paths(got))
+	require.Equal(t, []string{"etc/passwd"}, s.paths(got))
 	require.False(t, got.Files[0].Assumed, "it was found out whose it was")
 }
 
@@ -93,17 +96,17 @@ func TestContainerThatWasGone(t *testing.T) {
 	run(t, "chroot", m, "/bin/sh", "-c", "cat /gone /fast")
 	require.NoError(t, unix.Unmount(m, 0))
 	point := t.TempDir() // somebody only looks
-	mountOverlay(t, point, [][2]string{{"lowerdir+", s.tree}, {"datadir+", s.root(placement.NVM)}, {"datadir+", s.root(placement.HDD)}})
+	mountOverlay(t, point, lives.lower())
 	run(t, "cat", filepath.Join(point, "passwd"))
 	require.NoError(t, unix.Unmount(point, 0))
 	release()
 	first, second := ready(a), ready(b)
-	require.Contains(t, paths(first), "lives")
-	require.Contains(t, paths(first), "passwd")
-	require.NotContains(t, paths(first), "gone")
-	require.Contains(t, paths(second), "gone")
-	require.Contains(t, paths(second), "fast")
-	require.NotContains(t, paths(second), "lives")
+	require.Contains(t, s.paths(first), "lives")
+	require.Contains(t, s.paths(first), "passwd")
+	require.NotContains(t, s.paths(first), "gone")
+	require.Contains(t, s.paths(second), "gone")
+	require.Contains(t, s.paths(second), "fast")
+	require.NotContains(t, s.paths(second), "lives")
 }
 
 // Its start ends by quiet all the same.
@@ -129,7 +132,7 @@ func TestQuietAfterAContainerThatWasGone(t *testing.T) {
 	}
 	got := w.Result()
 	require.Equal(t, EndQuiet, got.Ended)
-	require.Contains(t, paths(got), "f")
+	require.Contains(t, s.paths(got), "f")
 	require.True(t, got.Executed())
 }
 
@@ -156,6 +159,6 @@ func TestHalfOfAMountIsKnown(t *testing.T) {
 	require.NoError(t, unix.Unmount(m, 0))
 	release()
 	first := ready(a)
-	require.Contains(t, paths(first), "late")
-	require.NotContains(t, paths(ready(b)), "late")
+	require.Contains(t, s.paths(first), "late")
+	require.NotContains(t, s.paths(ready(b)), "late")
 }

@@ -42,37 +42,25 @@ func initGroup(unlimited bool) (int, error) {
 	return fd, err
 }
 
-// mark sets or removes the marks. Opens through the mounts that the data roots
-// themselves stand on are ignored by the kernel: these are the daemon's own,
-// and those of containerd when it unpacks. Nobody's overlay is among them, for
-// overlayfs clones the mounts it is given.
+// mark sets or removes the marks on NVM. Opens through the mount that the data
+// root itself stands on are ignored by the kernel: these are the daemon's own.
+// Nobody's overlay is among them, for overlayfs clones the mounts it is given.
 func (t *Tracer) mark(on bool) error {
 	flags := uint(unix.FAN_MARK_ADD)
 	if !on {
 		flags = unix.FAN_MARK_REMOVE
 	}
-	fd := t.fd
-	for i, r := range t.roots {
-		if i == 1 && r.mount == t.roots[0].mount {
-			break
-		}
-		if err := unix.FanotifyMark(fd, flags|unix.FAN_MARK_MOUNT|unix.FAN_MARK_IGNORE_SURV, eventMask, unix.AT_FDCWD, r.path); err != nil && on {
-			return fmt.Errorf("ignore the mount of %q: %w", r.path, err)
-		}
+	if err := unix.FanotifyMark(t.fd, flags|unix.FAN_MARK_MOUNT|unix.FAN_MARK_IGNORE_SURV, eventMask, unix.AT_FDCWD, t.root.path); err != nil && on {
+		return fmt.Errorf("ignore the mount of %q: %w", t.root.path, err)
 	}
-	var failed error
-	for i, r := range t.roots {
-		if i == 1 && r.dev == t.roots[0].dev {
-			break
-		}
-		if err := unix.FanotifyMark(fd, flags|unix.FAN_MARK_FILESYSTEM, eventMask, unix.AT_FDCWD, r.path); err != nil {
-			failed = errors.Join(failed, fmt.Errorf("mark the filesystem of %q: %w", r.path, err))
-		}
+	err := unix.FanotifyMark(t.fd, flags|unix.FAN_MARK_FILESYSTEM, eventMask, unix.AT_FDCWD, t.root.path)
+	if err == nil {
+		return nil
 	}
-	if failed != nil && on {
+	if on {
 		_ = t.mark(false) // what was set; the cause is reported
 	}
-	return failed
+	return fmt.Errorf("mark the filesystem of %q: %w", t.root.path, err)
 }
 
 var empty byte // the empty path of statx: unix.Statx would allocate one for each event
@@ -86,14 +74,15 @@ func statx(fd int, st *unix.Statx_t) error {
 	return nil
 }
 
-// isRoot tells whether a mount is one that the data roots stand on, or parts.
+// isRoot tells whether a mount is the one that the data root stands on, or that
+// of an image: opens through it are of nobody's container.
 func (t *Tracer) isRoot(mount uint64) bool {
-	for _, p := range t.parts {
-		if p.mount == mount {
+	for _, im := range t.images {
+		if im.mount == mount {
 			return true
 		}
 	}
-	return mount == t.roots[0].mount || mount == t.roots[1].mount
+	return mount == t.root.mount
 }
 
 // pathOf reads where a descriptor points, as seen from the root of its mount.

@@ -21,11 +21,15 @@ type overlay struct {
 	point  string // in our mount namespace; empty if it was found through a process
 	upper  string
 	tree   string    // first lower directory
-	clones [3]uint64 // of the data roots, by tier, and of the parts; 0: not known yet
+	clones [3]uint64 // of its data-only layers, by slot; 0: not known yet
 }
 
-// partsSlot is the place of the parts in overlay.clones.
-const partsSlot = 2
+// The places of data-only layers in overlay.clones.
+const (
+	nvmSlot = iota
+	partsSlot
+	homeSlot
+)
 
 // wants tells whether w is the watch of this overlay. An overlay without an
 // upper directory is a view, which serves every start on the tree, or what
@@ -96,7 +100,7 @@ func overlayOf(info *mountinfo.Info) *overlay {
 		case "upperdir":
 			o.upper = unescape(v)
 		case "lowerdir", "lowerdir+":
-			// "tree::data::data", or one option for each; no path of ours has a colon.
+			// "tree::data::home", or one option for each; no path of ours has a colon.
 			if o.tree == "" {
 				v, _, _ = strings.Cut(v, ":")
 				o.tree = unescape(v)

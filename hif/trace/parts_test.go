@@ -38,15 +38,11 @@ func TestTouchedParts(t *testing.T) {
 	require.Equal(t, c.Parts, s.divide("7", 1)) // for later containers
 	run(t, "dd", "if="+m+"/big", "of=/dev/null", "bs=4k", "count=1", "skip=1536", "status=none")
 	// Opened by the mount of the parts itself: nobody's start.
-	run(t, "cat", c.Parts+"/3/small")
+	run(t, "cat", c.Parts+s.refs["small"].Redirect())
 	got := ready(w)
 	require.True(t, got.Complete)
 	require.False(t, got.Executed(), "not in the container")
-	by := map[string]File{}
-	for _, f := range got.Files {
-		require.False(t, f.Assumed)
-		by[f.Path] = f
-	}
+	by := s.byPath(got)
 	require.Len(t, by, 3)
 	require.True(t, by["big"].Parts)
 	require.Equal(t, placement.NVM, by["big"].Tier)
@@ -62,7 +58,7 @@ func TestTouchedParts(t *testing.T) {
 		require.LessOrEqual(t, r.Length, int64(512<<10), "read-ahead")
 	}
 	require.EqualValues(t, 2, tr.Stats().Parts)
-	require.Empty(t, tr.parts, "given back")
+	require.Empty(t, tr.images, "given back")
 }
 
 // Containers with parts, with other parts and without, all of the same files,
@@ -100,17 +96,17 @@ func TestPartsDoNotMix(t *testing.T) {
 		got := ready(watches[i])
 		require.True(t, got.Complete)
 		require.True(t, got.Executed())
-		require.Len(t, got.Files, 6, "%v", paths(got))
+		require.Len(t, got.Files, 6, "%v", s.paths(got))
 		for _, f := range got.Files {
 			require.False(t, f.Assumed)
-			require.Equal(t, i%3 == 1 || i%3 == 2 && f.Size >= 1<<20, f.Parts, "%d: %s", i, f.Path)
-			if f.Layer == "4" {
-				require.Contains(t, []string{fmt.Sprintf("app%d", i), fmt.Sprintf("app%d.big", i)}, f.Path)
+			require.Equal(t, i%3 == 1 || i%3 == 2 && f.Size >= 1<<20, f.Parts, "%d: %s", i, s.names[f.Ref])
+			if f.Layer == 4 {
+				require.Contains(t, []string{fmt.Sprintf("app%d", i), fmt.Sprintf("app%d.big", i)}, s.names[f.Ref])
 			}
 		}
 	}
 	require.Zero(t, tr.Stats().Unresolved)
-	require.Empty(t, tr.parts)
+	require.Empty(t, tr.images)
 }
 
 func TestPartsThatAreNotMounted(t *testing.T) {
@@ -150,7 +146,7 @@ func TestMountedIsNoStart(t *testing.T) {
 	require.Len(t, ready(w).Files, 1, "it starts again")
 
 	// A view has no upper directory to be known by.
-	view := Start{Snapshot: "8", Tree: s.tree, Layers: []string{"3"}}
+	view := Start{Snapshot: "8", Tree: s.tree(), Home: s.home(), Layers: []string{"3"}}
 	_, err = tr.Watch(view)
 	require.NoError(t, err)
 }

@@ -5,7 +5,6 @@ package trace
 
 import (
 	"errors"
-	"slices"
 	"strings"
 	"time"
 	"unsafe"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // batch is how many events one read takes: each comes with an open descriptor,
@@ -33,7 +33,7 @@ const (
 // clone is one private mount of a layer, as overlayfs makes them.
 type clone struct {
 	id      uint64
-	foreign bool              // not a data root of ours, or no start that is watched
+	foreign bool              // not of data files of ours, or of no start that is watched
 	owners  []*Watch          // empty: not known yet
 	entries map[uint64]*entry // by inode
 	tries   int
@@ -71,26 +71,33 @@ func (c *clone) akin(o *clone) bool {
 
 // entry is one file as opened through one clone.
 type entry struct {
-	layer, path string
-	tier        placement.Tier
-	parts       bool
-	born        unix.StatxTimestamp // an inode number may come again, with another birth
-	first       time.Duration
-	opens       int
-	exec        bool
-	size        int64
-	warm        int64 // bytes in the page cache when first seen; -1 unknown
-	evicted     int64 // bytes that had left it by then
+	ref     pack.Ref
+	image   *image              // that it was opened in; nil: on NVM
+	born    unix.StatxTimestamp // an inode number may come again, with another birth
+	first   time.Duration
+	opens   int
+	exec    bool
+	size    int64
+	warm    int64 // bytes in the page cache when first seen; -1 unknown
+	evicted int64 // bytes that had left it by then
 }
 
-const nvm = placement.NVM
-
-// slot is the place of a file's data-only layer in overlay.clones.
+// slot is the place of the file's data-only layer in overlay.clones.
 func (e *entry) slot() int {
-	if e.parts {
+	switch {
+	case e.image == nil:
+		return nvmSlot
+	case e.image.parts:
 		return partsSlot
 	}
-	return int(e.tier)
+	return homeSlot
+}
+
+func (e *entry) tier() placement.Tier {
+	if e.slot() == homeSlot {
+		return placement.HDD
+	}
+	return placement.NVM
 }
 
 // read is the reader: the only goroutine that takes events from the group.
@@ -195,8 +202,8 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	execs := ev.Mask&unix.FAN_OPEN_EXEC != 0
 	e.exec, c.ran = e.exec || execs, c.ran || execs
 	c.by(ev.Pid, execs)
-	t.stats.Opens[e.tier]++
-	if e.parts {
+	t.stats.Opens[e.tier()]++
+	if e.slot() == partsSlot {
 		t.stats.Parts++
 	}
 	if e.opens == 1 {
@@ -210,7 +217,7 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 }
 
 // enter finds out what file an event is of. It returns nil if the clone turned
-// out to be no data root, or if there is no room for more files.
+// out to be of no watched start, or if there is no room for more files.
 func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 	if t.files >= t.cfg.Files {
 		t.stats.Lost++
@@ -222,25 +229,26 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 		return nil
 	}
 	e := &entry{born: st.Btime, first: t.now(), size: int64(st.Size), warm: -1}
-	gone := t.identify(e, p, st, false)
-	if e.path == "" && !gone {
+	found := t.identify(e, p, st)
+	if !found && !strings.HasSuffix(p, deleted) {
 		// It may have left NVM since its path was read; taken for a file of another
 		// directory, it would cost the start all that comes through this clone.
 		if now, err := t.pathOf(fd); err == nil && now != p {
 			p = now
-			gone = t.identify(e, p, st, false)
+			found = t.identify(e, p, st)
 		}
 	}
-	if e.path == "" && gone {
-		t.identify(e, strings.TrimSuffix(p, deleted), st, true)
+	if name, gone := strings.CutSuffix(p, deleted); !found && gone {
+		if !t.identifyGone(e, name, st) {
+			return nil // an unlinked file of nobody we know; the next one may tell more
+		}
+		found = true
 	}
-	if e.path == "" && gone {
-		return nil // an unlinked file of nobody we know; the next one may tell more
-	}
-	if e.path == "" {
-		// The inode is not what stands at this path below either data root: the
-		// clone is of another directory, say of an upper one, and so are all
-		// the files that will come through it.
+	// Where it is no data file, the clone is of another directory, say of an upper
+	// one, and so are all the files that will come through it. Where no watched
+	// start has its layer, the clone is of none of them, for a start opens files
+	// of its layers alone.
+	if !found || len(c.owners) == 0 && !t.concerns(e.ref.Layer) {
 		t.drop(c)
 		c.foreign = true
 		return nil
@@ -248,7 +256,7 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 	if in, evicted, err := cached(fd, 0, 0); err == nil {
 		e.warm, e.evicted = in, evicted
 	}
-	if old := c.entries[st.Ino]; old != nil && old.path != "" {
+	if old := c.entries[st.Ino]; old != nil {
 		// The inode number was used again: keep the old file under a number
 		// that no inode has had.
 		c.entries[^uint64(len(c.entries))] = old
@@ -262,55 +270,52 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 const deleted = " (deleted)"
 
 // concerns tells whether a layer is of the image of a watched start.
-func (t *Tracer) concerns(layer string) bool {
+func (t *Tracer) concerns(layer uint64) bool {
 	for _, w := range t.watches {
-		if slices.Contains(w.start.Layers, layer) {
+		if w.layers[layer] {
 			return true
 		}
 	}
 	return false
 }
 
-// identify names the file at a path below the data roots and proves it by its
-// inode. A file that has been moved to the other tier since it was opened
-// stands there with the same size. It tells whether the path may be that of an
-// unlinked file.
-func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t, gone bool) bool {
-	may := strings.HasSuffix(p, deleted)
-	name := strings.TrimPrefix(p, "/")
-	layer, path, _ := strings.Cut(name, "/")
-	if path == "" {
-		return may
-	}
-	if p := t.parts[devOf(st)]; p != nil {
-		t.identifyParts(p, e, layer, path, st)
+// identify names the data file at a path below the root of its mount, and proves
+// it by its inode.
+func (t *Tracer) identify(e *entry, p string, st *unix.Statx_t) bool {
+	ref, err := pack.ParseRedirect(p)
+	if err != nil {
 		return false
 	}
-	if gone && !t.concerns(layer) {
-		return may // a temporary file that the container wrote: no root is asked, least of all the HDD
+	dir, im := t.root.fd, t.images[devOf(st)]
+	if im != nil {
+		dir = im.fd
 	}
-	for i := range t.roots {
-		// A start must not wait for the HDD to say that a file of NVM is not there.
-		if !gone && t.roots[i].dev != devOf(st) {
-			continue
-		}
+	var at unix.Statx_t
+	if err := unix.Statx(dir, p[1:], unix.AT_SYMLINK_NOFOLLOW, statxMask, &at); err != nil || at.Ino != st.Ino || devOf(&at) != devOf(st) {
+		return false
+	}
+	e.ref, e.image = ref, im
+	return true
+}
+
+// identifyGone names a file that was opened on NVM and unlinked since. It was
+// replaced there, or it stands in the view of a start that has its layer, with
+// the same size. Temporary files that containers write are unlinked, too.
+func (t *Tracer) identifyGone(e *entry, p string, st *unix.Statx_t) bool {
+	ref, err := pack.ParseRedirect(p)
+	if err != nil || devOf(st) != t.root.dev {
+		return false
+	}
+	same := func(dir int) bool {
 		var at unix.Statx_t
-		if err := unix.Statx(t.roots[i].fd, name, unix.AT_SYMLINK_NOFOLLOW, statxMask, &at); err != nil {
-			continue
-		}
-		tier := placement.Tier(i)
-		switch {
-		case !gone && at.Ino == st.Ino && devOf(&at) == devOf(st):
-		case gone && at.Mode&unix.S_IFMT == unix.S_IFREG && at.Size == st.Size:
-			// It stood on the other root, or was replaced where it stands now.
-			if other := 1 - tier; devOf(st) == t.roots[other].dev {
-				tier = other
-			}
-		default:
-			continue
-		}
-		e.layer, e.path, e.tier = layer, path, tier
-		return may
+		err := unix.Statx(dir, p[1:], unix.AT_SYMLINK_NOFOLLOW, statxMask, &at)
+		return err == nil && at.Mode&unix.S_IFMT == unix.S_IFREG && at.Size == st.Size
 	}
-	return may
+	for _, w := range t.watches {
+		if w.layers[ref.Layer] && (same(t.root.fd) || same(w.home.fd)) {
+			e.ref = ref
+			return true
+		}
+	}
+	return false
 }

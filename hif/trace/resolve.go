@@ -6,9 +6,12 @@ package trace
 import (
 	"math/bits"
 	"slices"
+	"strings"
 
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // first handles the first open of a file through a clone: it belongs to a
@@ -32,14 +35,15 @@ func (t *Tracer) first(c *clone, e *entry, data int, pid int32) {
 	// tells apart will be shared out at the end of those whose layer it is of; a
 	// start that has seen nothing else must come to an end by it.
 	for _, w := range t.watches {
-		if !w.known && slices.Contains(w.start.Layers, e.layer) {
+		if !w.known && w.layers[e.ref.Layer] {
 			w.touch(t.now())
 		}
 	}
 }
 
-// resolve ties a clone to the overlay that made it.
-func (t *Tracer) resolve(c *clone, e *entry, data int, pid int32) {
+// resolve ties a clone to the overlay that made it. pids are of processes that
+// may live in that overlay.
+func (t *Tracer) resolve(c *clone, e *entry, data int, pids ...int32) {
 	if o := t.byClone[c.id]; o != nil {
 		t.give(c, o)
 		return
@@ -56,11 +60,13 @@ func (t *Tracer) resolve(c *clone, e *entry, data int, pid int32) {
 			return
 		}
 	}
-	if o, dir, err := rootOf(pid); err == nil {
-		ok := t.try(c, e, data, o, dir)
-		unix.Close(dir)
-		if ok {
-			return
+	for _, pid := range pids {
+		if o, dir, err := rootOf(pid); err == nil {
+			ok := t.try(c, e, data, o, dir)
+			unix.Close(dir)
+			if ok {
+				return
+			}
 		}
 	}
 	for _, o := range visible {
@@ -96,10 +102,7 @@ func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
 		o = known
 	}
 	if o.clones[e.slot()] == 0 {
-		id, err := t.probe(o, dir, data, e.path)
-		if err != nil {
-			log.L.WithError(err).Debug("probe of an overlay failed")
-		}
+		id := t.cloneOf(o, dir, data, e.ref)
 		if id == 0 {
 			return false
 		}
@@ -116,6 +119,80 @@ func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
 	}
 	t.give(c, o)
 	return true
+}
+
+// cloneOf finds the private clone through which an overlay opens a data file; 0
+// if that cannot be told.
+func (t *Tracer) cloneOf(o *overlay, dir, data int, ref pack.Ref) uint64 {
+	var tried []string
+	for _, own := range []bool{true, false} { // what the others know may be true of it, too
+		for _, w := range t.watches {
+			if w.start.Path == nil || !w.layers[ref.Layer] || o.wants(w) != own {
+				continue
+			}
+			path := strings.TrimPrefix(w.start.Path(ref), "/")
+			if path == "" || slices.Contains(tried, path) {
+				continue
+			}
+			tried = append(tried, path)
+			id, err := t.probe(o, dir, data, path)
+			if err != nil {
+				log.L.WithError(err).Debug("probe of an overlay failed")
+			}
+			if id != 0 {
+				return id
+			}
+		}
+	}
+	return 0
+}
+
+// Retry ties mounts to containers that could not be before, since Start.Path of
+// some watch did not know where their files are. It may be called at any time.
+func (t *Tracer) Retry() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, c := range t.mounts {
+		if len(c.owners) == 0 && !c.foreign {
+			t.resolveAgain(c)
+		}
+	}
+	t.wake()
+}
+
+// retryFiles and retryPids bound what is tried for one clone.
+const (
+	retryFiles = 8
+	retryPids  = 4
+)
+
+func (t *Tracer) resolveAgain(c *clone) {
+	var pids []int32
+	for pid := range c.pids {
+		if pids = append(pids, pid); len(pids) == retryPids {
+			break
+		}
+	}
+	tries := 0
+	for _, e := range c.entries {
+		dir := t.root.fd
+		if e.image != nil {
+			dir = e.image.fd
+		}
+		data, err := openRegular(dir, e.ref.Redirect()[1:])
+		if err != nil {
+			continue // it has left NVM
+		}
+		t.resolve(c, e, data, pids...)
+		unix.Close(data)
+		if tries++; tries == retryFiles || len(c.owners) > 0 || c.foreign {
+			break
+		}
+	}
+	for _, w := range c.owners {
+		w.touch(t.now())
+		w.executed = w.executed || c.ran
+	}
 }
 
 // give hands the clone to the starts that the overlay serves.

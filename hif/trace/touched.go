@@ -7,7 +7,6 @@ import (
 	"debug/elf"
 	"encoding/binary"
 	"errors"
-	"regexp"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,29 +27,30 @@ const (
 	coldBytes = 256 << 10
 )
 
-var soName = regexp.MustCompile(`\.so(\.[0-9][^/]*)?$`)
-
 // measure completes the records of a start that is over: kinds of use, and what
-// the page cache holds of the files. It opens them by the data roots, which the
-// group ignores, and reads nothing that is not cached.
-func (t *Tracer) measure(files []File, parts *partsRoot) {
+// the page cache holds of the files. It opens them by the data root and clones of
+// the images' mounts, which the group ignores, and reads nothing that is not
+// cached. An inode of an image has a page cache of its own, beside that of the
+// pack in which its bytes are: it holds what containers of this chain have read.
+func (w *Watch) measure(files []File) {
 	for i := range files {
 		f := &files[i]
 		warm := f.Touched
 		f.Touched = -1
-		if f.Kind == Read && soName.MatchString(f.Path) {
-			f.Kind = Library
+		dir := w.t.root.fd
+		switch {
+		case f.image == nil:
+		case f.image == w.home || f.image == w.parts:
+			dir = f.image.fd
+		default:
+			continue // parts that were replaced before the container was mounted
 		}
-		tier := f.Tier
-		dir := t.roots[tier].fd
-		if f.Parts && parts != nil {
-			dir = parts.fd
-		}
-		fd, err := openRegular(dir, f.Layer+"/"+f.Path)
-		if err != nil && !f.Parts {
-			// It moved in the meantime; the pages it was read into are gone.
-			tier, warm = 1-tier, -1
-			fd, err = openRegular(t.roots[tier].fd, f.Layer+"/"+f.Path)
+		name := f.Redirect()[1:]
+		fd, err := openRegular(dir, name)
+		if err != nil && f.image == nil {
+			// It left NVM in the meantime; the pages it was read into are gone.
+			warm = -1
+			fd, err = openRegular(w.home.fd, name)
 		}
 		if err != nil {
 			continue

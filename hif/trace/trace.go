@@ -4,13 +4,14 @@
 // Package trace records which files of which layers a container opens during
 // its cold start.
 //
-// One fanotify group marks the two tier filesystems. Since Linux 6.5 (commit
-// bc2473c90fca) overlayfs reports opens on the real file behind it, so every
-// open of every container arrives there, whoever started it and in whatever
-// mount namespace it runs. overlayfs opens real files through a private clone
-// of each layer's mount, made when the overlay is mounted and used by no other;
-// the unique id of that clone (STATX_MNT_ID_UNIQUE, Linux 6.8) therefore tells
-// the containers apart. docs/hif.md has the measurements.
+// One fanotify group marks the filesystem of NVM and, of each watched start, the
+// EROFS images from which it reads all other data: the view of its chain, and
+// parts. Since Linux 6.5 (commit bc2473c90fca) overlayfs reports opens on the
+// real file behind it, so every open of every container arrives there, whoever
+// started it and in whatever mount namespace it runs. overlayfs opens real files
+// through a private clone of each layer's mount, made when the overlay is mounted
+// and used by no other; the unique id of that clone (STATX_MNT_ID_UNIQUE, Linux
+// 6.8) therefore tells the containers apart. docs/hif.md has the measurements.
 package trace
 
 import (
@@ -24,8 +25,10 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/nhybrid/nhybrid/placement"
 	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // Defaults of [Config].
@@ -38,9 +41,8 @@ const (
 
 // Config says what is traced and for how long.
 type Config struct {
-	// Roots are the data roots, by tier. Their filesystems are marked while
-	// a watch is open.
-	Roots [2]string
+	// Root is the data root on NVM. Its filesystem is marked while a watch is open.
+	Root string
 	// Quiet ends a watch when for so long no file was opened for the first time,
 	// or four times as long before anything was executed.
 	Quiet time.Duration
@@ -48,8 +50,8 @@ type Config struct {
 	Max time.Duration
 	// Unused ends a watch in which nothing at all was opened.
 	Unused time.Duration
-	// Files bounds the files remembered over all open watches (about 300 bytes
-	// and a path each). What does not fit makes the traces incomplete.
+	// Files bounds the files remembered over all open watches (about 130 bytes
+	// each). What does not fit makes the traces incomplete.
 	Files int
 
 	// limitedQueue leaves the kernel's bound of 16384 events in place, so that
@@ -68,15 +70,25 @@ type Start struct {
 	Snapshot string
 	// Upper is the upperdir of its mount; empty for a view.
 	Upper string
-	// Tree is the mount point given as the first of lowerdir.
+	// Tree is the directory given as the first of lowerdir: the merged tree of the
+	// chain's view, or of an idmapped clone of it.
 	Tree string
 	// Parts is the mount point of the image's parts, if it has one among its
 	// data-only layers (package parts); empty: none.
 	Parts string
-	// Layers are the ids of the layers in the chain. Opens through a mount
-	// that was gone before anyone could look (containerd mounts a rootfs for
-	// a moment to read /etc/passwd) are given to the starts that have the layer.
+	// Home is the last data-only layer, the directory of the view in which each
+	// data file stands by its number.
+	Home string
+	// Layers are the ids of the layers in the chain, decimal: all that the start
+	// can open files of. Opens through a mount that was gone before anyone could
+	// look (containerd mounts a rootfs for a moment to read /etc/passwd) are given
+	// to the starts that have the layer.
 	Layers []string
+	// Path is where the containers of the chain see a data file, from the root of
+	// their filesystem; "" if it is not known. The tracer opens it to find out
+	// which container a mount is of. It calls Path with its lock held, so Path must
+	// answer at once; where it knows more later, [Tracer.Retry] tells the tracer.
+	Path func(pack.Ref) string
 }
 
 // Kind is what a file was opened for.
@@ -85,7 +97,7 @@ type Kind string
 const (
 	// Exec: the kernel executed it, as a program or as the ELF interpreter of one.
 	Exec Kind = "exec"
-	// Library: opened, and a shared object by its name or its ELF header.
+	// Library: opened, and a shared object by its ELF header.
 	Library Kind = "library"
 	// Read: opened for anything else.
 	Read Kind = "read"
@@ -99,15 +111,16 @@ type Range struct {
 
 // File is one file that a start opened.
 type File struct {
-	Layer string        // id of the layer that holds the data
-	Path  string        // in the layer, no leading slash
-	Kind  Kind          //
-	First time.Duration // from the beginning of the watch; late by the reader's backlog
+	pack.Ref               // which data file
+	Kind     Kind          //
+	First    time.Duration // from the beginning of the watch; late by the reader's backlog
 	// Opens counts events. The kernel merges opens of one process that follow
 	// on each other, so it is a lower bound.
 	Opens int
-	Size  int64          // bytes
-	Tier  placement.Tier // where it stood when it was first opened
+	Size  int64 // bytes
+	// Tier is where it stood when it was first opened. What is read through the
+	// view is on HDD.
+	Tier placement.Tier
 	// Parts: it was opened as a file of which only parts are on NVM. Tier is
 	// NVM then, whatever was read.
 	Parts bool
@@ -122,7 +135,8 @@ type File struct {
 	// this start is one of those that have the layer.
 	Assumed bool
 
-	evicted int64 // bytes that had left the page cache when first seen
+	evicted int64  // bytes that had left the page cache when first seen
+	image   *image // through which it was opened; nil: on NVM
 }
 
 // Reason says what ended a watch.
@@ -178,7 +192,7 @@ type Tracer struct {
 	conn  syscall.RawConn
 	self  int32
 	epoch time.Time
-	roots [2]root
+	root  root // on NVM
 	own   mountTable
 
 	probing func(*overlay) // tests
@@ -187,16 +201,16 @@ type Tracer struct {
 	stats   Stats
 	closed  bool
 	watches map[string]*Watch
-	mounts  map[uint64]*clone     // every clone that showed up while a watch is open
-	byClone map[uint64]*overlay   // clones whose overlay is known
-	overs   map[uint64]*overlay   // overlays whose clones are known, by unique mount id
-	parts   map[devnum]*partsRoot // of the open watches
-	files   int                   // entries in mounts
-	linkbuf [unix.PathMax]byte    // of the reader
-	wg      sync.WaitGroup        // reader and measuring goroutines
+	mounts  map[uint64]*clone   // every clone that showed up while a watch is open
+	byClone map[uint64]*overlay // clones whose overlay is known
+	overs   map[uint64]*overlay // overlays whose clones are known, by unique mount id
+	images  map[devnum]*image   // of the open watches
+	files   int                 // entries in mounts
+	linkbuf [unix.PathMax]byte  // of the reader
+	wg      sync.WaitGroup      // reader and measuring goroutines
 }
 
-// root is a data root: a directory descriptor, and how its files are told.
+// root is a directory of data files: a descriptor, and how its files are told.
 type root struct {
 	path  string
 	fd    int
@@ -234,10 +248,8 @@ func New(cfg Config) (*Tracer, error) {
 		mounts:  map[uint64]*clone{},
 		byClone: map[uint64]*overlay{},
 		overs:   map[uint64]*overlay{},
-		parts:   map[devnum]*partsRoot{},
-	}
-	for i := range t.roots {
-		t.roots[i].fd = -1
+		images:  map[devnum]*image{},
+		root:    root{fd: -1},
 	}
 	if err := t.open(); err != nil {
 		t.release()
@@ -253,15 +265,13 @@ func (t *Tracer) open() error {
 	if t.conn, err = t.file.SyscallConn(); err != nil {
 		return fmt.Errorf("poll fanotify group: %w", err)
 	}
-	for i, dir := range t.cfg.Roots {
-		if t.roots[i], err = openRoot(dir); err != nil {
-			return err
-		}
+	if t.root, err = openRoot(t.cfg.Root); err != nil {
+		return err
 	}
 	// A trial, so that a refusal shows when the daemon starts and not with the
 	// first container.
 	if err := t.mark(true); err != nil {
-		return refused("mark the tier filesystems", err)
+		return refused("mark the filesystem of NVM", err)
 	}
 	return t.mark(false)
 }
@@ -328,10 +338,8 @@ func (t *Tracer) Close() error {
 
 func (t *Tracer) release() {
 	t.file.Close()
-	for _, r := range t.roots {
-		if r.fd >= 0 {
-			unix.Close(r.fd)
-		}
+	if t.root.fd >= 0 {
+		unix.Close(t.root.fd)
 	}
 	t.own.close()
 }

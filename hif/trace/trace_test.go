@@ -37,30 +37,26 @@ func TestStart(t *testing.T) {
 	_, err := os.Stat(filepath.Join(m, "etc/other"))
 	require.NoError(t, err)
 	// The daemon's own work and containerd's does not count.
-	_, err = os.ReadFile(filepath.Join(s.root(placement.HDD), "4/etc/other"))
+	_, err = os.ReadFile(s.at(placement.HDD, "etc/other"))
 	require.NoError(t, err)
-	run(t, "cat", filepath.Join(s.root(placement.HDD), "4/etc/other"))
+	run(t, "cat", s.at(placement.HDD, "etc/other"))
 
 	got := ready(w)
 	require.Nil(t, tr.Find("7"))
 	require.True(t, got.Complete)
 	require.Equal(t, EndReady, got.Ended)
-	byPath := map[string]File{}
-	for _, f := range got.Files {
-		require.False(t, f.Assumed)
-		byPath[f.Path] = f
-	}
+	byPath := s.byPath(got)
 	require.Equal(t, Exec, byPath["bin/cat"].Kind)
 	require.Equal(t, placement.NVM, byPath["bin/cat"].Tier)
-	require.Equal(t, "3", byPath["bin/cat"].Layer)
-	require.Equal(t, Exec, byPath["lib64/ld-linux-x86-64.so.2"].Kind, "%v", paths(got))
-	require.Equal(t, Library, byPath["lib/x86_64-linux-gnu/libc.so.6"].Kind, "%v", paths(got))
+	require.EqualValues(t, 3, byPath["bin/cat"].Layer)
+	require.Equal(t, Exec, byPath["lib64/ld-linux-x86-64.so.2"].Kind, "%v", s.paths(got))
+	require.Contains(t, byPath, "lib/x86_64-linux-gnu/libc.so.6")
 	require.Equal(t, Read, byPath["etc/motd"].Kind)
 	require.Equal(t, placement.HDD, byPath["etc/motd"].Tier)
 	require.EqualValues(t, 6, byPath["etc/motd"].Size)
-	require.Len(t, got.Files, 4, "%v", paths(got))
-	require.Equal(t, "bin/cat", got.Files[0].Path, "in order of first use")
-	require.Equal(t, "etc/motd", got.Files[3].Path)
+	require.Len(t, got.Files, 4, "%v", s.paths(got))
+	require.Equal(t, "bin/cat", s.names[got.Files[0].Ref], "in order of first use")
+	require.Equal(t, "etc/motd", s.names[got.Files[3].Ref])
 	st := tr.Stats()
 	require.Equal(t, [2]uint64{1, 3}, st.Opens)
 	require.Zero(t, st.Open)
@@ -88,7 +84,7 @@ func TestNamespaces(t *testing.T) {
 			out, err := cmd.CombinedOutput()
 			require.NoError(t, err, "%s", out)
 			got := ready(w)
-			require.Contains(t, paths(got), "motd")
+			require.Contains(t, s.paths(got), "motd")
 			for _, f := range got.Files {
 				require.False(t, f.Assumed)
 			}
@@ -100,16 +96,14 @@ func TestNamespaces(t *testing.T) {
 // the process that lives in it.
 func TestHiddenMount(t *testing.T) {
 	need(t, "unshare", "mount")
-	s := newStore(t)
-	s.tree = filepath.Join(filepath.Dir(s.tree), "tree") // mount(8) has no way to say a comma
-	require.NoError(t, os.Mkdir(s.tree, 0o755))
+	s := newStoreAt(t, "view") // mount(8) has no way to say a comma
 	s.install(placement.HDD, "3", "/bin/sh")
 	s.put(placement.HDD, "3", "a", []byte("x\n"))
 	tr := s.tracer(s.config())
 	c := s.container("7")
 	w := watch(t, tr, c)
 	cmd := exec.Command("unshare", "-m", "--propagation", "private", os.Args[0], "-test.run=^TestHelperMount$")
-	cmd.Env = append(os.Environ(), "HIF_POINT="+c.point, "HIF_TREE="+s.tree, "HIF_UPPER="+c.Upper, "HIF_HDD="+s.root(0), "HIF_NVM="+s.root(1))
+	cmd.Env = append(os.Environ(), "HIF_POINT="+c.point, "HIF_TREE="+s.tree(), "HIF_UPPER="+c.Upper, "HIF_HOME="+s.home(), "HIF_NVM="+s.root())
 	in, err := cmd.StdinPipe()
 	require.NoError(t, err)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -122,9 +116,9 @@ func TestHiddenMount(t *testing.T) {
 	in.Close()
 	require.NoError(t, cmd.Wait())
 	got := ready(w)
-	require.Contains(t, paths(got), "a")
+	require.Contains(t, s.paths(got), "a")
 	for _, f := range got.Files {
-		require.False(t, f.Assumed, f.Path)
+		require.False(t, f.Assumed, s.names[f.Ref])
 	}
 }
 
@@ -135,7 +129,7 @@ func TestHelperMount(t *testing.T) {
 		t.Skip("only as a child of TestHiddenMount")
 	}
 	upper := os.Getenv("HIF_UPPER")
-	mountOverlay(t, point, [][2]string{{"lowerdir+", os.Getenv("HIF_TREE")}, {"datadir+", os.Getenv("HIF_NVM")}, {"datadir+", os.Getenv("HIF_HDD")},
+	mountOverlay(t, point, [][2]string{{"lowerdir+", os.Getenv("HIF_TREE")}, {"datadir+", os.Getenv("HIF_NVM")}, {"datadir+", os.Getenv("HIF_HOME")},
 		{"upperdir", upper}, {"workdir", filepath.Join(filepath.Dir(upper), "work")}})
 	require.NoError(t, unix.Chroot(point))
 	require.NoError(t, unix.Chdir("/"))
@@ -180,15 +174,15 @@ func TestProfilesDoNotMix(t *testing.T) {
 		programs := 0
 		for _, f := range got.Files {
 			require.False(t, f.Assumed)
-			if f.Layer == "4" {
-				require.True(t, want[f.Path], "%s in the profile of app%d", f.Path, i)
-				delete(want, f.Path)
+			if path := s.names[f.Ref]; f.Layer == 4 {
+				require.True(t, want[path], "%s in the profile of app%d", path, i)
+				delete(want, path)
 			} else {
 				programs++
 			}
 		}
 		require.Empty(t, want)
-		require.Equal(t, 4, programs, "sh, cat, ld.so, libc: %v", paths(got))
+		require.Equal(t, 4, programs, "sh, cat, ld.so, libc: %v", s.paths(got))
 	}
 	require.Zero(t, tr.Stats().Unresolved)
 }
@@ -213,11 +207,11 @@ func TestShortLived(t *testing.T) {
 	for _, f := range got.Files {
 		require.GreaterOrEqual(t, f.First, last)
 		last = f.First
-		if f.Layer == "4" {
-			require.Equal(t, fmt.Sprintf("f/%d", next), f.Path, "order of first use")
+		if f.Layer == 4 {
+			require.Equal(t, fmt.Sprintf("f/%d", next), s.names[f.Ref], "order of first use")
 			next++
 		}
-		if f.Path == "bin/true" {
+		if s.names[f.Ref] == "bin/true" {
 			require.GreaterOrEqual(t, f.Opens, n)
 		}
 	}
@@ -240,7 +234,7 @@ func TestOverflow(t *testing.T) {
 	got := ready(w)
 	require.False(t, got.Complete)
 	require.EqualValues(t, 1, got.Overflows)
-	require.Equal(t, []string{"f"}, paths(got), "what did arrive is there")
+	require.Equal(t, []string{"f"}, s.paths(got), "what did arrive is there")
 	require.EqualValues(t, 1, tr.Stats().Overflows)
 
 	c = s.container("8")
@@ -280,7 +274,7 @@ func TestEnds(t *testing.T) {
 		{EndClosed, Config{}, false},
 	} {
 		t.Run(string(tc.why), func(t *testing.T) {
-			tc.cfg.Roots = s.config().Roots
+			tc.cfg.Root = s.root()
 			tr := s.tracer(tc.cfg)
 			c := s.container("7")
 			w := watch(t, tr, c)
@@ -304,7 +298,7 @@ func TestEnds(t *testing.T) {
 // A container opens what must not stop or fool the reader.
 func TestOddFiles(t *testing.T) {
 	s := newStore(t)
-	s.put(placement.HDD, "3", "f", []byte("x"))
+	s.put(placement.NVM, "3", "f", []byte("x"))
 	s.put(placement.HDD, "3", "a b\n\\ü (deleted)", []byte("x"))
 	s.put(placement.HDD, "3", "bad\xff", []byte("x"))
 	tr := s.tracer(s.config())
@@ -315,80 +309,34 @@ func TestOddFiles(t *testing.T) {
 	// A FIFO on the filesystem, opened neither through the mount that is ignored
 	// nor through an overlay. When the reader goes on, nobody has it open any more.
 	bind := t.TempDir()
-	require.NoError(t, unix.Mount(s.tiers[placement.HDD], bind, "", unix.MS_BIND, ""))
+	require.NoError(t, unix.Mount(s.nvm, bind, "", unix.MS_BIND, ""))
 	t.Cleanup(func() { _ = unix.Unmount(bind, unix.MNT_DETACH) })
-	run(t, "sh", "-c", `cd "$0" && mkfifo p && (cat p & echo z > p; wait); cat d/3/f`, bind)
+	run(t, "sh", "-c", `cd "$0" && mkfifo p && (cat p & echo z > p; wait); cat "d$1"`, bind, s.refs["f"].Redirect())
 	run(t, "sh", "-c", `cd "$0" && mkfifo p && mkdir 3 && echo y > 3/f && cat 3/f && (cat p & echo z > p; wait)
 		cat "$1" "$2"; exec 3< f; rm f; echo w > f; cat f`, m, "a b\n\\ü (deleted)", "bad\xff")
 	release()
 	got := ready(w)
-	require.Equal(t, []string{"a b\n\\ü (deleted)", "bad\xff", "f"}, paths(got))
+	require.Equal(t, []string{"a b\n\\ü (deleted)", "bad\xff", "f"}, s.paths(got))
 	for _, f := range got.Files {
-		require.Equal(t, "3", f.Layer)
+		require.EqualValues(t, 3, f.Layer)
 	}
 }
 
-// A temporary file of a container is no layer's, whatever stands at its path below a data root.
+// A temporary file of a container is no layer's, whatever its name.
 func TestUnlinkedFileOfTheContainer(t *testing.T) {
 	s := newStore(t)
 	s.put(placement.HDD, "3", "f", []byte("data"))
-	for _, tier := range []placement.Tier{placement.HDD, placement.NVM} {
-		decoy := filepath.Join(s.root(tier), "tmp/x")
-		require.NoError(t, os.MkdirAll(filepath.Dir(decoy), 0o755))
-		require.NoError(t, os.WriteFile(decoy, []byte("data"), 0o644))
-	}
+	s.put(placement.HDD, "3", "decoy", []byte("data"))
 	tr := s.tracer(s.config())
 	c := s.container("7")
 	w := watch(t, tr, c)
 	m := c.mount()
 	release := hold(t, tr)
-	run(t, "sh", "-c", `mkdir "$0/tmp" && printf data > "$0/tmp/x" && cat "$0/tmp/x" && rm "$0/tmp/x"`, m)
+	for _, dir := range []string{"/tmp", "/3/ff", "/9/02"} {
+		run(t, "sh", "-c", `mkdir -p "$0" && printf data > "$0/2" && cat "$0/2" && rm "$0/2"`, m+dir)
+	}
 	release()
 	run(t, "cat", m+"/f")
-	require.Equal(t, []string{"f"}, paths(ready(w)))
+	require.Equal(t, []string{"f"}, s.paths(ready(w)))
 	require.Equal(t, [2]uint64{placement.HDD: 1}, tr.Stats().Opens)
-}
-
-// A file that moves between the tiers during a start is one file.
-func TestMovedFile(t *testing.T) {
-	s := newStore(t)
-	s.put(placement.HDD, "3", "f", []byte("data"))
-	tr := s.tracer(s.config())
-	c := s.container("7")
-	w := watch(t, tr, c)
-	m := c.mount()
-	from, to := filepath.Join(s.root(placement.HDD), "3/f"), filepath.Join(s.root(placement.NVM), "3/f")
-	release := hold(t, tr)
-	run(t, "cat", m+"/f")
-	require.NoError(t, os.MkdirAll(filepath.Dir(to), 0o755))
-	require.NoError(t, os.WriteFile(to, []byte("data"), 0o755))
-	require.NoError(t, os.Remove(from))
-	release()
-	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] == 1 }, 10*time.Second, time.Millisecond)
-	run(t, "sh", "-c", "echo 2 > /proc/sys/vm/drop_caches") // so that overlayfs looks the data up again
-	run(t, "cat", m+"/f")
-	got := ready(w)
-	require.Len(t, got.Files, 1)
-	require.Equal(t, placement.HDD, got.Files[0].Tier, "where it stood at first")
-	require.Equal(t, 2, got.Files[0].Opens)
-}
-
-func TestSharedFilesystem(t *testing.T) {
-	s := newStore(t)
-	one := t.TempDir()
-	s.mount("tmpfs", "tmpfs", one)
-	for i, n := range []string{"h", "n"} {
-		s.tiers[i] = filepath.Join(one, n)
-		require.NoError(t, os.MkdirAll(s.root(placement.Tier(i)), 0o755))
-	}
-	s.put(placement.HDD, "3", "f", []byte("x"))
-	s.put(placement.NVM, "3", "g", []byte("x"))
-	tr := s.tracer(s.config())
-	c := s.container("7")
-	w := watch(t, tr, c)
-	m := c.mount()
-	run(t, "cat", m+"/f", m+"/g")
-	got := ready(w)
-	require.Equal(t, []string{"f", "g"}, paths(got))
-	require.Equal(t, [2]placement.Tier{placement.HDD, placement.NVM}, [2]placement.Tier{got.Files[0].Tier, got.Files[1].Tier})
 }

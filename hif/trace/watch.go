@@ -7,18 +7,23 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // Watch is the observation of one start. Its methods may be called concurrently.
 type Watch struct {
-	t     *Tracer
-	start Start
-	parts *partsRoot // nil: it has none
-	began time.Time
+	t      *Tracer
+	start  Start
+	layers map[uint64]bool
+	home   *image
+	parts  *image // nil: it has none
+	began  time.Time
 
 	// Guarded by t.mu.
 	opened    time.Duration // of the watch, since t.epoch
@@ -39,7 +44,8 @@ type Watch struct {
 // the container's root filesystem is mounted: the marks then stand before the
 // mount can exist. A second call for a snapshot that is being watched returns
 // the same watch. The parts at Start.Parts must not be replaced between this call
-// and the mount of the container: opens in others are not seen.
+// and the mount of the container: opens in others are not seen. View and parts
+// may be unmounted meanwhile, since the tracer holds clones of their mounts.
 //
 // A snapshot whose overlay is mounted already is no start: containerd asks for
 // mounts again to see what a running container has changed. The error is
@@ -63,27 +69,54 @@ func (t *Tracer) Watch(start Start) (*Watch, error) {
 		}
 		return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
 	}
-	p, err := t.watchParts(start.Parts)
-	if err == nil && len(t.watches) == 0 {
-		if err = t.mark(true); err != nil {
-			t.unwatchParts(p)
-			t.dropParts(p)
-		}
-	}
-	if err != nil {
-		return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
-	}
-	// What was nobody's may be this one's.
-	t.forgetForeign()
 	w := &Watch{
-		t: t, start: start, parts: p, began: time.Now(), opened: t.now(),
+		t: t, start: start, began: time.Now(), opened: t.now(),
 		overflows: t.stats.Overflows, lost: t.stats.Lost,
 		done: make(chan struct{}),
 	}
+	if err := w.mark(); err != nil {
+		return nil, fmt.Errorf("watch start of %q: %w", start.Snapshot, err)
+	}
+	// A mount that no watch had a claim to may be of this start.
+	t.forgetForeign()
 	t.watches[start.Snapshot] = w
 	t.stats.Watches++
 	t.wake()
 	return w, nil
+}
+
+// mark begins to watch the filesystems that the start will read from. The caller
+// holds t.mu.
+func (w *Watch) mark() (err error) {
+	t := w.t
+	if w.layers, err = layersOf(w.start.Layers); err != nil {
+		return err
+	}
+	if w.home, err = t.watchImage(w.start.Home, false); err != nil {
+		return err
+	}
+	if w.parts, err = t.watchImage(w.start.Parts, true); err == nil && len(t.watches) == 0 {
+		err = t.mark(true)
+	}
+	if err != nil {
+		for _, im := range []*image{w.home, w.parts} {
+			t.unwatchImage(im)
+			t.dropImage(im)
+		}
+	}
+	return err
+}
+
+func layersOf(ids []string) (map[uint64]bool, error) {
+	layers := make(map[uint64]bool, len(ids))
+	for _, id := range ids {
+		n, err := strconv.ParseUint(id, 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("layer id %q is no number: %w", id, errdefs.ErrInvalidArgument)
+		}
+		layers[n] = true
+	}
+	return layers, nil
 }
 
 // mounted tells whether an overlay with the upper directory stands in our mount
@@ -119,6 +152,19 @@ func (w *Watch) Done() <-chan struct{} { return w.done }
 func (w *Watch) Result() Trace {
 	<-w.done
 	return w.result
+}
+
+// Files is how many files the start has opened so far, those left out whose
+// mount is not tied to a container yet.
+func (w *Watch) Files() (n int) {
+	w.t.mu.Lock()
+	defer w.t.mu.Unlock()
+	for _, c := range w.t.mounts {
+		if slices.Contains(c.owners, w) {
+			n += len(c.entries)
+		}
+	}
+	return n
 }
 
 func (w *Watch) touch(now time.Duration) {
@@ -190,11 +236,10 @@ func (t *Tracer) tick(drained bool) (again, done bool) {
 // finish takes a watch out and has its result measured. The caller holds t.mu.
 func (t *Tracer) finish(w *Watch, why Reason) {
 	delete(t.watches, w.start.Snapshot)
-	found := map[[2]string]*File{}
+	found := map[pack.Ref]*File{}
 	var order []*File
 	add := func(e *entry, assumed bool) {
-		k := [2]string{e.layer, e.path}
-		if f := found[k]; f != nil {
+		if f := found[e.ref]; f != nil {
 			if !assumed {
 				f.merge(e, w.opened)
 			}
@@ -202,7 +247,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		}
 		f := e.file(w.opened)
 		f.Assumed = assumed
-		found[k] = f
+		found[e.ref] = f
 		order = append(order, f)
 	}
 	var orphans []*clone
@@ -229,7 +274,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 			continue
 		}
 		for _, e := range c.entries {
-			if e.first >= w.opened && slices.Contains(w.start.Layers, e.layer) {
+			if e.first >= w.opened && w.layers[e.ref.Layer] {
 				add(e, true)
 			}
 		}
@@ -247,7 +292,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		t.files = 0
 	}
 	slices.SortFunc(order, func(a, b *File) int {
-		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Path, b.Path))
+		return cmp.Or(cmp.Compare(a.First, b.First), cmp.Compare(a.Layer, b.Layer), cmp.Compare(a.Number, b.Number))
 	})
 	w.result = Trace{
 		Snapshot: w.start.Snapshot, Began: w.began, Duration: t.now() - w.opened,
@@ -259,16 +304,16 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		w.result.Files[i] = *f
 	}
 	w.result.Complete = w.result.Overflows == 0 && w.result.Lost == 0 && why != EndClosed
-	t.unwatchParts(w.parts)
-	t.wg.Add(1)
-	go func() {
-		defer t.wg.Done()
-		t.measure(w.result.Files, w.parts)
+	t.unwatchImage(w.home)
+	t.unwatchImage(w.parts)
+	t.wg.Go(func() {
+		w.measure(w.result.Files)
 		t.mu.Lock()
-		t.dropParts(w.parts)
+		t.dropImage(w.home)
+		t.dropImage(w.parts)
 		t.mu.Unlock()
 		close(w.done)
-	}()
+	})
 }
 
 // mayBeOf tells whether a clone without a known owner may belong to the start
@@ -297,10 +342,10 @@ func (t *Tracer) mayBeOf(c *clone, mine map[*clone]bool) bool {
 }
 
 // file makes the record of an entry; what can be measured later is added by
-// [Tracer.measure]. Touched carries what was cached at first sight until then.
+// [Watch.measure]. Touched carries what was cached at first sight until then.
 func (e *entry) file(opened time.Duration) *File {
-	f := &File{Layer: e.layer, Path: e.path, Kind: Read, First: max(e.first-opened, 0),
-		Opens: e.opens, Size: e.size, Tier: e.tier, Parts: e.parts, Touched: e.warm, evicted: e.evicted}
+	f := &File{Ref: e.ref, Kind: Read, First: max(e.first-opened, 0), Opens: e.opens, Size: e.size,
+		Tier: e.tier(), Parts: e.slot() == partsSlot, Touched: e.warm, evicted: e.evicted, image: e.image}
 	if e.exec {
 		f.Kind = Exec
 	}
@@ -311,14 +356,14 @@ func (e *entry) file(opened time.Duration) *File {
 // to the other tier during the start, or two mounts serve the start.
 func (f *File) merge(e *entry, opened time.Duration) {
 	g := e.file(opened)
-	moved := f.Tier != g.Tier || f.Parts != g.Parts
+	moved := f.image != g.image
 	f.Opens += g.Opens
 	f.Assumed = false
 	if g.Kind == Exec {
 		f.Kind = Exec
 	}
 	if g.First < f.First {
-		f.First, f.Tier, f.Parts = g.First, g.Tier, g.Parts
+		f.First, f.Tier, f.Parts, f.image = g.First, g.Tier, g.Parts, g.image
 	}
 	if f.Touched < 0 || g.Touched < 0 || moved {
 		f.Touched = -1 // what the cache of one copy holds is not all

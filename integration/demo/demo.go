@@ -99,35 +99,28 @@ func demo(ctx context.Context, o options) (err error) {
 	introduce(status)
 
 	say("Pulling %s at %s", r.Ref(imageName), placement.FormatRate(must(placement.ParseRate(o.rate))))
-	pulled := time.Now()
-	if err := pull(ctx, r); err != nil {
+	report := &report{Policy: status.GetPolicy()}
+	if err := report.pull(ctx, client, r, img); err != nil {
 		return err
 	}
-	say("Pulled in %.1f s", time.Since(pulled).Seconds())
-	report := &report{Policy: status.GetPolicy(), PullSeconds: time.Since(pulled).Seconds()}
-	if err := report.inspect(ctx, client, r); err != nil {
-		return err
-	}
-	if report.Events, err = placements(r.Daemon.LogPath(), r.Ref(imageName)); err != nil {
-		return err
-	}
-	report.printEvents()
+	report.printTable(recipe.names)
+	report.printPull()
 
 	say("Running a container")
-	if report.Run, err = runContainer(ctx, r, recipe.command); err != nil {
+	if report.First, err = runContainer(ctx, r, recipe.command); err != nil {
 		return err
 	}
-	report.printRun()
-	report.printTable(recipe.names)
-
-	say("Waiting for the start to be recorded and for cold files to leave NVM")
-	if err := report.cool(ctx, client, r); err != nil {
+	report.First.print()
+	say("Waiting until the start is recorded, and the files that it opened are on NVM, the others not")
+	if err := report.settle(ctx, client, r); err != nil {
 		return err
 	}
-	if report.Heat.Again, err = runContainer(ctx, r, recipe.command); err != nil {
+	say("Running it again")
+	if report.Second, err = runContainer(ctx, r, recipe.command); err != nil {
 		return err
 	}
-	report.printHeat()
+	report.Second.print()
+	report.printStarts()
 	file := filepath.Join(o.out, "demo.json")
 	if err := report.write(file); err != nil {
 		return err
@@ -178,8 +171,8 @@ func (p *place) start(ctx context.Context, o options) (*rig.Rig, error) {
 	return r, nil
 }
 
-// pull pulls the image while nhybridctl shows it, by the daemon's own account.
-func pull(ctx context.Context, r *rig.Rig) error {
+// watchPull pulls the image while nhybridctl shows it, by the daemon's own account.
+func watchPull(ctx context.Context, r *rig.Rig) error {
 	watch, err := r.Command(ctx, "nhybridctl", "watch", "--once")
 	if err != nil {
 		return err

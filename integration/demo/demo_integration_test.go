@@ -74,7 +74,8 @@ func checkGone(t *testing.T, name string) {
 func TestShow(t *testing.T) {
 	t.Parallel()
 	guest := t.TempDir()
-	cmd, name, out := show(t, binary(t), "-hdd", guest)
+	// The largest layer alone takes six seconds.
+	cmd, name, out := show(t, binary(t), "-hdd", guest, "-rate", "20Mbit")
 	text, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", text)
 	checkGone(t, name)
@@ -82,46 +83,57 @@ func TestShow(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, left)
 
-	b, err := os.ReadFile(filepath.Join(out, "demo.json"))
-	require.NoError(t, err)
-	var rep report
-	require.NoError(t, json.Unmarshal(b, &rep))
+	rep := reportIn(t, out)
 	require.Contains(t, rep.Image, imageName)
-	require.Equal(t, int32(3), rep.LDL, "the one large layer: %s", text)
-	require.True(t, rep.Boundary, "%s", text)
+	require.Equal(t, "drain", rep.Policy, "the daemon's default")
 	require.Len(t, rep.Layers, len(tinyRecipe.names))
 	seen := map[string]bool{}
+	var stored int64
 	for i, l := range rep.Layers {
 		require.Equal(t, int32(i), l.Index)
 		require.Regexp(t, `^sha256:[0-9a-f]{64}$`, l.Digest)
 		require.False(t, seen[l.Digest])
 		seen[l.Digest] = true
 		require.Positive(t, l.Bytes)
-		require.Equal(t, map[bool]string{true: "nvm", false: "hdd"}[i >= 3], l.Tier)
 		require.NotEmpty(t, l.Reason)
 		require.Contains(t, string(text), l.Reason)
+		stored += l.Stored
 	}
-	require.Equal(t, tinyRecipe.command, rep.Run.Command)
-	require.Zero(t, rep.Run.Exit)
-	require.Contains(t, rep.Run.Output, "7 entries, shared is of layer 5")
-	require.Positive(t, rep.Run.ReadyMS)
+	require.Equal(t, stored, rep.Stored)
+	require.Positive(t, rep.Layers[3].Early, "the large layer was stored while it downloaded: %s", text)
+	require.Less(t, rep.Pull.DownloadedS, rep.Pull.StoredS)
+	require.Less(t, rep.Pull.StoredS, rep.Pull.DurableS)
+	for _, start := range []result{rep.First, rep.Second} {
+		require.Equal(t, tinyRecipe.command, start.Command)
+		require.Zero(t, start.Exit)
+		require.Contains(t, start.Output, "7 entries, shared is of layer 5")
+		require.Positive(t, start.ReadyMS)
+	}
+	require.Positive(t, rep.Files)
+	require.Positive(t, rep.AfterStart.Files+rep.AfterStart.Parts, "what the start opened: %s", text)
+	require.Positive(t, rep.AfterStart.Views)
+	require.Less(t, rep.AfterStart.all(), rep.Stored/2, "the large layer is not opened: %s", text)
+	require.Contains(t, string(text), "On NVM in the end: "+rep.share(rep.AfterStart.all()))
 }
 
-// TestPolicy shows that the verdict follows what happened.
-func TestPolicy(t *testing.T) {
-	t.Parallel()
-	cmd, _, out := show(t, binary(t), "-policy", "hdd")
-	text, err := cmd.CombinedOutput()
-	require.NoError(t, err, "%s", text)
-	require.Contains(t, string(text), "the boundary is not there")
+func reportIn(t *testing.T, out string) (rep report) {
+	t.Helper()
 	b, err := os.ReadFile(filepath.Join(out, "demo.json"))
 	require.NoError(t, err)
-	var rep report
 	require.NoError(t, json.Unmarshal(b, &rep))
-	require.False(t, rep.Boundary)
-	for _, l := range rep.Layers {
-		require.Equal(t, "hdd", l.Tier)
-	}
+	return rep
+}
+
+// TestPolicy shows that the demo runs with the policy that it is told.
+func TestPolicy(t *testing.T) {
+	t.Parallel()
+	cmd, _, out := show(t, binary(t), "-policy", "nvm")
+	text, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", text)
+	rep := reportIn(t, out)
+	require.Equal(t, "nvm", rep.Policy)
+	require.GreaterOrEqual(t, rep.AfterPull.Files, rep.Stored, "%s", text)
+	require.Less(t, rep.AfterStart.Files, rep.Stored/2, "cold files have left: %s", text)
 }
 
 // TestInterrupt stops the demo, orderly and not, where most is set up: in the middle of the pull.

@@ -37,7 +37,7 @@ func parse(args []string, errs io.Writer) (options, error) {
 	f.BoolVar(&o.clean, "clean", false, "take down what -keep or a killed demo has left")
 	f.StringVar(&o.nvm, "nvm", os.Getenv("NVM"), "fast tier: a directory, or a block device with a filesystem (make: NVM=…); default: ext4 in memory")
 	f.StringVar(&o.hdd, "hdd", os.Getenv("HDD"), "slow tier: likewise (make: HDD=…); default: ext4 on a file")
-	f.StringVar(&o.policy, "policy", or(os.Getenv("POLICY"), "lass"), "placement policy (make: POLICY=…); the paper's, whose boundary is easy to see")
+	f.StringVar(&o.policy, "policy", os.Getenv("POLICY"), "placement policy (make: POLICY=…); default: the daemon's")
 	f.StringVar(&o.rate, "rate", or(os.Getenv("RATE"), "100Mbit"), "bandwidth of the link to the registry (make: RATE=…)")
 	f.StringVar(&o.out, "out", "out", "directory of demo.json and of the image cache")
 	f.BoolVar(&o.tiny, "tiny", false, "a small image of generated files in place of Debian packages")

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -21,18 +20,19 @@ import (
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
-// report is what the demo has seen, and out/demo.json.
+// report is what the demo has seen, and out/demo.json. Sizes are bytes.
 type report struct {
 	Image  string  `json:"image"`
 	Policy string  `json:"policy"`
-	LDL    int32   `json:"ldl"` // -1: nothing was downloaded
 	Layers []layer `json:"layers"`
-	// Boundary says if the layers below the LDL are on HDD, and it and those above on NVM.
-	Boundary    bool    `json:"boundary"`
-	Events      []event `json:"events"`
-	PullSeconds float64 `json:"pull_seconds"`
-	Run         result  `json:"run"`
-	Heat        heat    `json:"heat"`
+	Stored int64   `json:"stored"` // in the files of all layers
+	Pull   story   `json:"pull"`
+	// NVM taken by the image when the pull was over, and when all was done that follows the first start.
+	AfterPull  usage  `json:"nvm_after_pull"`
+	AfterStart usage  `json:"nvm_after_start"`
+	First      result `json:"first_start"`
+	Files      int64  `json:"files"` // that starts opened
+	Second     result `json:"second_start"`
 }
 
 type layer struct {
@@ -40,21 +40,11 @@ type layer struct {
 	Digest string `json:"digest"`
 	Bytes  int64  `json:"bytes"`  // of the blob, as downloaded
 	Stored int64  `json:"stored"` // of the files in it
+	// Pack is the size of its pack without holes, Early what it held when the link let through the last byte of the blob.
+	Pack   int64  `json:"pack"`
+	Early  int64  `json:"early"`
 	Tier   string `json:"tier"`
 	Reason string `json:"reason"`
-	Swings int32  `json:"swings"`
-
-	nvm int64
-}
-
-// event is a line of the daemon's log about the place of a layer.
-type event struct {
-	Time   time.Time `json:"time"`
-	Msg    string    `json:"msg"`
-	Layer  int       `json:"layer"`
-	Tier   string    `json:"tier"`
-	Reason string    `json:"reason"`
-	Image  string    `json:"-"`
 }
 
 type result struct {
@@ -75,97 +65,43 @@ func introduce(s *control.StatusResponse) {
 	}
 }
 
-// inspect asks the daemon what stands where. Sizes are known once the captures are done, in the background.
+// inspect waits until all layers are durable and asks the daemon what stands where.
 func (rep *report) inspect(ctx context.Context, client control.Client, r *rig.Rig) error {
+	answer, err := awaitImage(ctx, client, r, "durable", func(l *control.Layer) bool { return l.GetDurable() })
+	if err != nil {
+		return err
+	}
+	rep.Image = answer.GetImage()
+	for _, l := range answer.GetLayers() {
+		rep.Layers = append(rep.Layers, layer{
+			Index: l.GetIndex(), Digest: l.GetDigest(), Bytes: l.GetCompressed(), Stored: l.GetUncompressed(),
+			Pack: l.GetHddBytes(), Tier: l.GetTier(), Reason: l.GetDecision().Cause(),
+		})
+		rep.Stored += l.GetUncompressed()
+	}
+	return nil
+}
+
+// awaitImage waits until the condition holds for all layers of the image.
+func awaitImage(ctx context.Context, client control.Client, r *rig.Rig, what string, is func(*control.Layer) bool) (answer *control.InspectResponse, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	var answer *control.InspectResponse
-	err := rig.Await(ctx, func(ctx context.Context) (err error) {
+	err = rig.Await(ctx, func(ctx context.Context) (err error) {
 		answer, err = client.Inspect(ctx, &control.InspectRequest{Ref: r.Ref(imageName), Namespace: r.Namespace})
 		if err != nil {
 			return err
 		}
 		for _, l := range answer.GetLayers() {
-			if !l.GetCaptured() {
-				return fmt.Errorf("layer %d is not captured yet", l.GetIndex())
+			if !is(l) {
+				return fmt.Errorf("layer %d is %s, not yet %s", l.GetIndex(), l.GetState(), what)
 			}
 		}
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("inspect the image: %w", err)
+		return nil, fmt.Errorf("wait for the layers of the image: %w", err)
 	}
-	rep.take(answer)
-	return nil
-}
-
-func (rep *report) take(answer *control.InspectResponse) {
-	rep.Image, rep.LDL, rep.Layers = answer.GetImage(), -1, nil
-	for _, l := range answer.GetLayers() {
-		if l.GetLdl() {
-			rep.LDL = l.GetIndex()
-		}
-		rep.Layers = append(rep.Layers, layer{
-			Index: l.GetIndex(), Digest: l.GetDigest(), Bytes: l.GetCompressed(), Stored: l.GetUncompressed(),
-			Tier: l.GetTier(), Reason: l.GetDecision().Cause(), Swings: l.GetDecision().GetSwings(),
-			nvm: l.GetNvmBytes(),
-		})
-	}
-	rep.Boundary = rep.LDL >= 0
-	for _, l := range rep.Layers {
-		rep.Boundary = rep.Boundary && (l.Tier == placement.NVM.String()) == (l.Index >= rep.LDL)
-	}
-}
-
-// placements reads the lines about the layers of an image from the daemon's log.
-func placements(path, image string) ([]event, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("read log of the daemon: %w", err)
-	}
-	defer f.Close()
-	var out []event
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() {
-		var line struct {
-			event
-			Image string `json:"image"`
-		}
-		if json.Unmarshal(lines.Bytes(), &line) != nil || !strings.HasPrefix(line.Msg, "layer ") || line.Image != image {
-			continue // another line, or what a crash wrote
-		}
-		out = append(out, line.event)
-	}
-	if err := lines.Err(); err != nil {
-		return nil, fmt.Errorf("read log of the daemon: %w", err)
-	}
-	return out, nil
-}
-
-// printEvents shows what the log has of the layers whose place was changed after containerd had got it: a place is
-// observed, not guessed.
-func (rep *report) printEvents() {
-	say("Swings in the daemon's log: changes of a layer's tier between Prepare and the start of its storing")
-	swung := map[int]bool{}
-	for _, e := range rep.Events {
-		swung[e.Layer] = swung[e.Layer] || e.Msg == "layer swung"
-	}
-	shown := false
-	for _, e := range rep.Events {
-		if swung[e.Layer] {
-			shown = true
-			fmt.Printf("%6.2f s  layer %d %-8s %s  %s\n", e.Time.Sub(rep.Events[0].Time).Seconds(), e.Layer,
-				strings.TrimPrefix(e.Msg, "layer "), strings.ToUpper(e.Tier), cause(e))
-		}
-	}
-	if !shown {
-		fmt.Println("None: what was so at Prepare was still so when storing began.")
-	}
-}
-
-func cause(e event) string {
-	return (&control.Decision{Index: int32(e.Layer), Tier: e.Tier, Reason: e.Reason}).Cause()
+	return answer, nil
 }
 
 // runContainer runs the command and times its first output.
@@ -206,54 +142,50 @@ func runContainer(ctx context.Context, r *rig.Rig, command []string) (res result
 	return res, nil
 }
 
-func (rep *report) printRun() {
-	fmt.Printf("$ %s\n%s\nIts first output came %d ms after `ctr run` began.\n",
-		quote(rep.Run.Command), strings.TrimRight(rep.Run.Output, "\n"), rep.Run.ReadyMS)
+func (res result) print() {
+	fmt.Printf("$ %s\n%s\n", quote(res.Command), strings.TrimRight(res.Output, "\n"))
 }
 
 func (rep *report) printTable(names []string) {
-	say("What stands where, and why (nhybridctl inspect)")
+	say("What was stored when, and where (nhybridctl inspect)")
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "LAYER\tWHAT\tDIGEST\tDOWNLOADED\tSTORED\tTIER\tWHY")
-	var nvm, all int64
+	fmt.Fprintln(w, "LAYER\tWHAT\tDIGEST\tDOWNLOADED\tPACK BY THEN\tPACK IN THE END\tTIER\tWHY")
 	for i, l := range rep.Layers {
 		what := ""
 		if i < len(names) {
 			what = names[i]
 		}
-		mark := ""
-		if l.Index == rep.LDL {
-			mark = "*"
-		}
-		fmt.Fprintf(w, "%d%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Index, mark, what, control.Short(l.Digest),
-			placement.FormatBytes(l.Bytes), placement.FormatBytes(l.Stored), strings.ToUpper(l.Tier), l.Reason)
-		all += l.Stored
-		if l.Tier == placement.NVM.String() {
-			nvm += l.Stored
-		}
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.Index, what, control.Short(l.Digest), placement.FormatBytes(l.Bytes),
+			placement.FormatBytes(l.Early), placement.FormatBytes(l.Pack), strings.ToUpper(l.Tier), l.Reason)
 	}
 	_ = w.Flush()
-	if all > 0 {
-		fmt.Printf("On NVM: %s of %s (%.0f %%).\n", placement.FormatBytes(nvm), placement.FormatBytes(all), 100*float64(nvm)/float64(all))
-	}
-	fmt.Println(rep.verdict())
 }
 
-// verdict compares what happened with what the paper's strategy gives when layers are unpacked one after the other.
-func (rep *report) verdict() string {
-	switch {
-	case rep.LDL < 0:
-		return "Nothing was downloaded, so no layer was the last."
-	case rep.Boundary:
-		return fmt.Sprintf("* Layer %d was downloaded last: the layers below it are on HDD, it and those above on NVM.", rep.LDL)
-	}
-	var odd []string
+// share writes bytes and what part of the image they are.
+func (rep *report) share(n int64) string {
+	return fmt.Sprintf("%s (%.0f %%)", placement.FormatBytes(n), 100*float64(n)/float64(max(1, rep.Stored)))
+}
+
+func (rep *report) printPull() {
+	var early, pack, down int64
 	for _, l := range rep.Layers {
-		if (l.Tier == placement.NVM.String()) != (l.Index >= rep.LDL) {
-			odd = append(odd, fmt.Sprintf("%d on %s", l.Index, strings.ToUpper(l.Tier)))
-		}
+		early += min(l.Early, l.Pack) // the last block may be filled
+		pack += l.Pack
+		down += l.Bytes
 	}
-	return fmt.Sprintf("* Layer %d was downloaded last, but the boundary is not there: layer %s. The reasons stand above.", rep.LDL, strings.Join(odd, ", "))
+	fmt.Printf("Downloaded: %s in %.2f s. When the last byte of each layer arrived, its pack had been written so far: %s of %s in all packs.\n",
+		placement.FormatBytes(down), rep.Pull.DownloadedS, placement.FormatBytes(early), placement.FormatBytes(pack))
+	fmt.Printf("After the last byte of the download: stored in %.2f s, durable in %.2f s.\n",
+		rep.Pull.StoredS-rep.Pull.DownloadedS, rep.Pull.DurableS-rep.Pull.DownloadedS)
+	fmt.Printf("On NVM: %s of %s; %s of that are the view, which holds names and attributes.\n",
+		rep.share(rep.AfterPull.all()), placement.FormatBytes(rep.Stored), placement.FormatBytes(rep.AfterPull.Views))
+}
+
+func (rep *report) printStarts() {
+	fmt.Printf("Its first output came %d ms after `ctr run` began; that of the first start after %d ms.\n", rep.Second.ReadyMS, rep.First.ReadyMS)
+	say("On NVM in the end: %s of %s", rep.share(rep.AfterStart.all()), placement.FormatBytes(rep.Stored))
+	fmt.Printf("The start opened %d files. NVM holds %s of whole files, %s of the parts of large ones, and the view of %s.\n",
+		rep.Files, placement.FormatBytes(rep.AfterStart.Files), placement.FormatBytes(rep.AfterStart.Parts), placement.FormatBytes(rep.AfterStart.Views))
 }
 
 func (rep *report) write(file string) error {

@@ -31,7 +31,7 @@ const (
 	nvdimmBytes   = 1 << 30
 	hddBytes      = 2 << 30
 	// bootTimeout is ten times and more what a boot with all its checks takes on two busy cores.
-	bootTimeout = 15 * time.Minute
+	bootTimeout = 40 * time.Minute
 )
 
 // etc holds the configuration files of the guest.

@@ -40,6 +40,15 @@ disabled_plugins = []
   [proxy_plugins.nhybrid.exports]
     root = '{{.HDD}}'
     enable_remote_snapshot_annotations = 'true'
+
+[proxy_plugins.nhybrid-diff]
+  type = 'diff'
+  address = '{{.Dir}}/n.sock'
+{{- if .DiffService}}
+
+[plugins.'io.containerd.service.v1.diff-service']
+  default = ['nhybrid-diff', 'walking']
+{{- end}}
 {{- end}}
 
 [plugins.'io.containerd.transfer.v1.local']
@@ -48,7 +57,7 @@ disabled_plugins = []
   [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
     platform = 'linux/{{$.Arch}}'
     snapshotter = '{{.}}'
-    differ = 'walking'
+    differ = '{{if and (eq . "nhybrid") (not $.NoDiffer)}}nhybrid-diff{{else}}walking{{end}}'
 {{- end}}
 {{- if .CRI}}
 
@@ -85,6 +94,7 @@ func (r *Rig) writeContainerdConfig() error {
 		"HDD": r.HDD, "Capabilities": r.options.Capabilities, "Unpacks": max(1, r.options.ConcurrentUnpacks),
 		"Snapshotters": r.snapshotters(), "Snapshotter": r.Snapshotter, "Arch": runtime.GOARCH, "Pause": r.Ref(PauseName),
 		"ContainerdConfig": r.options.ContainerdConfig,
+		"DiffService":      r.options.DiffService, "NoDiffer": r.options.NoDiffer,
 	})
 	if err != nil {
 		return fmt.Errorf("make configuration of containerd: %w", err)

@@ -64,6 +64,10 @@ type Options struct {
 	// ConcurrentUnpacks above 1 lets containerd unpack so many layers of an image at a time, by the capability
 	// "rebase".
 	ConcurrentUnpacks int
+	// NoDiffer leaves layers to containerd's own applier, as for a client that was not told of ours.
+	NoDiffer bool
+	// DiffService makes our differ the first of containerd's diff service, for clients that unpack by themselves.
+	DiffService bool
 	// Capabilities of the proxy plugin. nil: "remap-ids", and "rebase" where ConcurrentUnpacks is above 1.
 	Capabilities []string
 	// CRI turns containerd's CRI plugin on.

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -108,13 +109,18 @@ var collected = regexp.MustCompile(`failed to cleanup .*extract-.*error="snapsho
 // included, without trailing newlines. The output goes through a file: ctr itself gives up pipes that it has not come to
 // open yet when the container has already ended, and with them what was written.
 func (r *Rig) RunContainer(ctx context.Context, name, id string, command ...string) (string, error) {
+	return r.RunContainerWith(ctx, nil, name, id, command...)
+}
+
+// RunContainerWith is RunContainer with further flags of `ctr run`.
+func (r *Rig) RunContainerWith(ctx context.Context, flags []string, name, id string, command ...string) (string, error) {
 	dir, err := os.MkdirTemp(r.Dir, "out-")
 	if err != nil {
 		return "", fmt.Errorf("make directory for output: %w", err)
 	}
 	defer os.RemoveAll(dir)
 	file := filepath.Join(dir, "out")
-	_, err = r.Ctr(ctx, append([]string{"run", "--rm", "--log-uri", "file://" + file, r.Ref(name), id}, command...)...)
+	_, err = r.Ctr(ctx, slices.Concat([]string{"run", "--rm", "--log-uri", "file://" + file}, flags, []string{r.Ref(name), id}, command)...)
 	b, readErr := os.ReadFile(file)
 	if errors.Is(readErr, os.ErrNotExist) {
 		readErr = nil // it never ran

@@ -11,8 +11,6 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/nhybrid/nhybrid/placement"
 )
 
 // maxPins bounds the memory of [Pins]: about 100 bytes each.
@@ -37,13 +35,34 @@ type pin struct {
 	bytes  int64
 }
 
-// Pins returns a new tracker for files of the NVM tier; close it after use.
-func (s *Store) Pins() (*Pins, error) {
-	f, err := os.Open(s.DataRoot(placement.NVM))
+// NewPins returns a new tracker for files on the filesystem of a directory; close it after use.
+func NewPins(dir string) (*Pins, error) {
+	f, err := os.Open(dir)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open directory to track unlinked files: %w", err)
 	}
 	return &Pins{root: f}, nil
+}
+
+// Unlink removes a file with one name, and tells which of the bytes that it
+// occupied are free now and which somebody still holds. A file that is not there
+// is no work. p may be nil: then nobody counts as holding anything.
+func (p *Pins) Unlink(path string) (freed, held int64, err error) {
+	var st unix.Stat_t
+	err = unix.Lstat(path, &st)
+	if err == nil {
+		pin := p.prepare(path, 512*st.Blocks)
+		if err = unix.Unlink(path); err == nil && p.watch(pin) {
+			return 0, pin.bytes, nil
+		}
+	}
+	switch {
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
+		return 0, 0, nil
+	case err != nil:
+		return 0, 0, fmt.Errorf("unlink %q: %w", path, err)
+	}
+	return 512 * st.Blocks, 0, nil
 }
 
 // Close lets go of the filesystem.

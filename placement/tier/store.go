@@ -1,20 +1,14 @@
 // Copyright The nhybrid Authors.
 // SPDX-License-Identifier: Apache-2.0
 
-// Package tier owns the two data roots, the directories on NVM and on HDD
-// under which the bytes of all layers stand. It is the only package that
-// moves them.
+// Package tier owns the directories of the two tiers: staging directories, which
+// containers write to, and the numbered data files on NVM.
 //
-// A layer's directory goes through two places:
-//
-//	<tier>/s/<id>/fs   staging: written to by containerd or by a container
-//	<tier>/d/<id>      committed: read through overlayfs data-only layers
-//
-// An extraction is staged behind a symlink, <state>/<store id>/l/<id>, so that
-// its tier can be changed until something is written (see [Store.Swing]).
+//	<tier>/s/<id>/{fs,work}   staging: the writable directory of a snapshot
+//	<nvm>/d/<layer>/<hh>/<n>  a data file of a layer
 //
 // All methods may be called from several goroutines at once, as long as calls
-// for one id do not overlap.
+// for one snapshot or one data file do not overlap.
 package tier
 
 import (
@@ -24,7 +18,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -39,12 +32,11 @@ var Tiers = [...]placement.Tier{placement.NVM, placement.HDD}
 
 // Store is the pair of roots.
 type Store struct {
-	roots    [2]string // by placement.Tier
-	state    string
-	id       string
-	former   string
-	pins     [2]*os.File     // by placement.Tier
-	failures [2]atomic.Int64 // of Sync, by placement.Tier
+	roots  [2]string // by placement.Tier
+	state  string
+	id     string
+	former string
+	pins   [2]*os.File // by placement.Tier
 }
 
 // Open prepares the two roots and checks that they belong together. Both must
@@ -70,39 +62,46 @@ func Open(hdd, nvm, state string) (*Store, error) {
 	if within(s.roots[placement.HDD], s.roots[placement.NVM]) || within(s.roots[placement.NVM], s.roots[placement.HDD]) {
 		return nil, fmt.Errorf("NVM root %q and HDD root %q contain each other; give each its own directory: %w", s.roots[placement.NVM], s.roots[placement.HDD], errdefs.ErrInvalidArgument)
 	}
+	// Before anything is made: what is refused may be the mount point of a device
+	// that is not mounted.
+	ids, err := s.ids()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.refuse(ids); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(s.roots[placement.HDD], 0o700); err != nil {
 		return nil, fmt.Errorf("create HDD root %q: %w", s.roots[placement.HDD], err)
 	}
 	if err := os.Mkdir(s.roots[placement.NVM], 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		if errors.Is(err, os.ErrNotExist) {
-			return nil, fmt.Errorf("NVM root %q: its parent directory does not exist; mount the NVM filesystem there first: %w", s.roots[placement.NVM], errdefs.ErrFailedPrecondition)
-		}
 		if errors.Is(err, unix.EROFS) {
 			return nil, readOnly(placement.NVM, s.roots[placement.NVM])
 		}
 		return nil, fmt.Errorf("create NVM root %q: %w", s.roots[placement.NVM], err)
 	}
 	for _, t := range Tiers {
-		for _, dir := range []string{"d", "s"} {
-			if err := s.makeDir(t, dir); err != nil {
-				return nil, err
-			}
+		if err := s.makeDir(t, "s"); err != nil {
+			return nil, err
 		}
 	}
-	// Every rootfs is mounted over the data roots. While they are open their
+	if err := s.makeDir(placement.NVM, "d"); err != nil {
+		return nil, err
+	}
+	// Every writable directory is made in one of these. While they are open their
 	// inodes stay in memory, so that a start does not wait for the HDD to find them.
 	for _, t := range Tiers {
-		f, err := os.Open(s.DataRoot(t))
+		f, err := os.Open(s.StagingRoot(t))
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("open data root: %w", err), s.Close())
+			return nil, errors.Join(fmt.Errorf("open staging root: %w", err), s.Close())
 		}
 		s.pins[t] = f
 	}
-	if err := s.pair(); err != nil {
+	if err := s.pair(ids); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	s.state = filepath.Join(state, s.id)
-	if err := os.MkdirAll(filepath.Join(s.state, "l"), 0o711); err != nil {
+	if err := os.MkdirAll(s.state, 0o711); err != nil {
 		return nil, errors.Join(fmt.Errorf("create state directory: %w", err), s.Close())
 	}
 	return s, nil
@@ -158,26 +157,29 @@ func readOnly(t placement.Tier, root string) error {
 // filesystem of the HDD root, or of /.
 const adoptFile = "adopt"
 
-// pair makes sure that the two roots carry the same id, and gives them one
-// when both are new. An NVM root without an id beside an HDD root with one is
-// a replaced device, and is adopted: both get a new id, so that the old NVM
-// root, should it come back, is refused with what it remembers.
-func (s *Store) pair() error {
-	var ids [2]string
+// ids are the store ids of the roots, by placement.Tier; "" for a root that is new.
+func (s *Store) ids() (ids [2]string, err error) {
 	for _, t := range Tiers {
 		b, err := os.ReadFile(filepath.Join(s.roots[t], storeIDFile))
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("read the store id of the %s root: %w", t, err)
+			return ids, fmt.Errorf("read the store id of the %s root: %w", t, err)
 		}
 		ids[t] = strings.TrimSpace(string(b))
 		if strings.ContainsAny(ids[t], "/.\x00") { // it becomes the name of a directory
-			return fmt.Errorf("store id %q of the %s root is damaged; put back the id of the other root's file %s: %w", ids[t], t, storeIDFile, errdefs.ErrFailedPrecondition)
+			return ids, fmt.Errorf("store id %q of the %s root is damaged; put back the id of the other root's file %s: %w", ids[t], t, storeIDFile, errdefs.ErrFailedPrecondition)
 		}
 	}
+	return ids, nil
+}
+
+// refuse says why roots with these ids cannot be one store. It makes nothing.
+func (s *Store) refuse(ids [2]string) error {
 	h, n := ids[placement.HDD], ids[placement.NVM]
+	if _, err := os.Stat(filepath.Dir(s.roots[placement.NVM])); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("NVM root %q: its parent directory does not exist; mount the NVM filesystem there first: %w", s.roots[placement.NVM], errdefs.ErrFailedPrecondition)
+	}
 	switch {
-	case h != "" && h == n:
-		s.id = h
+	case h == n, h == "" && n == "":
 		return nil
 	case h != "" && n != "":
 		return fmt.Errorf("NVM root %q belongs to store %s, HDD root %q to store %s; correct nvm_root or root: %w",
@@ -185,13 +187,46 @@ func (s *Store) pair() error {
 	case n != "":
 		return fmt.Errorf("NVM root %q belongs to store %s, but HDD root %q is new; correct root, or empty the NVM root to begin anew: %w",
 			s.roots[placement.NVM], n, s.roots[placement.HDD], errdefs.ErrFailedPrecondition)
+	}
+	if _, err := os.Lstat(filepath.Join(s.roots[placement.NVM], adoptFile)); err == nil {
+		return nil
+	}
+	device := deviceOf(s.roots[placement.NVM])
+	if device != deviceOf(s.roots[placement.HDD]) && device != deviceOf("/") {
+		return nil
+	}
+	return fmt.Errorf("NVM root %q is new, and on the filesystem of the HDD root or of /: the NVM device is probably not mounted; mount it, or, if the old one is lost and this one is meant, create the empty file %q: %w",
+		s.roots[placement.NVM], filepath.Join(s.roots[placement.NVM], adoptFile), errdefs.ErrFailedPrecondition)
+}
+
+// deviceOf is the device on which a directory stands, or would stand if it were
+// made; 0 if nobody can tell.
+func deviceOf(dir string) uint64 {
+	for {
+		var st unix.Stat_t
+		switch err := unix.Stat(dir, &st); {
+		case err == nil:
+			return st.Dev
+		case !errors.Is(err, unix.ENOENT) || dir == "/":
+			return 0
+		}
+		dir = filepath.Dir(dir)
+	}
+}
+
+// pair gives both roots one id where they have none. An NVM root without an id
+// beside an HDD root with one is a replaced device, and is adopted: both get a
+// new id, so that the old NVM root, should it come back, is refused with what it
+// remembers.
+func (s *Store) pair(ids [2]string) error {
+	h, n := ids[placement.HDD], ids[placement.NVM]
+	switch {
+	case h != "" && h == n:
+		s.id = h
+		return nil
 	case h == "":
 		h = rand.Text()
 	default:
-		if _, err := os.Lstat(filepath.Join(s.roots[placement.NVM], adoptFile)); err != nil && (s.SameFilesystem() || s.OnDevice(placement.NVM, "/")) {
-			return fmt.Errorf("NVM root %q is new, and on the filesystem of the HDD root or of /: the NVM device is probably not mounted; mount it, or, if the old one is lost and this one is meant, create the empty file %q: %w",
-				s.roots[placement.NVM], filepath.Join(s.roots[placement.NVM], adoptFile), errdefs.ErrFailedPrecondition)
-		}
 		s.former, h = h, rand.Text()
 		ids[placement.HDD] = ""
 	}
@@ -226,31 +261,34 @@ func (s *Store) ID() string { return s.id }
 // a new NVM root was adopted in the place of a lost one.
 func (s *Store) Former() string { return s.former }
 
-// Empty tells whether no layer stands on either tier.
-func (s *Store) Empty() (bool, error) {
-	for _, t := range Tiers {
-		if empty, err := isEmpty(s.DataRoot(t)); !empty || err != nil {
-			return false, err
-		}
-	}
-	return true, nil
-}
-
 // Root is the directory of a tier.
 func (s *Store) Root(t placement.Tier) string { return s.roots[t] }
 
-// DataRoot is the data-only layer of a tier.
-func (s *Store) DataRoot(t placement.Tier) string { return filepath.Join(s.roots[t], "d") }
-
-// Data is the directory of a committed layer on a tier. It may not exist.
-func (s *Store) Data(t placement.Tier, id string) string {
-	return filepath.Join(s.roots[t], "d", id)
-}
+// StagingRoot holds the staging directories of a tier.
+func (s *Store) StagingRoot(t placement.Tier) string { return filepath.Join(s.roots[t], "s") }
 
 // Staging is the staging directory of an active snapshot on a tier; it holds
 // fs and work.
 func (s *Store) Staging(t placement.Tier, id string) string {
 	return filepath.Join(s.roots[t], "s", id)
+}
+
+// Upper is the writable directory of a snapshot on a tier.
+func (s *Store) Upper(t placement.Tier, id string) string {
+	return filepath.Join(s.Staging(t, id), "fs")
+}
+
+// Inodes tells the free and all inodes of a tier's filesystem. One that makes
+// them as needed, and counts none, has plenty.
+func (s *Store) Inodes(t placement.Tier) (free, total int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.roots[t], &st); err != nil {
+		return 0, 0, fmt.Errorf("ask for the free inodes of %q: %w", s.roots[t], err)
+	}
+	if st.Files == 0 {
+		return 1 << 40, 0, nil
+	}
+	return int64(st.Ffree), int64(st.Files), nil
 }
 
 // Space tells the free and the total bytes of a tier's filesystem. Free is
@@ -276,15 +314,10 @@ func (s *Store) Sync(t placement.Tier) error {
 		return fmt.Errorf("sync %s: the store is closed: %w", t, errdefs.ErrUnavailable)
 	}
 	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		s.failures[t].Add(1)
 		return fmt.Errorf("sync the filesystem of %q: %w", s.roots[t], err)
 	}
 	return nil
 }
-
-// Failures counts the errors of [Store.Sync] of a tier. Who writes and syncs
-// compares it before and after: the error may have been reported to another.
-func (s *Store) Failures(t placement.Tier) int64 { return s.failures[t].Load() }
 
 // SameFilesystem reports that both roots stand on one filesystem, which is of
 // use for nothing but a trial.

@@ -32,7 +32,7 @@ type Backend interface {
 	HotBackend
 }
 
-// NewDecision turns a decision of a policy into a message. Time, image and swings are the caller's to set.
+// NewDecision turns a decision of a policy into a message. Time and image are the caller's to set.
 func NewDecision(d placement.Decision) *Decision {
 	in := d.Input
 	m := &Decision{
@@ -57,6 +57,11 @@ func NewDecision(d placement.Decision) *Decision {
 	m.Downloading, m.BytesLeft = int32(others), left
 	if in.Index >= 0 && in.Index < len(in.Layers) {
 		m.Size, m.SizeExact = in.Layers[in.Index].Size(), in.Layers[in.Index].Exact
+	}
+	if d.Files != nil {
+		for _, h := range d.Files.Shares {
+			m.Files = append(m.Files, &Share{Place: h.Place.String(), Rule: string(h.Rule), HotBy: h.HotBy, Files: h.Files, Bytes: h.Bytes})
+		}
 	}
 	return m
 }

@@ -341,9 +341,12 @@ type Tier struct {
 	// What nhybrid keeps on it.
 	Used int64 `protobuf:"varint,7,opt,name=used,proto3" json:"used,omitempty"`
 	// What the configuration wants to stay free.
-	Reserve       int64 `protobuf:"varint,8,opt,name=reserve,proto3" json:"reserve,omitempty"`
-	Dax           bool  `protobuf:"varint,9,opt,name=dax,proto3" json:"dax,omitempty"`
-	Quota         bool  `protobuf:"varint,10,opt,name=quota,proto3" json:"quota,omitempty"`
+	Reserve int64 `protobuf:"varint,8,opt,name=reserve,proto3" json:"reserve,omitempty"`
+	Dax     bool  `protobuf:"varint,9,opt,name=dax,proto3" json:"dax,omitempty"`
+	Quota   bool  `protobuf:"varint,10,opt,name=quota,proto3" json:"quota,omitempty"`
+	// Of the filesystem; 0 inodes: it has no limit of them.
+	Inodes        int64 `protobuf:"varint,11,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	InodesFree    int64 `protobuf:"varint,12,opt,name=inodes_free,json=inodesFree,proto3" json:"inodes_free,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -448,9 +451,23 @@ func (x *Tier) GetQuota() bool {
 	return false
 }
 
+func (x *Tier) GetInodes() int64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *Tier) GetInodesFree() int64 {
+	if x != nil {
+		return x.InodesFree
+	}
+	return 0
+}
+
 type Queue struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// capture, sync, tree, remove or write-back.
+	// background, unpack, sync, database copy, remove or write-back.
 	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Waiting       int64  `protobuf:"varint,2,opt,name=waiting,proto3" json:"waiting,omitempty"`
 	Running       int64  `protobuf:"varint,3,opt,name=running,proto3" json:"running,omitempty"`
@@ -640,7 +657,7 @@ func (x *ListRequest) GetNamespace() string {
 
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Number in the metastore; also the directory's name on the tiers.
+	// Number in the metastore; also the name of its writable directory on the tiers.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// As containerd sends it: namespace/number/name.
 	Key       string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
@@ -655,15 +672,18 @@ type Snapshot struct {
 	NvmBytes int64  `protobuf:"varint,8,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
 	HddBytes int64  `protobuf:"varint,9,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
 	Inodes   int64  `protobuf:"varint,10,opt,name=inodes,proto3" json:"inodes,omitempty"`
-	Captured bool   `protobuf:"varint,11,opt,name=captured,proto3" json:"captured,omitempty"`
-	Durable  bool   `protobuf:"varint,12,opt,name=durable,proto3" json:"durable,omitempty"`
-	// Size of the tree image of the chain that ends here; 0: none yet.
-	TreeBytes int64                  `protobuf:"varint,13,opt,name=tree_bytes,json=treeBytes,proto3" json:"tree_bytes,omitempty"`
+	// Of its layer: unpacking, staged, stored, durable or home; empty: it has none.
+	State   string `protobuf:"bytes,11,opt,name=state,proto3" json:"state,omitempty"`
+	Durable bool   `protobuf:"varint,12,opt,name=durable,proto3" json:"durable,omitempty"`
+	// Size of the view of the chain that ends here; 0: none yet.
+	ViewBytes int64                  `protobuf:"varint,13,opt,name=view_bytes,json=viewBytes,proto3" json:"view_bytes,omitempty"`
 	Images    []string               `protobuf:"bytes,14,rep,name=images,proto3" json:"images,omitempty"`
 	Created   *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=created,proto3" json:"created,omitempty"`
 	Labels    map[string]string      `protobuf:"bytes,16,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Why the snapshot cannot be used, and the cure; empty: it can.
-	Error         string `protobuf:"bytes,17,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,17,opt,name=error,proto3" json:"error,omitempty"`
+	// Number of its layer, which is the name of its files on the tiers; empty: it has none.
+	Layer         string `protobuf:"bytes,18,opt,name=layer,proto3" json:"layer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -768,11 +788,11 @@ func (x *Snapshot) GetInodes() int64 {
 	return 0
 }
 
-func (x *Snapshot) GetCaptured() bool {
+func (x *Snapshot) GetState() string {
 	if x != nil {
-		return x.Captured
+		return x.State
 	}
-	return false
+	return ""
 }
 
 func (x *Snapshot) GetDurable() bool {
@@ -782,9 +802,9 @@ func (x *Snapshot) GetDurable() bool {
 	return false
 }
 
-func (x *Snapshot) GetTreeBytes() int64 {
+func (x *Snapshot) GetViewBytes() int64 {
 	if x != nil {
-		return x.TreeBytes
+		return x.ViewBytes
 	}
 	return 0
 }
@@ -813,6 +833,13 @@ func (x *Snapshot) GetLabels() map[string]string {
 func (x *Snapshot) GetError() string {
 	if x != nil {
 		return x.Error
+	}
+	return ""
+}
+
+func (x *Snapshot) GetLayer() string {
+	if x != nil {
+		return x.Layer
 	}
 	return ""
 }
@@ -957,20 +984,26 @@ type Layer struct {
 	Digest  string `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
 	ChainId string `protobuf:"bytes,3,opt,name=chain_id,json=chainId,proto3" json:"chain_id,omitempty"`
 	// Snapshot that holds the layer; empty: not unpacked.
-	SnapshotId   string `protobuf:"bytes,4,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
-	Compressed   int64  `protobuf:"varint,5,opt,name=compressed,proto3" json:"compressed,omitempty"`
-	Uncompressed int64  `protobuf:"varint,6,opt,name=uncompressed,proto3" json:"uncompressed,omitempty"`
-	NvmBytes     int64  `protobuf:"varint,7,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
-	HddBytes     int64  `protobuf:"varint,8,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
-	Inodes       int64  `protobuf:"varint,9,opt,name=inodes,proto3" json:"inodes,omitempty"`
-	Tier         string `protobuf:"bytes,10,opt,name=tier,proto3" json:"tier,omitempty"`
-	Captured     bool   `protobuf:"varint,11,opt,name=captured,proto3" json:"captured,omitempty"`
-	Durable      bool   `protobuf:"varint,12,opt,name=durable,proto3" json:"durable,omitempty"`
+	SnapshotId string `protobuf:"bytes,4,opt,name=snapshot_id,json=snapshotId,proto3" json:"snapshot_id,omitempty"`
+	Compressed int64  `protobuf:"varint,5,opt,name=compressed,proto3" json:"compressed,omitempty"`
+	// Bytes of data of its files. 0 with a state before stored: not known yet.
+	Uncompressed int64 `protobuf:"varint,6,opt,name=uncompressed,proto3" json:"uncompressed,omitempty"`
+	NvmBytes     int64 `protobuf:"varint,7,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
+	HddBytes     int64 `protobuf:"varint,8,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
+	Inodes       int64 `protobuf:"varint,9,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	// nvm, hdd, or both: all of it on HDD, and some of it on NVM too.
+	Tier string `protobuf:"bytes,10,opt,name=tier,proto3" json:"tier,omitempty"`
+	// unpacking, staged, stored, durable or home; empty: not unpacked.
+	State   string `protobuf:"bytes,11,opt,name=state,proto3" json:"state,omitempty"`
+	Durable bool   `protobuf:"varint,12,opt,name=durable,proto3" json:"durable,omitempty"`
 	// This layer was the last to be downloaded.
 	Ldl bool `protobuf:"varint,13,opt,name=ldl,proto3" json:"ldl,omitempty"`
 	// Absent for what was never decided: a commit of a container, for example.
-	Decision      *Decision `protobuf:"bytes,14,opt,name=decision,proto3" json:"decision,omitempty"`
-	Error         string    `protobuf:"bytes,15,opt,name=error,proto3" json:"error,omitempty"`
+	Decision *Decision `protobuf:"bytes,14,opt,name=decision,proto3" json:"decision,omitempty"`
+	// Why the layer cannot be used, and the cure; empty: it can.
+	Error string `protobuf:"bytes,15,opt,name=error,proto3" json:"error,omitempty"`
+	// Its number, which is the name of its files on the tiers; empty: it has none.
+	Layer         string `protobuf:"bytes,16,opt,name=layer,proto3" json:"layer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1075,11 +1108,11 @@ func (x *Layer) GetTier() string {
 	return ""
 }
 
-func (x *Layer) GetCaptured() bool {
+func (x *Layer) GetState() string {
 	if x != nil {
-		return x.Captured
+		return x.State
 	}
-	return false
+	return ""
 }
 
 func (x *Layer) GetDurable() bool {
@@ -1106,6 +1139,13 @@ func (x *Layer) GetDecision() *Decision {
 func (x *Layer) GetError() string {
 	if x != nil {
 		return x.Error
+	}
+	return ""
+}
+
+func (x *Layer) GetLayer() string {
+	if x != nil {
+		return x.Layer
 	}
 	return ""
 }
@@ -1144,8 +1184,8 @@ type Decision struct {
 	UnpackRate float64 `protobuf:"fixed64,20,opt,name=unpack_rate,json=unpackRate,proto3" json:"unpack_rate,omitempty"`
 	// containerd unpacked the layers one after the other.
 	Sequential bool `protobuf:"varint,21,opt,name=sequential,proto3" json:"sequential,omitempty"`
-	// How often the layer's place was changed between Prepare and the start of its storing.
-	Swings        int32 `protobuf:"varint,22,opt,name=swings,proto3" json:"swings,omitempty"`
+	// Where the files of the layer went, and why.
+	Files         []*Share `protobuf:"bytes,22,rep,name=files,proto3" json:"files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1327,9 +1367,90 @@ func (x *Decision) GetSequential() bool {
 	return false
 }
 
-func (x *Decision) GetSwings() int32 {
+func (x *Decision) GetFiles() []*Share {
 	if x != nil {
-		return x.Swings
+		return x.Files
+	}
+	return nil
+}
+
+// Share is the files of a layer that one rule sent to one place.
+type Share struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// pack, nvm or both.
+	Place string `protobuf:"bytes,1,opt,name=place,proto3" json:"place,omitempty"`
+	// hot, in-time, late, no-room, no-inode, unknown or layer.
+	Rule string `protobuf:"bytes,2,opt,name=rule,proto3" json:"rule,omitempty"`
+	// In words, "hot by profile" for example; empty: its files are not hot.
+	HotBy string `protobuf:"bytes,3,opt,name=hot_by,json=hotBy,proto3" json:"hot_by,omitempty"`
+	Files int64  `protobuf:"varint,4,opt,name=files,proto3" json:"files,omitempty"`
+	// Of data.
+	Bytes         int64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Share) Reset() {
+	*x = Share{}
+	mi := &file_control_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Share) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Share) ProtoMessage() {}
+
+func (x *Share) ProtoReflect() protoreflect.Message {
+	mi := &file_control_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Share.ProtoReflect.Descriptor instead.
+func (*Share) Descriptor() ([]byte, []int) {
+	return file_control_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Share) GetPlace() string {
+	if x != nil {
+		return x.Place
+	}
+	return ""
+}
+
+func (x *Share) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *Share) GetHotBy() string {
+	if x != nil {
+		return x.HotBy
+	}
+	return ""
+}
+
+func (x *Share) GetFiles() int64 {
+	if x != nil {
+		return x.Files
+	}
+	return 0
+}
+
+func (x *Share) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
 	}
 	return 0
 }
@@ -1340,15 +1461,15 @@ type WhyRequest struct {
 	Namespace string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	// Index, digest, chain ID or the start of one of these. Empty, with no path: all layers.
 	Layer string `protobuf:"bytes,3,opt,name=layer,proto3" json:"layer,omitempty"`
-	// Absolute path in the image.
-	Path          string `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
+	// Absolute path in the image, which need not be UTF-8.
+	Path          []byte `protobuf:"bytes,4,opt,name=path,proto3" json:"path,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_control_proto_msgTypes[12]
+	mi := &file_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1360,7 +1481,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[12]
+	mi := &file_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1373,7 +1494,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{12}
+	return file_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WhyRequest) GetImage() string {
@@ -1397,11 +1518,11 @@ func (x *WhyRequest) GetLayer() string {
 	return ""
 }
 
-func (x *WhyRequest) GetPath() string {
+func (x *WhyRequest) GetPath() []byte {
 	if x != nil {
 		return x.Path
 	}
-	return ""
+	return nil
 }
 
 type WhyResponse struct {
@@ -1419,7 +1540,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_control_proto_msgTypes[13]
+	mi := &file_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1431,7 +1552,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[13]
+	mi := &file_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1444,7 +1565,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{13}
+	return file_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WhyResponse) GetImage() string {
@@ -1475,26 +1596,29 @@ func (x *WhyResponse) GetFile() *File {
 	return nil
 }
 
+// File is one name in an image. Paths and targets are bytes, since a tar may hold names that are not UTF-8.
 type File struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Path  string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Path  []byte                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
 	// file, directory, symlink, device, fifo or socket.
 	Type       string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
 	Size       int64  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
 	LayerIndex int32  `protobuf:"varint,4,opt,name=layer_index,json=layerIndex,proto3" json:"layer_index,omitempty"`
-	// Tier on which the data stands; empty where there is no data.
+	// Tier on which the data stands, or parts: HDD, with a part on NVM; empty where there is no data.
 	Tier string `protobuf:"bytes,5,opt,name=tier,proto3" json:"tier,omitempty"`
 	// Where on the tiers the data is.
-	DataPath string `protobuf:"bytes,6,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
+	DataPath []byte `protobuf:"bytes,6,opt,name=data_path,json=dataPath,proto3" json:"data_path,omitempty"`
 	// What a symlink points to.
-	Target        string `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	Target []byte `protobuf:"bytes,7,opt,name=target,proto3" json:"target,omitempty"`
+	// Why the data stands there, or why that is not known, as a clause without a full stop; empty: not known.
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *File) Reset() {
 	*x = File{}
-	mi := &file_control_proto_msgTypes[14]
+	mi := &file_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1630,7 @@ func (x *File) String() string {
 func (*File) ProtoMessage() {}
 
 func (x *File) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[14]
+	mi := &file_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,14 +1643,14 @@ func (x *File) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use File.ProtoReflect.Descriptor instead.
 func (*File) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{14}
+	return file_control_proto_rawDescGZIP(), []int{15}
 }
 
-func (x *File) GetPath() string {
+func (x *File) GetPath() []byte {
 	if x != nil {
 		return x.Path
 	}
-	return ""
+	return nil
 }
 
 func (x *File) GetType() string {
@@ -1557,16 +1681,23 @@ func (x *File) GetTier() string {
 	return ""
 }
 
-func (x *File) GetDataPath() string {
+func (x *File) GetDataPath() []byte {
 	if x != nil {
 		return x.DataPath
 	}
-	return ""
+	return nil
 }
 
-func (x *File) GetTarget() string {
+func (x *File) GetTarget() []byte {
 	if x != nil {
 		return x.Target
+	}
+	return nil
+}
+
+func (x *File) GetReason() string {
+	if x != nil {
+		return x.Reason
 	}
 	return ""
 }
@@ -1580,7 +1711,7 @@ type UsageRequest struct {
 
 func (x *UsageRequest) Reset() {
 	*x = UsageRequest{}
-	mi := &file_control_proto_msgTypes[15]
+	mi := &file_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1592,7 +1723,7 @@ func (x *UsageRequest) String() string {
 func (*UsageRequest) ProtoMessage() {}
 
 func (x *UsageRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[15]
+	mi := &file_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1605,7 +1736,7 @@ func (x *UsageRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
 func (*UsageRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{15}
+	return file_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UsageRequest) GetNamespace() string {
@@ -1626,7 +1757,7 @@ type UsageResponse struct {
 
 func (x *UsageResponse) Reset() {
 	*x = UsageResponse{}
-	mi := &file_control_proto_msgTypes[16]
+	mi := &file_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1638,7 +1769,7 @@ func (x *UsageResponse) String() string {
 func (*UsageResponse) ProtoMessage() {}
 
 func (x *UsageResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[16]
+	mi := &file_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1651,7 +1782,7 @@ func (x *UsageResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
 func (*UsageResponse) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{16}
+	return file_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *UsageResponse) GetImages() []*ImageUsage {
@@ -1691,7 +1822,7 @@ type ImageUsage struct {
 
 func (x *ImageUsage) Reset() {
 	*x = ImageUsage{}
-	mi := &file_control_proto_msgTypes[17]
+	mi := &file_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1834,7 @@ func (x *ImageUsage) String() string {
 func (*ImageUsage) ProtoMessage() {}
 
 func (x *ImageUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[17]
+	mi := &file_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1847,7 @@ func (x *ImageUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImageUsage.ProtoReflect.Descriptor instead.
 func (*ImageUsage) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{17}
+	return file_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ImageUsage) GetName() string {
@@ -1774,20 +1905,23 @@ type TierUsage struct {
 	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Layers int64                  `protobuf:"varint,2,opt,name=layers,proto3" json:"layers,omitempty"`
 	Uppers int64                  `protobuf:"varint,3,opt,name=uppers,proto3" json:"uppers,omitempty"`
-	Trees  int64                  `protobuf:"varint,4,opt,name=trees,proto3" json:"trees,omitempty"`
-	// Captures and databases.
+	// EROFS images of merged metadata.
+	Views int64 `protobuf:"varint,4,opt,name=views,proto3" json:"views,omitempty"`
+	// Databases.
 	Metadata int64 `protobuf:"varint,5,opt,name=metadata,proto3" json:"metadata,omitempty"`
 	Orphans  int64 `protobuf:"varint,6,opt,name=orphans,proto3" json:"orphans,omitempty"`
 	// Of the filesystem.
-	Free          int64 `protobuf:"varint,7,opt,name=free,proto3" json:"free,omitempty"`
-	Total         int64 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`
+	Free  int64 `protobuf:"varint,7,opt,name=free,proto3" json:"free,omitempty"`
+	Total int64 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`
+	// Touched parts of large files.
+	Parts         int64 `protobuf:"varint,9,opt,name=parts,proto3" json:"parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TierUsage) Reset() {
 	*x = TierUsage{}
-	mi := &file_control_proto_msgTypes[18]
+	mi := &file_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1799,7 +1933,7 @@ func (x *TierUsage) String() string {
 func (*TierUsage) ProtoMessage() {}
 
 func (x *TierUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[18]
+	mi := &file_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1812,7 +1946,7 @@ func (x *TierUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TierUsage.ProtoReflect.Descriptor instead.
 func (*TierUsage) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{18}
+	return file_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TierUsage) GetName() string {
@@ -1836,9 +1970,9 @@ func (x *TierUsage) GetUppers() int64 {
 	return 0
 }
 
-func (x *TierUsage) GetTrees() int64 {
+func (x *TierUsage) GetViews() int64 {
 	if x != nil {
-		return x.Trees
+		return x.Views
 	}
 	return 0
 }
@@ -1871,6 +2005,13 @@ func (x *TierUsage) GetTotal() int64 {
 	return 0
 }
 
+func (x *TierUsage) GetParts() int64 {
+	if x != nil {
+		return x.Parts
+	}
+	return 0
+}
+
 // Orphan is a snapshot that no image and no container needs, or a directory that no snapshot needs.
 type Orphan struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1886,7 +2027,7 @@ type Orphan struct {
 
 func (x *Orphan) Reset() {
 	*x = Orphan{}
-	mi := &file_control_proto_msgTypes[19]
+	mi := &file_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +2039,7 @@ func (x *Orphan) String() string {
 func (*Orphan) ProtoMessage() {}
 
 func (x *Orphan) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[19]
+	mi := &file_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +2052,7 @@ func (x *Orphan) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Orphan.ProtoReflect.Descriptor instead.
 func (*Orphan) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{19}
+	return file_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Orphan) GetId() string {
@@ -1967,7 +2108,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_control_proto_msgTypes[20]
+	mi := &file_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1979,7 +2120,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[20]
+	mi := &file_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1992,7 +2133,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{20}
+	return file_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *WatchRequest) GetNamespace() string {
@@ -2014,8 +2155,7 @@ type Event struct {
 	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
 	// pull: began, or was running when the watch began; layers has them all.
 	// progress: layers has those that changed.
-	// decision: layers has the one whose storing begins, with its decision.
-	// swing: layers has the one whose place was changed before its storing began.
+	// decision: layers has one, with its decision: when its storing begins, or, where the policy places files one by one, when it ends.
 	// done, failed: the pull is over.
 	Type string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
 	// The same for all events of a pull.
@@ -2031,7 +2171,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_control_proto_msgTypes[21]
+	mi := &file_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2043,7 +2183,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[21]
+	mi := &file_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2056,7 +2196,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{21}
+	return file_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -2125,7 +2265,7 @@ type LayerProgress struct {
 
 func (x *LayerProgress) Reset() {
 	*x = LayerProgress{}
-	mi := &file_control_proto_msgTypes[22]
+	mi := &file_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2137,7 +2277,7 @@ func (x *LayerProgress) String() string {
 func (*LayerProgress) ProtoMessage() {}
 
 func (x *LayerProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[22]
+	mi := &file_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2150,7 +2290,7 @@ func (x *LayerProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LayerProgress.ProtoReflect.Descriptor instead.
 func (*LayerProgress) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{22}
+	return file_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *LayerProgress) GetIndex() int32 {
@@ -2210,7 +2350,7 @@ type ConfigRequest struct {
 
 func (x *ConfigRequest) Reset() {
 	*x = ConfigRequest{}
-	mi := &file_control_proto_msgTypes[23]
+	mi := &file_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2362,7 @@ func (x *ConfigRequest) String() string {
 func (*ConfigRequest) ProtoMessage() {}
 
 func (x *ConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[23]
+	mi := &file_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2375,7 @@ func (x *ConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigRequest.ProtoReflect.Descriptor instead.
 func (*ConfigRequest) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{23}
+	return file_control_proto_rawDescGZIP(), []int{24}
 }
 
 type ConfigResponse struct {
@@ -2247,7 +2387,7 @@ type ConfigResponse struct {
 
 func (x *ConfigResponse) Reset() {
 	*x = ConfigResponse{}
-	mi := &file_control_proto_msgTypes[24]
+	mi := &file_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2399,7 @@ func (x *ConfigResponse) String() string {
 func (*ConfigResponse) ProtoMessage() {}
 
 func (x *ConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_proto_msgTypes[24]
+	mi := &file_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2412,7 @@ func (x *ConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigResponse.ProtoReflect.Descriptor instead.
 func (*ConfigResponse) Descriptor() ([]byte, []int) {
-	return file_control_proto_rawDescGZIP(), []int{24}
+	return file_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ConfigResponse) GetToml() string {
@@ -2318,7 +2458,7 @@ const file_control_proto_rawDesc = "" +
 	"\x04loop\x18\x06 \x01(\bR\x04loop\x12\x15\n" +
 	"\x06id_map\x18\a \x01(\bR\x05idMap\x12\x1b\n" +
 	"\tindex_off\x18\b \x01(\bR\bindexOff\x12\x17\n" +
-	"\auser_ns\x18\t \x01(\bR\x06userNs\"\xe6\x01\n" +
+	"\auser_ns\x18\t \x01(\bR\x06userNs\"\x9f\x02\n" +
 	"\x04Tier\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12\x1e\n" +
@@ -2332,7 +2472,10 @@ const file_control_proto_rawDesc = "" +
 	"\areserve\x18\b \x01(\x03R\areserve\x12\x10\n" +
 	"\x03dax\x18\t \x01(\bR\x03dax\x12\x14\n" +
 	"\x05quota\x18\n" +
-	" \x01(\bR\x05quota\"\x86\x01\n" +
+	" \x01(\bR\x05quota\x12\x16\n" +
+	"\x06inodes\x18\v \x01(\x03R\x06inodes\x12\x1f\n" +
+	"\vinodes_free\x18\f \x01(\x03R\n" +
+	"inodesFree\"\x86\x01\n" +
 	"\x05Queue\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\awaiting\x18\x02 \x01(\x03R\awaiting\x12\x18\n" +
@@ -2347,7 +2490,7 @@ const file_control_proto_rawDesc = "" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12\x14\n" +
 	"\x05error\x18\x04 \x01(\tR\x05error\"+\n" +
 	"\vListRequest\x12\x1c\n" +
-	"\tnamespace\x18\x01 \x01(\tR\tnamespace\"\xa6\x04\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\"\xb6\x04\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x1c\n" +
@@ -2359,15 +2502,16 @@ const file_control_proto_rawDesc = "" +
 	"\tnvm_bytes\x18\b \x01(\x03R\bnvmBytes\x12\x1b\n" +
 	"\thdd_bytes\x18\t \x01(\x03R\bhddBytes\x12\x16\n" +
 	"\x06inodes\x18\n" +
-	" \x01(\x03R\x06inodes\x12\x1a\n" +
-	"\bcaptured\x18\v \x01(\bR\bcaptured\x12\x18\n" +
+	" \x01(\x03R\x06inodes\x12\x14\n" +
+	"\x05state\x18\v \x01(\tR\x05state\x12\x18\n" +
 	"\adurable\x18\f \x01(\bR\adurable\x12\x1d\n" +
 	"\n" +
-	"tree_bytes\x18\r \x01(\x03R\ttreeBytes\x12\x16\n" +
+	"view_bytes\x18\r \x01(\x03R\tviewBytes\x12\x16\n" +
 	"\x06images\x18\x0e \x03(\tR\x06images\x124\n" +
 	"\acreated\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12@\n" +
 	"\x06labels\x18\x10 \x03(\v2(.nhybrid.control.v1.Snapshot.LabelsEntryR\x06labels\x12\x14\n" +
-	"\x05error\x18\x11 \x01(\tR\x05error\x1a9\n" +
+	"\x05error\x18\x11 \x01(\tR\x05error\x12\x14\n" +
+	"\x05layer\x18\x12 \x01(\tR\x05layer\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
@@ -2379,7 +2523,7 @@ const file_control_proto_rawDesc = "" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1c\n" +
 	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x128\n" +
 	"\bsnapshot\x18\x04 \x01(\v2\x1c.nhybrid.control.v1.SnapshotR\bsnapshot\x121\n" +
-	"\x06layers\x18\x05 \x03(\v2\x19.nhybrid.control.v1.LayerR\x06layers\"\xb3\x03\n" +
+	"\x06layers\x18\x05 \x03(\v2\x19.nhybrid.control.v1.LayerR\x06layers\"\xc3\x03\n" +
 	"\x05Layer\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x05R\x05index\x12\x16\n" +
 	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x19\n" +
@@ -2394,12 +2538,13 @@ const file_control_proto_rawDesc = "" +
 	"\thdd_bytes\x18\b \x01(\x03R\bhddBytes\x12\x16\n" +
 	"\x06inodes\x18\t \x01(\x03R\x06inodes\x12\x12\n" +
 	"\x04tier\x18\n" +
-	" \x01(\tR\x04tier\x12\x1a\n" +
-	"\bcaptured\x18\v \x01(\bR\bcaptured\x12\x18\n" +
+	" \x01(\tR\x04tier\x12\x14\n" +
+	"\x05state\x18\v \x01(\tR\x05state\x12\x18\n" +
 	"\adurable\x18\f \x01(\bR\adurable\x12\x10\n" +
 	"\x03ldl\x18\r \x01(\bR\x03ldl\x128\n" +
 	"\bdecision\x18\x0e \x01(\v2\x1c.nhybrid.control.v1.DecisionR\bdecision\x12\x14\n" +
-	"\x05error\x18\x0f \x01(\tR\x05error\"\xf6\x04\n" +
+	"\x05error\x18\x0f \x01(\tR\x05error\x12\x14\n" +
+	"\x05layer\x18\x10 \x01(\tR\x05layer\"\x8f\x05\n" +
 	"\bDecision\x12\x12\n" +
 	"\x04tier\x18\x01 \x01(\tR\x04tier\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x16\n" +
@@ -2429,28 +2574,35 @@ const file_control_proto_rawDesc = "" +
 	"unpackRate\x12\x1e\n" +
 	"\n" +
 	"sequential\x18\x15 \x01(\bR\n" +
-	"sequential\x12\x16\n" +
-	"\x06swings\x18\x16 \x01(\x05R\x06swings\"j\n" +
+	"sequential\x12/\n" +
+	"\x05files\x18\x16 \x03(\v2\x19.nhybrid.control.v1.ShareR\x05files\"t\n" +
+	"\x05Share\x12\x14\n" +
+	"\x05place\x18\x01 \x01(\tR\x05place\x12\x12\n" +
+	"\x04rule\x18\x02 \x01(\tR\x04rule\x12\x15\n" +
+	"\x06hot_by\x18\x03 \x01(\tR\x05hotBy\x12\x14\n" +
+	"\x05files\x18\x04 \x01(\x03R\x05files\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\"j\n" +
 	"\n" +
 	"WhyRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
 	"\x05layer\x18\x03 \x01(\tR\x05layer\x12\x12\n" +
-	"\x04path\x18\x04 \x01(\tR\x04path\"\x9a\x01\n" +
+	"\x04path\x18\x04 \x01(\fR\x04path\"\x9a\x01\n" +
 	"\vWhyResponse\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x121\n" +
 	"\x06layers\x18\x02 \x03(\v2\x19.nhybrid.control.v1.LayerR\x06layers\x12\x14\n" +
 	"\x05total\x18\x03 \x01(\x05R\x05total\x12,\n" +
-	"\x04file\x18\x04 \x01(\v2\x18.nhybrid.control.v1.FileR\x04file\"\xac\x01\n" +
+	"\x04file\x18\x04 \x01(\v2\x18.nhybrid.control.v1.FileR\x04file\"\xc4\x01\n" +
 	"\x04File\x12\x12\n" +
-	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\fR\x04path\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x1f\n" +
 	"\vlayer_index\x18\x04 \x01(\x05R\n" +
 	"layerIndex\x12\x12\n" +
 	"\x04tier\x18\x05 \x01(\tR\x04tier\x12\x1b\n" +
-	"\tdata_path\x18\x06 \x01(\tR\bdataPath\x12\x16\n" +
-	"\x06target\x18\a \x01(\tR\x06target\",\n" +
+	"\tdata_path\x18\x06 \x01(\fR\bdataPath\x12\x16\n" +
+	"\x06target\x18\a \x01(\fR\x06target\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\",\n" +
 	"\fUsageRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\"\xb2\x01\n" +
 	"\rUsageResponse\x126\n" +
@@ -2467,16 +2619,17 @@ const file_control_proto_rawDesc = "" +
 	"nvm_shared\x18\x05 \x01(\x03R\tnvmShared\x12\x17\n" +
 	"\ahdd_own\x18\x06 \x01(\x03R\x06hddOwn\x12\x1d\n" +
 	"\n" +
-	"hdd_shared\x18\a \x01(\x03R\thddShared\"\xc5\x01\n" +
+	"hdd_shared\x18\a \x01(\x03R\thddShared\"\xdb\x01\n" +
 	"\tTierUsage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06layers\x18\x02 \x01(\x03R\x06layers\x12\x16\n" +
 	"\x06uppers\x18\x03 \x01(\x03R\x06uppers\x12\x14\n" +
-	"\x05trees\x18\x04 \x01(\x03R\x05trees\x12\x1a\n" +
+	"\x05views\x18\x04 \x01(\x03R\x05views\x12\x1a\n" +
 	"\bmetadata\x18\x05 \x01(\x03R\bmetadata\x12\x18\n" +
 	"\aorphans\x18\x06 \x01(\x03R\aorphans\x12\x12\n" +
 	"\x04free\x18\a \x01(\x03R\x04free\x12\x14\n" +
-	"\x05total\x18\b \x01(\x03R\x05total\"\x90\x01\n" +
+	"\x05total\x18\b \x01(\x03R\x05total\x12\x14\n" +
+	"\x05parts\x18\t \x01(\x03R\x05parts\"\x90\x01\n" +
 	"\x06Orphan\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x12\n" +
@@ -2527,7 +2680,7 @@ func file_control_proto_rawDescGZIP() []byte {
 	return file_control_proto_rawDescData
 }
 
-var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_control_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_control_proto_goTypes = []any{
 	(*StatusRequest)(nil),         // 0: nhybrid.control.v1.StatusRequest
 	(*StatusResponse)(nil),        // 1: nhybrid.control.v1.StatusResponse
@@ -2541,61 +2694,63 @@ var file_control_proto_goTypes = []any{
 	(*InspectResponse)(nil),       // 9: nhybrid.control.v1.InspectResponse
 	(*Layer)(nil),                 // 10: nhybrid.control.v1.Layer
 	(*Decision)(nil),              // 11: nhybrid.control.v1.Decision
-	(*WhyRequest)(nil),            // 12: nhybrid.control.v1.WhyRequest
-	(*WhyResponse)(nil),           // 13: nhybrid.control.v1.WhyResponse
-	(*File)(nil),                  // 14: nhybrid.control.v1.File
-	(*UsageRequest)(nil),          // 15: nhybrid.control.v1.UsageRequest
-	(*UsageResponse)(nil),         // 16: nhybrid.control.v1.UsageResponse
-	(*ImageUsage)(nil),            // 17: nhybrid.control.v1.ImageUsage
-	(*TierUsage)(nil),             // 18: nhybrid.control.v1.TierUsage
-	(*Orphan)(nil),                // 19: nhybrid.control.v1.Orphan
-	(*WatchRequest)(nil),          // 20: nhybrid.control.v1.WatchRequest
-	(*Event)(nil),                 // 21: nhybrid.control.v1.Event
-	(*LayerProgress)(nil),         // 22: nhybrid.control.v1.LayerProgress
-	(*ConfigRequest)(nil),         // 23: nhybrid.control.v1.ConfigRequest
-	(*ConfigResponse)(nil),        // 24: nhybrid.control.v1.ConfigResponse
-	nil,                           // 25: nhybrid.control.v1.Snapshot.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*Share)(nil),                 // 12: nhybrid.control.v1.Share
+	(*WhyRequest)(nil),            // 13: nhybrid.control.v1.WhyRequest
+	(*WhyResponse)(nil),           // 14: nhybrid.control.v1.WhyResponse
+	(*File)(nil),                  // 15: nhybrid.control.v1.File
+	(*UsageRequest)(nil),          // 16: nhybrid.control.v1.UsageRequest
+	(*UsageResponse)(nil),         // 17: nhybrid.control.v1.UsageResponse
+	(*ImageUsage)(nil),            // 18: nhybrid.control.v1.ImageUsage
+	(*TierUsage)(nil),             // 19: nhybrid.control.v1.TierUsage
+	(*Orphan)(nil),                // 20: nhybrid.control.v1.Orphan
+	(*WatchRequest)(nil),          // 21: nhybrid.control.v1.WatchRequest
+	(*Event)(nil),                 // 22: nhybrid.control.v1.Event
+	(*LayerProgress)(nil),         // 23: nhybrid.control.v1.LayerProgress
+	(*ConfigRequest)(nil),         // 24: nhybrid.control.v1.ConfigRequest
+	(*ConfigResponse)(nil),        // 25: nhybrid.control.v1.ConfigResponse
+	nil,                           // 26: nhybrid.control.v1.Snapshot.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
 }
 var file_control_proto_depIdxs = []int32{
-	26, // 0: nhybrid.control.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	27, // 0: nhybrid.control.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	2,  // 1: nhybrid.control.v1.StatusResponse.kernel:type_name -> nhybrid.control.v1.Kernel
 	3,  // 2: nhybrid.control.v1.StatusResponse.tiers:type_name -> nhybrid.control.v1.Tier
 	4,  // 3: nhybrid.control.v1.StatusResponse.queues:type_name -> nhybrid.control.v1.Queue
 	5,  // 4: nhybrid.control.v1.StatusResponse.containerd:type_name -> nhybrid.control.v1.Containerd
-	26, // 5: nhybrid.control.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
-	25, // 6: nhybrid.control.v1.Snapshot.labels:type_name -> nhybrid.control.v1.Snapshot.LabelsEntry
+	27, // 5: nhybrid.control.v1.Snapshot.created:type_name -> google.protobuf.Timestamp
+	26, // 6: nhybrid.control.v1.Snapshot.labels:type_name -> nhybrid.control.v1.Snapshot.LabelsEntry
 	7,  // 7: nhybrid.control.v1.InspectResponse.snapshot:type_name -> nhybrid.control.v1.Snapshot
 	10, // 8: nhybrid.control.v1.InspectResponse.layers:type_name -> nhybrid.control.v1.Layer
 	11, // 9: nhybrid.control.v1.Layer.decision:type_name -> nhybrid.control.v1.Decision
-	26, // 10: nhybrid.control.v1.Decision.time:type_name -> google.protobuf.Timestamp
-	10, // 11: nhybrid.control.v1.WhyResponse.layers:type_name -> nhybrid.control.v1.Layer
-	14, // 12: nhybrid.control.v1.WhyResponse.file:type_name -> nhybrid.control.v1.File
-	17, // 13: nhybrid.control.v1.UsageResponse.images:type_name -> nhybrid.control.v1.ImageUsage
-	18, // 14: nhybrid.control.v1.UsageResponse.tiers:type_name -> nhybrid.control.v1.TierUsage
-	19, // 15: nhybrid.control.v1.UsageResponse.orphans:type_name -> nhybrid.control.v1.Orphan
-	26, // 16: nhybrid.control.v1.Event.time:type_name -> google.protobuf.Timestamp
-	22, // 17: nhybrid.control.v1.Event.layers:type_name -> nhybrid.control.v1.LayerProgress
-	11, // 18: nhybrid.control.v1.LayerProgress.decision:type_name -> nhybrid.control.v1.Decision
-	0,  // 19: nhybrid.control.v1.Control.Status:input_type -> nhybrid.control.v1.StatusRequest
-	6,  // 20: nhybrid.control.v1.Control.List:input_type -> nhybrid.control.v1.ListRequest
-	8,  // 21: nhybrid.control.v1.Control.Inspect:input_type -> nhybrid.control.v1.InspectRequest
-	12, // 22: nhybrid.control.v1.Control.Why:input_type -> nhybrid.control.v1.WhyRequest
-	15, // 23: nhybrid.control.v1.Control.Usage:input_type -> nhybrid.control.v1.UsageRequest
-	20, // 24: nhybrid.control.v1.Control.Watch:input_type -> nhybrid.control.v1.WatchRequest
-	23, // 25: nhybrid.control.v1.Control.Config:input_type -> nhybrid.control.v1.ConfigRequest
-	1,  // 26: nhybrid.control.v1.Control.Status:output_type -> nhybrid.control.v1.StatusResponse
-	7,  // 27: nhybrid.control.v1.Control.List:output_type -> nhybrid.control.v1.Snapshot
-	9,  // 28: nhybrid.control.v1.Control.Inspect:output_type -> nhybrid.control.v1.InspectResponse
-	13, // 29: nhybrid.control.v1.Control.Why:output_type -> nhybrid.control.v1.WhyResponse
-	16, // 30: nhybrid.control.v1.Control.Usage:output_type -> nhybrid.control.v1.UsageResponse
-	21, // 31: nhybrid.control.v1.Control.Watch:output_type -> nhybrid.control.v1.Event
-	24, // 32: nhybrid.control.v1.Control.Config:output_type -> nhybrid.control.v1.ConfigResponse
-	26, // [26:33] is the sub-list for method output_type
-	19, // [19:26] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	27, // 10: nhybrid.control.v1.Decision.time:type_name -> google.protobuf.Timestamp
+	12, // 11: nhybrid.control.v1.Decision.files:type_name -> nhybrid.control.v1.Share
+	10, // 12: nhybrid.control.v1.WhyResponse.layers:type_name -> nhybrid.control.v1.Layer
+	15, // 13: nhybrid.control.v1.WhyResponse.file:type_name -> nhybrid.control.v1.File
+	18, // 14: nhybrid.control.v1.UsageResponse.images:type_name -> nhybrid.control.v1.ImageUsage
+	19, // 15: nhybrid.control.v1.UsageResponse.tiers:type_name -> nhybrid.control.v1.TierUsage
+	20, // 16: nhybrid.control.v1.UsageResponse.orphans:type_name -> nhybrid.control.v1.Orphan
+	27, // 17: nhybrid.control.v1.Event.time:type_name -> google.protobuf.Timestamp
+	23, // 18: nhybrid.control.v1.Event.layers:type_name -> nhybrid.control.v1.LayerProgress
+	11, // 19: nhybrid.control.v1.LayerProgress.decision:type_name -> nhybrid.control.v1.Decision
+	0,  // 20: nhybrid.control.v1.Control.Status:input_type -> nhybrid.control.v1.StatusRequest
+	6,  // 21: nhybrid.control.v1.Control.List:input_type -> nhybrid.control.v1.ListRequest
+	8,  // 22: nhybrid.control.v1.Control.Inspect:input_type -> nhybrid.control.v1.InspectRequest
+	13, // 23: nhybrid.control.v1.Control.Why:input_type -> nhybrid.control.v1.WhyRequest
+	16, // 24: nhybrid.control.v1.Control.Usage:input_type -> nhybrid.control.v1.UsageRequest
+	21, // 25: nhybrid.control.v1.Control.Watch:input_type -> nhybrid.control.v1.WatchRequest
+	24, // 26: nhybrid.control.v1.Control.Config:input_type -> nhybrid.control.v1.ConfigRequest
+	1,  // 27: nhybrid.control.v1.Control.Status:output_type -> nhybrid.control.v1.StatusResponse
+	7,  // 28: nhybrid.control.v1.Control.List:output_type -> nhybrid.control.v1.Snapshot
+	9,  // 29: nhybrid.control.v1.Control.Inspect:output_type -> nhybrid.control.v1.InspectResponse
+	14, // 30: nhybrid.control.v1.Control.Why:output_type -> nhybrid.control.v1.WhyResponse
+	17, // 31: nhybrid.control.v1.Control.Usage:output_type -> nhybrid.control.v1.UsageResponse
+	22, // 32: nhybrid.control.v1.Control.Watch:output_type -> nhybrid.control.v1.Event
+	25, // 33: nhybrid.control.v1.Control.Config:output_type -> nhybrid.control.v1.ConfigResponse
+	27, // [27:34] is the sub-list for method output_type
+	20, // [20:27] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_control_proto_init() }
@@ -2609,7 +2764,7 @@ func file_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_proto_rawDesc), len(file_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1828,7 +1828,7 @@ func (x *TierSpace) GetSpace() []*Space {
 
 type Space struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// hot, cold, unsettled (of layers that stay where they were stored), writable, trees, metadata or pinned.
+	// hot, cold, unsettled (of layers that stay where they were stored), writable, views, metadata or pinned.
 	Kind          string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	Bytes         int64  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -5,7 +5,10 @@ package control
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/nhybrid/nhybrid/placement"
 )
@@ -19,28 +22,99 @@ func Short(digest string) string {
 	return algorithm + ":" + hex[:12]
 }
 
+// Printable writes a path of an image, which may hold any bytes: one that is not UTF-8, or that would steer the terminal
+// (newlines, escape sequences), is quoted as in Go.
+func Printable(path string) string {
+	if !utf8.ValidString(path) || strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(path)
+	}
+	return path
+}
+
 // Cause is the reason of a decision without the words that a table shows anyway, "layer 3 to NVM: ".
 func (d *Decision) Cause() string {
 	return strings.TrimPrefix(d.GetReason(), fmt.Sprintf("layer %d to %s: ", d.GetIndex(), strings.ToUpper(d.GetTier())))
 }
 
-// Sentence tells where a layer of an image with total layers stands, and why.
+// Clause says what the share is and why: "12.0 MB in 300 files to the pack (the disk keeps up)".
+func (s *Share) Clause() string {
+	var place placement.Place
+	if place.UnmarshalText([]byte(s.GetPlace())) != nil { // of a newer daemon
+		return fmt.Sprintf("%s in %d files to %s (%s)", placement.FormatBytes(s.GetBytes()), s.GetFiles(), s.GetPlace(), s.GetRule())
+	}
+	return placement.Share{Place: place, Rule: placement.Rule(s.GetRule()), HotBy: s.GetHotBy(), Files: s.GetFiles(), Bytes: s.GetBytes()}.Clause()
+}
+
+// Stored reports whether the layer was stored whole, so that its sizes are known.
+func (l *Layer) Stored() bool {
+	switch l.GetState() {
+	case "stored", "durable", "home":
+		return true
+	}
+	return false
+}
+
+// name says which layer of an image with total layers it is. The index counts from 0, as in commands and policies, so the
+// place in the image is said beside it.
+func (l *Layer) name(total int) string {
+	about := []string{fmt.Sprintf("%s of %d", ordinal(int(l.GetIndex())+1), total)}
+	if l.GetDigest() != "" {
+		about = append(about, Short(l.GetDigest()))
+	}
+	switch d := l.GetDecision(); {
+	case l.Stored() || l.GetUncompressed() > 0:
+		about = append(about, placement.FormatBytes(l.GetUncompressed()))
+	case d.GetSize() > 0 && d.GetSizeExact():
+		about = append(about, placement.FormatBytes(d.GetSize())+" by its blob")
+	case d.GetSize() > 0:
+		about = append(about, "about "+placement.FormatBytes(d.GetSize()))
+	default:
+		about = append(about, "size not known yet")
+	}
+	return fmt.Sprintf("Layer %d (%s)", l.GetIndex(), strings.Join(about, ", "))
+}
+
+// place says where the bytes of the layer are, as the end of a sentence that begins with its name.
+func (l *Layer) place() string {
+	nvm, hdd := placement.FormatBytes(l.GetNvmBytes()), placement.FormatBytes(l.GetHddBytes())
+	both := l.GetNvmBytes() > 0 && l.GetHddBytes() > 0
+	switch {
+	case l.GetState() == "unpacking":
+		return " is being unpacked"
+	case l.GetState() == "staged":
+		return fmt.Sprintf(" stands on %s, in the directory that it was written to, and is packed in the background", strings.ToUpper(l.GetTier()))
+	case both && l.GetState() == "home":
+		return fmt.Sprintf(" stands whole in its pack on HDD (%s), with copies of %s on NVM", hdd, nvm)
+	case both:
+		return fmt.Sprintf(" stands on both tiers, %s on NVM and %s in its pack on HDD", nvm, hdd)
+	}
+	return " stands on " + strings.ToUpper(l.GetTier())
+}
+
+// Sentence tells where a layer of an image with total layers stands, and why. Where its files were placed one by one, a line
+// for each share of them follows.
 func (l *Layer) Sentence(total int) string {
-	name := fmt.Sprintf("Layer %d of %d (%s, %s)", l.GetIndex(), total, Short(l.GetDigest()), placement.FormatBytes(l.GetUncompressed()))
+	name := l.name(total)
 	if l.GetSnapshotId() == "" {
 		return name + " is not unpacked for this snapshotter."
 	}
-	place := " stands on " + strings.ToUpper(l.GetTier())
-	if nvm, hdd := l.GetNvmBytes(), l.GetHddBytes(); nvm > 0 && hdd > 0 {
-		place += fmt.Sprintf(", with %s on NVM and %s on HDD", placement.FormatBytes(nvm), placement.FormatBytes(hdd))
+	if l.GetError() != "" {
+		return name + " cannot be used: " + strings.TrimSuffix(strings.Join(strings.Fields(l.GetError()), " "), ".") + "."
 	}
-	d := l.GetDecision()
-	if d == nil {
+	place, d := l.place(), l.GetDecision()
+	switch {
+	case d == nil:
 		return name + place + "; nothing was decided about it, since it was not pulled."
+	case len(d.GetFiles()) > 0:
+		lines := []string{fmt.Sprintf("%s%s. Its files went, when it was stored (policy %s, %s):", name, place, d.GetPolicy(), d.inputs())}
+		for _, s := range d.GetFiles() {
+			lines = append(lines, "  "+s.Clause())
+		}
+		return strings.Join(lines, "\n")
 	}
 	why := ": " + d.Cause()
 	if d.GetTier() != l.GetTier() {
-		why = fmt.Sprintf(" now; when it was stored it went to %s: %s", strings.ToUpper(d.GetTier()), d.Cause())
+		why = fmt.Sprintf("; when it was stored it went to %s: %s", strings.ToUpper(d.GetTier()), d.Cause())
 	}
 	return fmt.Sprintf("%s%s%s. (Policy %s, %s.)", name, place, strings.TrimSuffix(why, "."), d.GetPolicy(), d.inputs())
 }
@@ -66,17 +140,39 @@ func (d *Decision) inputs() string {
 	return strings.Join(parts, ", ")
 }
 
-// Sentence tells what a file of an image is, which layer it comes from and where its data stands.
+// Sentence tells what a file of an image is, which layer it comes from, and where its data stands and why.
 func (f *File) Sentence(l *Layer, total int) string {
-	from := fmt.Sprintf("from layer %d of %d (%s)", f.GetLayerIndex(), total, Short(l.GetDigest()))
+	path := Printable(string(f.GetPath()))
+	from := fmt.Sprintf("from layer %d (%s of %d", f.GetLayerIndex(), ordinal(int(f.GetLayerIndex())+1), total)
+	if l.GetDigest() != "" {
+		from += ", " + Short(l.GetDigest())
+	}
+	from += ")"
 	switch {
 	case f.GetType() == "symlink":
-		return fmt.Sprintf("%s is a symlink to %s %s; it has no data, only metadata in the tree on NVM.", f.GetPath(), f.GetTarget(), from)
+		return fmt.Sprintf("%s is a symlink to %s %s; it has no data, only metadata in the image's view.", path, Printable(string(f.GetTarget())), from)
+	case f.GetTier() == "" && f.GetType() == "file" && f.GetSize() > 0:
+		return fmt.Sprintf("%s is a file of %s %s; where its data stands is not known%s.", path, placement.FormatBytes(f.GetSize()), from, f.because())
 	case f.GetTier() == "":
-		return fmt.Sprintf("%s is %s %s; it has no data, only metadata in the tree on NVM.", f.GetPath(), article(f.GetType(), f.GetSize()), from)
+		return fmt.Sprintf("%s is %s %s; it has no data, only metadata in the image's view.", path, article(f.GetType(), f.GetSize()), from)
 	}
-	return fmt.Sprintf("%s is a file of %s %s; its data stands on %s, at %s.",
-		f.GetPath(), placement.FormatBytes(f.GetSize()), from, strings.ToUpper(f.GetTier()), f.GetDataPath())
+	on := strings.ToUpper(f.GetTier())
+	if f.GetTier() == "parts" {
+		on = "HDD, and the parts of it that starts touch on NVM"
+	}
+	at := ""
+	if len(f.GetDataPath()) > 0 {
+		at = ", at " + Printable(string(f.GetDataPath()))
+	}
+	return fmt.Sprintf("%s is a file of %s %s; its data stands on %s%s%s.", path, placement.FormatBytes(f.GetSize()), from, on, at, f.because())
+}
+
+// because is the reason, as the end of a sentence.
+func (f *File) because() string {
+	if f.GetReason() == "" {
+		return ""
+	}
+	return ": " + strings.TrimSuffix(Message(f.GetReason()), ".")
 }
 
 func article(kind string, size int64) string {
@@ -87,4 +183,20 @@ func article(kind string, size int64) string {
 		return "something"
 	}
 	return "a " + kind
+}
+
+// ordinal writes n as 1st, 2nd, 3rd, 4th.
+func ordinal(n int) string {
+	suffix := "th"
+	if n/10%10 != 1 {
+		switch n % 10 {
+		case 1:
+			suffix = "st"
+		case 2:
+			suffix = "nd"
+		case 3:
+			suffix = "rd"
+		}
+	}
+	return strconv.Itoa(n) + suffix
 }

@@ -170,7 +170,7 @@ func (s *service) Why(ctx context.Context, r *WhyRequest) (*WhyResponse, error) 
 	if r.GetImage() == "" {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("why: no image is named: %w", errdefs.ErrInvalidArgument))
 	}
-	if r.GetPath() != "" && !filepath.IsAbs(r.GetPath()) {
+	if p := r.GetPath(); len(p) > 0 && p[0] != '/' {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("why: path %q is relative; give it as it is inside the image, from /: %w", r.GetPath(), errdefs.ErrInvalidArgument))
 	}
 	return answer(s.backend.Why(ctx, r))

@@ -6,7 +6,6 @@ package pull
 import (
 	"context"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
@@ -135,42 +134,25 @@ func (i *Image) values(offsets map[digest.Digest]int64) []placement.Layer {
 	return out
 }
 
-// OpenLayer opens the blob of the layer with that chain ID in namespace ns, to unpack it again. The reader is good for as long as ctx
-// is; the caller closes it. Its bytes are as containerd verified them when they arrived; who writes them checks the diff ID.
-// The error is errdefs.ErrNotFound if no image in the content store has the layer, or its blob is gone.
-func (w *Watcher) OpenLayer(ctx context.Context, ns, chainID string) (LayerInfo, io.ReadCloser, error) {
-	what := fmt.Sprintf("open blob of layer %q in namespace %q", chainID, ns)
-	chain, err := digest.Parse(chainID)
+// Provider reads the blobs of namespace ns. Its readers are good for as long as the context is that they were opened with.
+// Their bytes are as containerd verified them when they arrived.
+func (w *Watcher) Provider(ctx context.Context, ns string) (content.Provider, error) {
+	if err := namespaceRequired(ns); err != nil {
+		return nil, err
+	}
+	c, err := w.connect()
 	if err != nil {
-		return LayerInfo{}, nil, fmt.Errorf("%s: %w: %w", what, err, errdefs.ErrInvalidArgument)
+		return nil, err
 	}
-	c, inner, cancel, err := w.begin(ctx, ns)
-	if err != nil {
-		return LayerInfo{}, nil, fmt.Errorf("%s: %w", what, err)
-	}
-	defer cancel()
-	found, l, err := w.candidates(inner, c.ContentStore(), chain)
-	if err != nil {
-		return LayerInfo{}, nil, w.classify(ctx, what, err)
-	}
-	why := "no manifest in the content store has it"
-	for _, m := range found {
-		layer := m.layers[m.index(chain)]
-		if _, ok := l[layer.Digest]; !ok {
-			why = fmt.Sprintf("blob %s of image %s is not in the content store", layer.Digest, m.digest)
-			continue
-		}
-		// Not the bounded context: the reader asks containerd under the context it was opened with.
-		ra, err := c.ContentStore().ReaderAt(namespaces.WithNamespace(ctx, ns), ocispec.Descriptor{Digest: layer.Digest, Size: layer.Size})
-		if err != nil {
-			return LayerInfo{}, nil, w.classify(ctx, what, err)
-		}
-		return layer, reader{content.NewReader(ra), ra}, nil
-	}
-	return LayerInfo{}, nil, fmt.Errorf("%s: %s: %w", what, why, errdefs.ErrNotFound)
+	reconnect(ctx, c)
+	return provider{c.ContentStore(), ns}, nil
 }
 
-type reader struct {
-	io.Reader
-	io.Closer
+type provider struct {
+	content.Provider
+	namespace string
+}
+
+func (p provider) ReaderAt(ctx context.Context, desc ocispec.Descriptor) (content.ReaderAt, error) {
+	return p.Provider.ReaderAt(namespaces.WithNamespace(ctx, p.namespace), desc)
 }

@@ -25,8 +25,8 @@ const (
 )
 
 // UncompressedSize returns the uncompressed size of a layer's blob of size bytes, without decompressing it. What the blob begins with
-// counts, not the media type, which is wrong often enough. Where the size cannot be read, or is not to be believed, n is a cautious
-// estimate and exact is false.
+// counts, not the media type, which is wrong often enough. Where the size cannot be read, or is not to be believed, n is the larger of
+// what was read and a cautious estimate, and exact is false.
 //
 //   - gzip ends in its size modulo 2³² (RFC 1952, ISIZE). Where the size may have wrapped it is not believed, nor is
 //     a ratio above 12. A blob of several members (estargz, bgzip) ends in the size of the last one only, which
@@ -50,7 +50,8 @@ func UncompressedSize(ra content.ReaderAt, size int64, mediaType string) (n int6
 		n, ok = size, true // a tar of nothing
 	}
 	if !ok {
-		return placement.EstimateUncompressed(size), false
+		// Of two doubtful sizes the larger one: one too small runs into a full tier.
+		return max(n, placement.EstimateUncompressed(size)), false
 	}
 	return n, true
 }
@@ -65,7 +66,7 @@ func gzipSize(ra content.ReaderAt, size int64) (int64, bool) {
 	// Where it is smaller than that it has wrapped, or is that of the last of several members; and of
 	// a large blob the next multiple is as likely: nothing is known for certain.
 	if n < size-size/4096-64 || n+1<<32 <= likelyRatio*size {
-		return 0, false
+		return n, false
 	}
 	// A small blob is mostly tar padding, up to 10 KiB of it.
 	return n, n <= maxRatio*size+16<<10
@@ -84,26 +85,26 @@ func zstdSize(ra content.ReaderAt, size int64) (total int64, ok bool) {
 	for off := int64(0); off < size; {
 		head := make([]byte, min(18, size-off)) // longest header: magic 4, descriptor 1, window 1, dictionary 4, size 8
 		if !readFull(ra, head, off) || len(head) < 8 {
-			return 0, false
+			return total, false
 		}
 		magic := binary.LittleEndian.Uint32(head)
 		if magic&^0xF == zstdSkippable {
 			off += 8 + int64(binary.LittleEndian.Uint32(head[4:]))
 			if blocks++; blocks > maxBlocks {
-				return 0, false
+				return total, false
 			}
 			continue
 		}
 		n, length, checksum, known := zstdHeader(head)
 		if magic != zstdMagic || !known || total+n < total {
-			return 0, false
+			return total, false
 		}
 		total += n
 		off += length
 		for last := false; !last; {
 			var b [3]byte
 			if blocks++; blocks > maxBlocks || !readFull(ra, b[:], off) {
-				return 0, false
+				return total, false
 			}
 			v := int64(b[0]) | int64(b[1])<<8 | int64(b[2])<<16
 			last = v&1 != 0
@@ -114,14 +115,14 @@ func zstdSize(ra content.ReaderAt, size int64) (total int64, ok bool) {
 			case 1: // one byte, repeated
 				off++
 			default:
-				return 0, false
+				return total, false
 			}
 		}
 		if checksum {
 			off += 4
 		}
 		if off > size {
-			return 0, false
+			return total, false
 		}
 	}
 	return total, true

@@ -118,7 +118,7 @@ func TestUncompressedSize(t *testing.T) {
 			n, exact := UncompressedSize(blobBytes(tc.blob), int64(len(tc.blob)), tc.media)
 			if tc.want == 0 {
 				assert.False(t, exact)
-				assert.Equal(t, placement.EstimateUncompressed(int64(len(tc.blob))), n)
+				assert.GreaterOrEqual(t, n, placement.EstimateUncompressed(int64(len(tc.blob))))
 				return
 			}
 			assert.True(t, exact)
@@ -169,6 +169,8 @@ func TestGzipBeyond4GiB(t *testing.T) {
 		assert.Equal(t, tc.want != 0, exact, "%+v", tc)
 		if exact {
 			assert.Equal(t, tc.want, n, "%+v", tc)
+		} else {
+			assert.Equal(t, max(int64(tc.isize), placement.EstimateUncompressed(tc.size)), n, "the larger of two doubtful sizes: %+v", tc)
 		}
 	}
 	n, exact := UncompressedSize(sparse{size: 1000, fail: true}, 1000, ocispec.MediaTypeImageLayerGzip)
@@ -183,7 +185,7 @@ func FuzzUncompressedSize(f *testing.F) {
 	f.Add(small)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		n, exact := UncompressedSize(blobBytes(b), int64(len(b)), ocispec.MediaTypeImageLayer)
-		if n < 0 || (!exact && n != placement.EstimateUncompressed(int64(len(b)))) {
+		if n < 0 || (!exact && n < placement.EstimateUncompressed(int64(len(b)))) {
 			t.Errorf("%d, %v", n, exact)
 		}
 	})

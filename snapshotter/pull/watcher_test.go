@@ -4,16 +4,15 @@
 package pull
 
 import (
-	"compress/gzip"
 	"context"
 	"errors"
-	"io"
 	"net"
 	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	registryname "github.com/google/go-containerregistry/pkg/name"
@@ -24,6 +23,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -55,7 +55,7 @@ func TestContainerd(t *testing.T) {
 		name string
 		test func(*testing.T, *daemon, *Watcher)
 	}{
-		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"platforms", testPlatforms}, {"open layer", testOpenLayer}, {"restart", testRestart},
+		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"platforms", testPlatforms}, {"provider", testProvider}, {"restart", testRestart},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			d.t = t // what fails now fails here
@@ -333,28 +333,24 @@ func testPlatforms(t *testing.T, d *daemon, w *Watcher) {
 	}
 }
 
-func testOpenLayer(t *testing.T, d *daemon, w *Watcher) {
+func testProvider(t *testing.T, d *daemon, w *Watcher) {
 	const ns = "open"
 	s := newSource(t)
 	img := s.push("x:1", 4000, 500_000)
 	d.pull(ns, s.host+"/x:1")()
-	layer, r, err := w.OpenLayer(t.Context(), ns, img.chain[1])
+	read := func(blob string) ([]byte, error) {
+		p, err := w.Provider(t.Context(), ns)
+		require.NoError(t, err)
+		return content.ReadBlob(t.Context(), p, ocispec.Descriptor{Digest: digest.Digest(blob)})
+	}
+	got, err := read(img.blobs[1])
 	require.NoError(t, err)
-	defer r.Close()
-	assert.Equal(t, img.blobs[1], layer.Digest.String())
-	plain, err := gzip.NewReader(r)
-	require.NoError(t, err)
-	text, err := io.ReadAll(plain)
-	require.NoError(t, err)
-	assert.Equal(t, layer.DiffID, digest.FromBytes(text))
+	assert.Equal(t, img.blobs[1], digest.FromBytes(got).String())
 
 	d.run(ns, "content", "rm", img.blobs[1])
-	_, _, err = w.OpenLayer(t.Context(), ns, img.chain[1])
+	_, err = read(img.blobs[1])
 	assert.True(t, errdefs.IsNotFound(err), err)
-	assert.ErrorContains(t, err, img.blobs[1])
-	_, _, err = w.OpenLayer(t.Context(), ns, digest.FromString("x").String())
-	assert.True(t, errdefs.IsNotFound(err), err)
-	_, _, err = w.OpenLayer(t.Context(), ns, "x")
+	_, err = w.Provider(t.Context(), "")
 	assert.True(t, errdefs.IsInvalidArgument(err), err)
 }
 
@@ -372,7 +368,9 @@ func testRestart(t *testing.T, d *daemon, w *Watcher) {
 	})
 	_, err = w.Progress(t.Context(), found)
 	assert.True(t, errdefs.IsUnavailable(err), err)
-	_, _, err = w.OpenLayer(t.Context(), ns, img.chain[0])
+	provider, err := w.Provider(t.Context(), ns)
+	require.NoError(t, err)
+	_, err = provider.ReaderAt(t.Context(), ocispec.Descriptor{Digest: digest.Digest(img.blobs[0])})
 	assert.True(t, errdefs.IsUnavailable(err), err)
 
 	wake, stop := w.Subscribe(ns)

@@ -23,6 +23,8 @@ const (
 	maxSocket = 107
 	// A part of a file is 64 KiB.
 	leastPart = 128 << 10
+	// Unpackers beyond this number would wait for one another on any machine, and each of them takes memory.
+	maxUnpackers = 256
 )
 
 // Check tells what is wrong with c without touching the machine: the first fault, in one line with its cure.
@@ -86,7 +88,11 @@ func (c Config) Check() error {
 	}
 	switch {
 	case c.Placement.HDDRate < 0:
-		return invalid("placement.hdd_rate: is negative; give a rate such as \"47MB/s\", or \"0\"")
+		return invalid("placement.hdd_rate: is negative; give a rate such as \"140MB/s\", or \"0\"")
+	case c.Unpack.Concurrency < 1 || c.Unpack.Concurrency > maxUnpackers:
+		return invalid("unpack.concurrency: %d is not a number of layers from 1 to %d", c.Unpack.Concurrency, maxUnpackers)
+	case c.Unpack.MaxBytes.Percent != 0 || c.Unpack.MaxBytes.Bytes < 1:
+		return invalid("unpack.max_bytes: %s is not a size; give one such as \"1TiB\"", c.Unpack.MaxBytes)
 	case c.Background.WriteBackRate < 0:
 		return invalid("background.write_back_rate: is negative; give a rate such as \"50MB/s\", or \"0\"")
 	case c.Snapshot.UpperTier != "nvm" && c.Snapshot.UpperTier != "hdd":

@@ -31,17 +31,18 @@ const (
 // Config is the whole configuration. The zero value is not valid; begin with Default.
 type Config struct {
 	Version        int    `toml:"version" comment:"Layout of this file. Must be 1."`
-	Root           string `toml:"root" comment:"Directory of the HDD tier: the home of all image data. Absolute; created when missing."`
+	Root           string `toml:"root" comment:"Directory of the HDD tier: packs, the home of all image data. Absolute; created when missing."`
 	NVMRoot        string `toml:"nvm_root" comment:"Directory of the NVM tier: persistent memory, or any fast disk. Absolute; the directory above it\nmust exist, since a tier that is not mounted would silently fill the filesystem below. Best on a filesystem of its own."`
-	State          string `toml:"state" comment:"Directory for mount points and links, which need not outlive the machine's run. Absolute; best on a tmpfs.\nSeveral daemons may share it."`
-	Address        string `toml:"address" comment:"Unix socket on which containerd reaches the snapshotter: the address of its [proxy_plugins.nhybrid]."`
+	State          string `toml:"state" comment:"Directory for mount points, which need not outlive the machine's run. Absolute; best on a tmpfs.\nSeveral daemons may share it."`
+	Address        string `toml:"address" comment:"Unix socket on which containerd reaches the snapshotter and the differ: the address of both its\n[proxy_plugins.nhybrid] and its [proxy_plugins.nhybrid-diff]."`
 	ControlAddress string `toml:"control_address" comment:"Unix socket, mode 0600, of nhybridctl."`
 	MetricsAddress string `toml:"metrics_address" comment:"Where Prometheus metrics are served: \"host:port\" or the absolute path of a unix socket. Empty: nowhere."`
 	LogLevel       string `toml:"log_level" comment:"trace, debug, info, warn, error, fatal or panic."`
 	LogFormat      string `toml:"log_format" comment:"text or json."`
 
 	Containerd Containerd `toml:"containerd" comment:"How nhybrid asks containerd what it is downloading."`
-	Placement  Placement  `toml:"placement" comment:"Which layer goes to which tier."`
+	Placement  Placement  `toml:"placement" comment:"Which file of a layer goes to which tier."`
+	Unpack     Unpack     `toml:"unpack" comment:"Layers are unpacked while their blobs arrive."`
 	Snapshot   Snapshot   `toml:"snapshot" comment:"Writable snapshots of containers."`
 	Background Background `toml:"background" comment:"Work that is done after containerd has its answer."`
 	Hot        Hot        `toml:"hot" comment:"Hot image files: what starts of containers need stays on NVM, the rest goes to HDD."`
@@ -50,29 +51,36 @@ type Config struct {
 
 // Containerd says how to reach containerd.
 type Containerd struct {
-	Address string   `toml:"address" comment:"containerd's own socket. Without it nothing is known of downloads, so every layer counts as the last one."`
-	Timeout Duration `toml:"timeout" comment:"Longest wait for one answer of containerd; a layer is placed without it when the time is over."`
+	Address string   `toml:"address" comment:"containerd's own socket. Without it nothing is known of downloads: no layer is unpacked before it has arrived."`
+	Timeout Duration `toml:"timeout" comment:"Longest wait for one answer of containerd; files are placed without it when the time is over."`
 }
 
 // Placement says where layers go.
 type Placement struct {
-	Policy       string   `toml:"policy" comment:"drain: HDD as long as the disk can have it written before the pull could end anyway, else NVM.\nlass: NVM for a layer whose storing starts when no other layer of its image is still downloading, else HDD (the paper's rule).\nnvm, hdd: every layer on that tier.\nboundary=N: layers with index N (0 = bottom) and above on NVM."`
-	NVMReserve   Space    `toml:"nvm_reserve" comment:"What stays free on the NVM filesystem: bytes (\"2GiB\") or a share of its size (\"5%\").\nA layer that does not fit beside it goes to HDD; no pull fails for it."`
-	HDDRate      Rate     `toml:"hdd_rate" comment:"Rate at which the HDD takes file trees, for the policy drain: \"47MB/s\". \"0\": measured while running."`
+	Policy       string   `toml:"policy" comment:"drain: each file while its bytes come. Hot files go to NVM and to the pack; others to the pack as long as the disk keeps\nup with the pull, else to NVM, and the pack gets them later.\nlass: NVM for a layer whose storing starts when no other layer of its image is still downloading, else HDD (the paper's rule).\nnvm, hdd: every file on that tier.\nboundary=N: the files of layers with index N (0 = bottom) and above on NVM."`
+	NVMReserve   Space    `toml:"nvm_reserve" comment:"What stays free on the NVM filesystem: bytes (\"2GiB\") or a share of its size (\"5%\").\nOf its inodes the same share stays free. A file that does not fit beside it goes to the pack on HDD; no pull fails for it."`
+	HDDRate      Rate     `toml:"hdd_rate" comment:"Rate at which the HDD takes packs, for the policy drain: \"140MB/s\". \"0\": measured while running."`
 	PollInterval Duration `toml:"poll_interval" comment:"How often the downloads of a running pull are looked at, beside containerd's events."`
+}
+
+// Unpack says how much the unpacker may do.
+type Unpack struct {
+	Concurrency int   `toml:"concurrency" comment:"Layers unpacked at a time. Each takes up to one core, and some MB of memory. At least 1."`
+	MaxBytes    Space `toml:"max_bytes" comment:"Most uncompressed bytes of one layer. The pull of an image with a larger layer fails."`
 }
 
 // Snapshot says how writable snapshots are kept.
 type Snapshot struct {
 	UpperTier  string `toml:"upper_tier" comment:"Tier of the writable directories of containers: nvm or hdd. NVM without room gives HDD.\nThe label containerd.io/snapshot/nhybrid.upper-tier of a snapshot goes before this key."`
+	Xino       bool   `toml:"xino" comment:"true: the root filesystems of containers are mounted with xino=on, so that files and directories have one device, and numbers\nthat stay. The numbers take 64 bits: set false for programs of 32 bits without large-file support, whose stat(2) fails with\nEOVERFLOW. Then the space of a file that a running container has read stays in use on NVM after the file has left it."`
 	SyncRemove bool   `toml:"sync_remove" comment:"true: a removal returns when the files are gone. containerd holds a lock meanwhile that stops every other\nsnapshot on the node, so this is for tests of disk space only."`
 }
 
 // Background says how much slow work may run beside pulls.
 type Background struct {
-	Workers       int  `toml:"workers" comment:"How many captures, trees and removals run at a time. At least 1."`
-	WriteBack     bool `toml:"write_back" comment:"true: layers on NVM are copied to HDD in the background, so that the loss of the NVM device loses no image."`
-	WriteBackRate Rate `toml:"write_back_rate" comment:"Most bytes a second that this copying may write. \"0\": no limit."`
+	Workers       int  `toml:"workers" comment:"How many layers are packed, views made and removals done at a time. At least 1."`
+	WriteBack     bool `toml:"write_back" comment:"true: files that stand on NVM alone are written into the packs on HDD in the background, so that the loss of the NVM\ndevice loses no image."`
+	WriteBackRate Rate `toml:"write_back_rate" comment:"Most bytes a second that this writing may take. \"0\": no limit."`
 }
 
 // Hot says how hot files are found and moved.
@@ -83,7 +91,7 @@ type Hot struct {
 	Predict       string   `toml:"predict" comment:"What an image without a profile is guessed to need: files (analysis of its command, libraries and language runtime),\nlayers (whole layers that hold an execution engine or application), off."`
 	FetchProfiles bool     `toml:"fetch_profiles" comment:"true: the registry of a new image is asked for a profile, with the credentials of docker's configuration of this user."`
 	PlainHTTP     string   `toml:"plain_http" comment:"Registries that are asked over HTTP without TLS, as host:port, separated by commas. Those on localhost always are."`
-	Migrate       bool     `toml:"migrate" comment:"true: after the first start of an image its cold files leave NVM and hot files come up."`
+	Migrate       bool     `toml:"migrate" comment:"true: after the first start of an image its cold files leave NVM and hot files come up. Packs keep all of them."`
 	Rate          Rate     `toml:"rate" comment:"Most bytes a second that are read from the HDD for files that come up. \"0\": no limit."`
 	Operations    int      `toml:"operations" comment:"Most files a second that are moved. 0: no limit."`
 	HighWatermark int      `toml:"high_watermark" comment:"Per cent of NVM without the reserve above which files leave that are hot, too, those of least use first;"`
@@ -131,7 +139,8 @@ func Default() Config {
 			NVMReserve:   Space{Percent: 5},
 			PollInterval: Duration(defaultPoll),
 		},
-		Snapshot:   Snapshot{UpperTier: "nvm"},
+		Unpack:     Unpack{Concurrency: 4, MaxBytes: Space{Bytes: 1 << 40}},
+		Snapshot:   Snapshot{UpperTier: "nvm", Xino: true},
 		Background: Background{Workers: 2, WriteBack: true, WriteBackRate: 50_000_000},
 		Hot: Hot{
 			Trace: true, Quiet: Duration(5 * time.Second), Window: Duration(time.Minute),

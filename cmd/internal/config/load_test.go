@@ -70,6 +70,11 @@ func TestBadFile(t *testing.T) {
 		"[placement]\nhdd_rate = 'fast'":                        `:2: placement.hdd_rate: rate "fast"`,
 		"[placement]\nhdd_rate = -1":                            "placement.hdd_rate: ",
 		"[background]\nwrite_back_rate = -1":                    "background.write_back_rate: ",
+		"[unpack]\nconcurrency = 0":                             "unpack.concurrency: 0 is not a number of layers from 1 to 256",
+		"[unpack]\nconcurrency = 257":                           "unpack.concurrency: 257 is not",
+		"[unpack]\nmax_bytes = '0'":                             "unpack.max_bytes: 0 is not a size",
+		"[unpack]\nmax_bytes = '5%'":                            "unpack.max_bytes: 5% is not a size",
+		"[unpack]\nmax_byte = 5":                                `unknown key "unpack.max_byte"; did you mean "unpack.max_bytes"?`,
 		"[containerd]\ntimeout = 'soon'":                        `:2: containerd.timeout: duration "soon"`,
 		"[containerd]\ntimeout = '-1s'":                         `duration "-1s"`,
 		"[containerd]\ntimeout = 5":                             "containerd.timeout: 5ns is too short",
@@ -170,6 +175,7 @@ func TestFlags(t *testing.T) {
 func TestMarshalRoundTrip(t *testing.T) {
 	c := Default()
 	c.Placement = Placement{Policy: "drain", NVMReserve: Space{Bytes: 12345}, HDDRate: 47_000_000, PollInterval: Duration(time.Second)}
+	c.Unpack = Unpack{Concurrency: 9, MaxBytes: Space{Bytes: 20 << 30}}
 	c.Background = Background{Workers: 5, WriteBackRate: 1 << 20}
 	c.Snapshot = Snapshot{UpperTier: "hdd", SyncRemove: true}
 	c.MetricsAddress = "127.0.0.1:9100"

@@ -81,6 +81,14 @@ func (s Space) Of(total int64) int64 {
 	return s.Bytes
 }
 
+// Inodes gives the same share of a filesystem's inodes as [Space.Of] gives of its bytes.
+func (s Space) Inodes(total, inodes int64) int64 {
+	if total <= 0 || inodes <= 0 {
+		return 0
+	}
+	return int64(min(1, float64(s.Of(total))/float64(total)) * float64(inodes))
+}
+
 func (s Space) String() string {
 	if s.Percent != 0 {
 		return strconv.FormatFloat(s.Percent, 'f', -1, 64) + "%"

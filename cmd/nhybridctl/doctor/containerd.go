@@ -7,12 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
@@ -23,6 +23,9 @@ const (
 	pluginRuntime  = "io.containerd.cri.v1.runtime"
 	pluginCRI      = "io.containerd.grpc.v1.cri"    // version 2
 	pluginGRPC     = "io.containerd.server.v1.grpc" // since version 4
+	pluginDiff     = "io.containerd.service.v1.diff-service"
+	pluginSnapshot = "io.containerd.snapshotter.v1" // types of proxy plugins
+	pluginDiffer   = "io.containerd.differ.v1"
 	annotations    = "enable_remote_snapshot_annotations"
 )
 
@@ -38,8 +41,10 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 		f.add(Warn, "look for a newer nhybrid", "the configuration is of version %d, which is newer than what is known here", v)
 	}
 	name = proxy(f, file, whole, c, name)
-	unpack(f, file, whole, name)
-	if cri(f, file, whole, name) {
+	differ := proxyDiffer(f, file, whole, c, name)
+	unpack(f, file, whole, name, differ)
+	first := service(f, file, whole, differ)
+	if cri(f, file, whole, name, first) {
 		cdi(f, file, whole, c)
 		nri(f, file, whole, c)
 	}
@@ -50,30 +55,14 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 
 // proxy looks for the entry of the snapshotter and gives the name that it goes by.
 func proxy(f *findings, file string, t Table, c config.Config, name string) string {
-	plugins := t.at("proxy_plugins")
+	name, ok := entry(t, c, name, "snapshot", pluginSnapshot)
 	section := "[proxy_plugins." + name + "]"
-	if _, ok := plugins[name]; !ok {
-		for _, other := range keys(plugins) {
-			if strings.TrimPrefix(plugins.at(other).text("address"), "unix://") == c.Address {
-				name, section = other, "[proxy_plugins."+other+"]"
-			}
-		}
-	}
-	if _, ok := plugins[name]; !ok {
+	if !ok {
 		f.add(Fail, fmt.Sprintf("add to %s: %s with type = \"snapshot\" and address = %q", file, section, c.Address), "containerd knows no snapshotter %q: %s is missing", name, section)
 		return name
 	}
-	p := plugins.at(name)
-	good := true
-	if kind := p.text("type"); kind != "snapshot" && kind != "io.containerd.snapshotter.v1" {
-		good = false
-		f.add(Fail, fmt.Sprintf("in %s, %s: type = \"snapshot\"", file, section), "%s has type %q", section, kind)
-	}
-	if have := p.text("address"); have != c.Address {
-		good = false
-		f.add(Fail, fmt.Sprintf("in %s, %s: address = %q", file, section, c.Address), "%s has address %q, the daemon listens on %q", section, have, c.Address)
-	}
-	if good {
+	p := t.at("proxy_plugins", name)
+	if reaches(f, file, p, section, c, "snapshot", pluginSnapshot) {
 		f.ok("snapshotter %q at %s", name, c.Address)
 	}
 	exports := section[:len(section)-1] + ".exports]"
@@ -96,44 +85,11 @@ func proxy(f *findings, file string, t Table, c config.Config, name string) stri
 	} else {
 		f.add(Warn, fmt.Sprintf("in %s, %s: capabilities = [\"remap-ids\"]", file, section), "capability remap-ids is missing: for a pod with a user namespace containerd copies the whole image")
 	}
-	rebase := slices.Contains(capabilities, "rebase")
-	unpacks := t.at("plugins", pluginTransfer).number("max_concurrent_unpacks")
-	switch {
-	case rebase && unpacks > 1:
-		f.ok("layers are unpacked in parallel, %d at a time", unpacks)
-	case unpacks > 1:
-		f.add(Warn, fmt.Sprintf("in %s, %s: add \"rebase\" to capabilities", file, section), "max_concurrent_unpacks is %d, but capability rebase is missing: layers are unpacked one by one", unpacks)
-	case rebase:
-		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: max_concurrent_unpacks = 3", file, pluginTransfer), "capability rebase does nothing as long as max_concurrent_unpacks is 1")
-	}
 	return name
 }
 
-// unpack looks at what the transfer service, behind ctr, nerdctl and CRI, unpacks for.
-func unpack(f *findings, file string, t Table, name string) {
-	var have []string
-	for _, u := range t.at("plugins", pluginTransfer).tables("unpack_config") {
-		platform := u.text("platform")
-		if platform == "" || platform == "linux" || platform == "linux/"+runtime.GOARCH || strings.HasPrefix(platform, "linux/"+runtime.GOARCH+"/") {
-			have = append(have, u.text("snapshotter"))
-		}
-	}
-	section := fmt.Sprintf("[[plugins.'%s'.unpack_config]]", pluginTransfer)
-	cure := func(s string) string {
-		return fmt.Sprintf("add to %s: %s with platform = \"linux/%s\" and snapshotter = %q", file, section, runtime.GOARCH, s)
-	}
-	if !slices.Contains(have, name) {
-		f.add(Fail, cure(name), "no unpack_config names %q: ctr, nerdctl and CRI cannot pull for it (\"no unpack platforms defined\")", name)
-		return
-	}
-	f.ok("unpack_config names %q", name)
-	if !slices.Contains(have, "overlayfs") {
-		f.add(Warn, cure("overlayfs"), "unpack_config does not name overlayfs any more, since a list of one's own replaces containerd's: pulls for overlayfs fail")
-	}
-}
-
-// cri tells whether there is any.
-func cri(f *findings, file string, t Table, name string) bool {
+// cri tells whether there is any. first tells whether the diff service asks nhybrid's differ first.
+func cri(f *findings, file string, t Table, name string, first bool) bool {
 	disabled := t.texts("disabled_plugins")
 	if slices.Contains(disabled, pluginCRI) || slices.Contains(disabled, "cri") || slices.Contains(disabled, pluginImages) {
 		f.ok("CRI is disabled: no Kubernetes on this containerd")
@@ -145,24 +101,34 @@ func cri(f *findings, file string, t Table, name string) bool {
 		section, images = pluginCRI+"'.'containerd", t.at("plugins", pluginCRI, "containerd")
 		runtimes = images.at("runtimes")
 	}
-	if images.text("snapshotter") == name {
-		f.ok("CRI: pods use %q", name)
-	} else {
-		users := slices.DeleteFunc(keys(runtimes), func(r string) bool { return runtimes.at(r).text("snapshotter") != name })
-		if len(users) > 0 {
-			f.ok("CRI: pods of runtime %s use %q", strings.Join(users, ", "), name)
-		} else {
-			used := images.text("snapshotter")
-			if used == "" {
-				used = "overlayfs"
-			}
-			f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: snapshotter = %q, if pods are to use it", file, section, name), "CRI: pods use %q", used)
-		}
-	}
+	used := podsOf(f, file, section, images, runtimes, name)
 	if images.truth("discard_unpacked_layers") {
 		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: discard_unpacked_layers = false", file, section), "CRI throws blobs away once they are unpacked: after a crash or the loss of NVM, layers cannot be rebuilt from them")
 	}
+	if why := localPull(t, images); why != "" && used && !first {
+		f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: do without %s, or name the differ in [plugins.'%s']", file, section, why, pluginDiff),
+			"CRI pulls without the transfer service because of %s, and so stores layers after they have arrived", why)
+	}
 	return true
+}
+
+// podsOf looks at which pods use the snapshotter, and reports whether any do.
+func podsOf(f *findings, file, section string, images, runtimes Table, name string) bool {
+	if images.text("snapshotter") == name {
+		f.ok("CRI: pods use %q", name)
+		return true
+	}
+	users := slices.DeleteFunc(keys(runtimes), func(r string) bool { return runtimes.at(r).text("snapshotter") != name })
+	if len(users) > 0 {
+		f.ok("CRI: pods of runtime %s use %q", strings.Join(users, ", "), name)
+		return true
+	}
+	used := images.text("snapshotter")
+	if used == "" {
+		used = "overlayfs"
+	}
+	f.add(Warn, fmt.Sprintf("in %s, [plugins.'%s']: snapshotter = %q, if pods are to use it", file, section, name), "CRI: pods use %q", used)
+	return false
 }
 
 // address compares the socket of containerd with the one that the daemon asks about downloads.
@@ -200,12 +166,12 @@ func metadata(f *findings, t Table, measure func(dir string) (time.Duration, err
 	db := filepath.Join(root, "io.containerd.metadata.v1.bolt")
 	dir, err := host.Existing(db)
 	if err != nil {
-		f.add(Warn, "", "containerd's root was not looked at: %s", plain(err))
+		f.add(Warn, fmt.Sprintf("mend root = %q in containerd's configuration", root), "containerd's root was not looked at: %s", control.ErrorMessage(err))
 		return
 	}
 	sync, err := measure(dir)
 	if err != nil {
-		f.add(Warn, "", "the disk of containerd's meta.db was not measured: %s", plain(err))
+		f.add(Warn, fmt.Sprintf("run nhybridctl doctor as root, and make room in %q if it is full", dir), "the disk of containerd's meta.db was not measured: %s", control.ErrorMessage(err))
 		return
 	}
 	cost := (startSyncs * sync).Round(time.Millisecond)
@@ -219,7 +185,7 @@ func metadata(f *findings, t Table, measure func(dir string) (time.Duration, err
 	f.ok("containerd's meta.db takes %.2f ms a write, about %v a start", float64(sync)/1e6, cost)
 }
 
-func keys(t Table) []string {
+func keys[V any](t map[string]V) []string {
 	var all []string
 	for k := range t {
 		all = append(all, k)

@@ -29,14 +29,21 @@ root = 'ROOT'
   [proxy_plugins.nhybrid.exports]
     root = '/var/lib/nhybrid'
     enable_remote_snapshot_annotations = 'true'
+[proxy_plugins.nhybrid-diff]
+  type = 'diff'
+  address = '/run/nhybrid/nhybrid.sock'
+[plugins.'io.containerd.service.v1.diff-service']
+  default = ['walking']
 [plugins.'io.containerd.transfer.v1.local']
   max_concurrent_unpacks = 3
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/ARCH'
   snapshotter = 'overlayfs'
+  differ = 'walking'
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
   platform = 'linux/ARCH'
   snapshotter = 'nhybrid'
+  differ = 'nhybrid-diff'
 [plugins.'io.containerd.cri.v1.images']
   snapshotter = 'nhybrid'
 `
@@ -82,9 +89,11 @@ func TestGoodConfigurations(t *testing.T) {
 		"version 4": good, "version 3": v3, "version 2": v2,
 		"no CRI":               strings.Replace(good, "version = 4", "version = 4\ndisabled_plugins = ['io.containerd.cri.v1.images']", 1),
 		"all of linux":         strings.ReplaceAll(good, "linux/ARCH", "linux"),
-		"full type":            strings.Replace(good, "'snapshot'", "'io.containerd.snapshotter.v1'", 1),
+		"full types":           strings.NewReplacer("'snapshot'", "'io.containerd.snapshotter.v1'", "'diff'", "'io.containerd.differ.v1'").Replace(good),
 		"a runtime of its own": strings.Replace(good, "[plugins.'io.containerd.cri.v1.images']\n", "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.fast]\n", 1),
-		"another name":         strings.NewReplacer("proxy_plugins.nhybrid", "proxy_plugins.tiers", "snapshotter = 'nhybrid'", "snapshotter = 'tiers'").Replace(good),
+		"another name":         strings.NewReplacer("proxy_plugins.nhybrid", "proxy_plugins.tiers", "snapshotter = 'nhybrid'", "snapshotter = 'tiers'", "nhybrid-diff", "tiers-diff").Replace(good),
+		"no diff service":      strings.Replace(good, "  default = ['walking']\n", "", 1),
+		"one at a time":        strings.NewReplacer("max_concurrent_unpacks = 3", "", ", 'rebase'", "").Replace(good),
 		"no address":           strings.Replace(good, "[plugins.'io.containerd.server.v1.grpc']\n  address = '/run/containerd/containerd.sock'\n", "", 1),
 	} {
 		require.Empty(t, bad(t, look(t, write(t, content))), name)
@@ -96,23 +105,43 @@ func TestBrokenConfigurations(t *testing.T) {
 		old, new string
 		want     []string // start of each line
 	}{
-		"no plugin":                        {"[proxy_plugins.nhybrid", "[elsewhere.nhybrid", []string{`fail containerd knows no snapshotter "nhybrid": [proxy_plugins.nhybrid] is missing`}},
-		"wrong type":                       {"type = 'snapshot'", "type = 'content'", []string{`fail [proxy_plugins.nhybrid] has type "content"`}},
-		"no type":                          {"type = 'snapshot'", "", []string{`fail [proxy_plugins.nhybrid] has type ""`}},
-		"wrong address":                    {"nhybrid.sock", "other.sock", []string{`fail [proxy_plugins.nhybrid] has address "/run/nhybrid/other.sock", the daemon listens on "/run/nhybrid/nhybrid.sock"`}},
-		"address as URL":                   {"'/run/nhybrid/nhybrid.sock'", "'unix:///run/nhybrid/nhybrid.sock'", []string{`fail [proxy_plugins.nhybrid] has address "unix:///run`}},
+		"no plugin": {"[proxy_plugins.nhybrid", "[elsewhere.nhybrid", []string{
+			`fail containerd knows no snapshotter "nhybrid": [proxy_plugins.nhybrid] is missing`, `warn containerd knows no differ "nhybrid-diff"`,
+			`fail unpack_config of "nhybrid" names differ "nhybrid-diff", which containerd does not know: it does not start`,
+		}},
+		"no differ": {"[proxy_plugins.nhybrid-diff]", "[elsewhere.nhybrid-diff]", []string{
+			`warn containerd knows no differ "nhybrid-diff": layers are unpacked by containerd`, `fail unpack_config of "nhybrid" names differ "nhybrid-diff", which`,
+		}},
+		"no differ anywhere": {"[proxy_plugins.nhybrid-diff]\n  type = 'diff'\n  address = '/run/nhybrid/nhybrid.sock'\n", "", []string{
+			`warn containerd knows no differ`, `fail unpack_config of "nhybrid" names differ`,
+		}},
+		"differ of wrong type":    {"type = 'diff'", "type = 'snapshot'", []string{`fail [proxy_plugins.nhybrid-diff] has type "snapshot"`}},
+		"differ not in unpack":    {"  differ = 'nhybrid-diff'\n", "", []string{`warn unpack_config of "nhybrid" names no differ`, `warn containerd unpacks 3 layers at a time by itself, and then gives a directory`}},
+		"containerd's differ":     {"differ = 'nhybrid-diff'", "differ = 'walking'", []string{`warn unpack_config of "nhybrid" names differ "walking"`, `warn containerd unpacks 3 layers`}},
+		"no differ for overlayfs": {"  differ = 'walking'\n", "", []string{`warn unpack_config of "overlayfs" names no differ: containerd may take "nhybrid-diff"`}},
+		"ours for overlayfs":      {"differ = 'walking'", "differ = 'nhybrid-diff'", []string{`fail unpack_config of "overlayfs" names differ "nhybrid-diff", which unpacks for "nhybrid" only`}},
+		"diff service":            {"default = ['walking']", "default = ['nhybrid-diff', 'walking']", []string{"warn every snapshotter depends on the daemon: while it is down, pulls and commits by clients of the diff service (ctr --local, nerdctl before 2.3,"}},
+		"diff service, behind":    {"default = ['walking']", "default = ['walking', 'nhybrid-diff']", []string{`warn [plugins.'io.containerd.service.v1.diff-service'] has "nhybrid-diff" behind "walking"`}},
+		"diff service, alone":     {"default = ['walking']", "default = ['nhybrid-diff']", []string{"fail [plugins.'io.containerd.service.v1.diff-service'] names no other differ"}},
+		"CRI pulls by itself":     {"cri.v1.images']", "cri.v1.images']\n  use_local_image_pull = true", []string{"warn CRI pulls without the transfer service because of use_local_image_pull"}},
+		"CRI pulls more":          {"cri.v1.images']", "cri.v1.images']\n  max_concurrent_downloads = 6", []string{"warn CRI pulls without the transfer service because of max_concurrent_downloads"}},
+		"CRI annotates":           {"cri.v1.images']", "cri.v1.images']\n  disable_snapshot_annotations = false", []string{"warn CRI pulls without the transfer service because of disable_snapshot_annotations"}},
+		"wrong type":              {"type = 'snapshot'", "type = 'content'", []string{`fail [proxy_plugins.nhybrid] has type "content"`}},
+		"no type":                 {"type = 'snapshot'", "", []string{`fail [proxy_plugins.nhybrid] has type ""`}},
+		"wrong address": {"nhybrid.sock", "other.sock", []string{
+			`fail [proxy_plugins.nhybrid] has address "/run/nhybrid/other.sock", the daemon listens on "/run/nhybrid/nhybrid.sock"`, `fail [proxy_plugins.nhybrid-diff] has address`,
+		}},
+		"address as URL":                   {"'/run/nhybrid/nhybrid.sock'", "'unix:///run/nhybrid/nhybrid.sock'", []string{`fail [proxy_plugins.nhybrid] has address "unix:///run`, `fail [proxy_plugins.nhybrid-diff] has address "unix:///run`}},
 		"no exports":                       {"[proxy_plugins.nhybrid.exports]", "[proxy_plugins.nhybrid.imports]", []string{"warn exports.root is missing", "warn enable_remote_snapshot_annotations"}},
 		"wrong root":                       {"/var/lib/nhybrid", "/var/lib/other", []string{`warn exports.root is "/var/lib/other"`}},
 		"annotations no string":            {"= 'true'", "= true", []string{"warn enable_remote_snapshot_annotations is not \"true\""}},
 		"no remap-ids":                     {"'remap-ids', ", "", []string{"warn capability remap-ids is missing"}},
-		"no rebase":                        {", 'rebase'", "", []string{"warn max_concurrent_unpacks is 3, but capability rebase is missing"}},
-		"rebase for nothing":               {"max_concurrent_unpacks = 3", "", []string{"warn capability rebase does nothing"}},
 		"no unpack_config":                 {"unpack_config]]", "pack_config]]", []string{"fail no unpack_config names \"nhybrid\""}},
 		"unpack_config of another machine": {"linux/ARCH", "linux/pdp11", []string{"fail no unpack_config names \"nhybrid\""}},
 		"unpack_config without overlayfs":  {"'overlayfs'", "'native'", []string{"warn unpack_config does not name overlayfs"}},
 		"CRI uses another":                 {"cri.v1.images']\n  snapshotter = 'nhybrid'", "cri.v1.images']\n  snapshotter = 'native'", []string{"warn CRI: pods use \"native\""}},
 		"CRI uses the default":             {"cri.v1.images']\n  snapshotter = 'nhybrid'", "cri.v1.images']", []string{"warn CRI: pods use \"overlayfs\""}},
-		"blobs are discarded":              {"cri.v1.images']", "cri.v1.images']\n  discard_unpacked_layers = true", []string{"warn CRI throws blobs away"}},
+		"blobs are discarded":              {"cri.v1.images']", "cri.v1.images']\n  discard_unpacked_layers = true", []string{"warn CRI throws blobs away", "warn CRI pulls without the transfer service because of discard_unpacked_layers"}},
 		"containerd elsewhere":             {"/run/containerd/containerd.sock", "/run/k3s/containerd.sock", []string{`fail containerd listens on "/run/k3s/containerd.sock" and nhybrid asks "/run/containerd/containerd.sock"`}},
 		"grpc ignored":                     {"[proxy_plugins.nhybrid]", "[grpc]\n  address = '/x.sock'\n[proxy_plugins.nhybrid]", []string{"warn [grpc] in a configuration of version 4 is ignored"}},
 		"version 1":                        {"version = 4", "version = 1", []string{"warn the configuration is of version 1", "warn CRI: pods use"}},
@@ -132,6 +161,14 @@ func TestBrokenConfigurations(t *testing.T) {
 			require.True(t, strings.HasPrefix(have[i], x.want[i]), "%s: %s", name, have[i])
 		}
 	}
+}
+
+// With nhybrid's differ first in the diff service CRI may pull as it likes.
+func TestDiffServiceServesCRI(t *testing.T) {
+	content := strings.NewReplacer("default = ['walking']", "default = ['nhybrid-diff', 'walking']", "cri.v1.images']", "cri.v1.images']\n  use_local_image_pull = true").Replace(good)
+	have := bad(t, look(t, write(t, content)))
+	require.Len(t, have, 1, have)
+	require.Contains(t, have[0], "every snapshotter depends on the daemon")
 }
 
 func TestMetadataOnSlowDisk(t *testing.T) {

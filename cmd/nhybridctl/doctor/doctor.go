@@ -17,7 +17,7 @@ const (
 
 // Finding is one thing that was looked at. Text and Cure are one line each; Cure is empty where nothing is to be done.
 type Finding struct {
-	Area  string `json:"area"` // kernel, trace, nvm, hdd, tiers, regions, config, daemon or containerd
+	Area  string `json:"area"` // kernel, trace, nvm, hdd, tiers, regions, mounts, config, daemon, images or containerd
 	Level Level  `json:"level"`
 	Text  string `json:"text"`
 	Cure  string `json:"cure"`

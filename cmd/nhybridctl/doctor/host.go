@@ -17,6 +17,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
@@ -33,8 +34,10 @@ func Host(c config.Config, served bool) []Finding {
 	if nvm != nil && !nvm.ReadOnly {
 		all = append(all, Regions(*nvm, c, served)...)
 	}
+	if nvm != nil {
+		all = append(all, Trace(*nvm)...)
+	}
 	if nvm != nil && hdd != nil {
-		all = append(all, Trace(*nvm, *hdd)...)
 		t := &findings{area: "tiers"}
 		if nvm.SameFilesystem(*hdd) {
 			t.add(Warn, fmt.Sprintf("mount a fast device at %q", c.NVMRoot), "both tiers stand on the same filesystem, %s at %s: nothing gets faster and the reserve counts twice", nvm.Source, nvm.MountPoint)
@@ -43,24 +46,34 @@ func Host(c config.Config, served bool) []Finding {
 		}
 		all = append(all, t.all...)
 	}
+	var lacks []string
 	for _, d := range []*host.Dir{nvm, hdd} { // the kernel is the same on either
-		if d != nil && !d.ReadOnly {
-			return append(kernel(d.Path), all...)
+		if d == nil || d.ReadOnly {
+			continue
 		}
+		features, what, err := probe(*d)
+		if what != "" {
+			lacks = append(lacks, what)
+			continue
+		}
+		return append(kernel(features, err), all...)
 	}
-	k.add(Warn, "cure the tiers first", "the kernel was not tried: no tier can be written to")
+	if len(lacks) > 0 {
+		k.add(Warn, cureFull, "the kernel was not tried: %s", strings.Join(lacks, ", "))
+	} else {
+		k.add(Warn, "cure the tiers first", "the kernel was not tried: no tier can be written to")
+	}
 	return append(k.all, all...)
 }
 
-// kernel tries what the daemon needs on the tier at dir.
-func kernel(dir string) []Finding {
+// kernel says what a trial on a tier has shown.
+func kernel(features host.Features, err error) []Finding {
 	f := &findings{area: "kernel"}
-	features, err := host.Probe(dir, host.Image())
 	if err == nil {
 		err = features.Check()
 	}
 	if err != nil {
-		text, cure, _ := strings.Cut(plain(err), "; ")
+		text, cure, _ := strings.Cut(control.ErrorMessage(err), "; ")
 		f.add(Fail, cure, "%s", text)
 		return f.all
 	}
@@ -71,16 +84,16 @@ func kernel(dir string) []Finding {
 	f.ok("Linux %s: overlayfs has data-only layers, %s", features.Kernel, how)
 	switch {
 	case !features.UseLoop() && features.StackOK:
-		f.ok("trees are mounted from plain files")
+		f.ok("views are mounted from plain files")
 	case features.UseLoop():
-		f.ok("trees are mounted through loop devices")
+		f.ok("views are mounted through loop devices")
 	default:
-		f.add(Warn, "enable loop devices (CONFIG_BLK_DEV_LOOP)", "trees are mounted from plain files, and on this kernel containers cannot mount an overlay of their own then")
+		f.add(Warn, "enable loop devices (CONFIG_BLK_DEV_LOOP)", "views are mounted from plain files, and on this kernel containers cannot mount an overlay of their own then")
 	}
 	if features.IDMap {
-		f.ok("trees can be id-mapped, for pods with user namespaces")
+		f.ok("views can be id-mapped, for pods with user namespaces")
 	} else {
-		f.add(Warn, "run Linux 5.19 or newer with CONFIG_USER_NS", "trees cannot be id-mapped: pods with user namespaces do not start")
+		f.add(Warn, "run Linux 5.19 or newer with CONFIG_USER_NS", "views cannot be id-mapped: pods with user namespaces do not start")
 	}
 	return f.all
 }
@@ -90,7 +103,7 @@ func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
 	f := &findings{area: name}
 	dir, err := host.Existing(root)
 	if err != nil {
-		f.add(Fail, "choose another directory in the configuration", "%s", plain(err))
+		f.add(Fail, "choose another directory in the configuration", "%s", control.ErrorMessage(err))
 		return nil, f.all
 	}
 	if name == "nvm" && dir != root && dir != filepath.Dir(root) {
@@ -99,7 +112,7 @@ func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
 	}
 	d, err := host.Facts(dir)
 	if err != nil {
-		f.add(Fail, "see dmesg for errors of the device", "%s", plain(err))
+		f.add(Fail, "see dmesg for errors of the device", "%s", control.ErrorMessage(err))
 		return nil, f.all
 	}
 	if d.ReadOnly {
@@ -107,15 +120,16 @@ func tier(name, root string, c config.Config) (*host.Dir, []Finding) {
 		return &d, f.all
 	}
 	f.ok("%s is on %s (%s at %s), %s of %s free", root, d.Filesystem, d.Source, d.MountPoint, placement.FormatBytes(d.Free), placement.FormatBytes(d.Total))
-	if d.Inodes > 0 && d.InodesFree < d.Inodes/20 {
-		f.add(Warn, "make the filesystem with more inodes, or remove images", "only %d of %d inodes are free", d.InodesFree, d.Inodes)
+	if d.Inodes > 0 {
+		f.ok("%d of %d inodes free", d.InodesFree, d.Inodes)
 	}
+	room(f, name, d, c)
 	if name == "nvm" {
 		nvm(f, d, c)
 	} else if d.Rotational == host.No {
 		f.ok("the device does not seek: it is not a disk that nhybrid would have to spare")
 	}
-	upper(f, dir, c, name)
+	upper(f, d, c, name)
 	return &d, f.all
 }
 
@@ -147,28 +161,35 @@ func nvm(f *findings, d host.Dir, c config.Config) {
 			f.ok("%s; to change that, %s", text, cure)
 		}
 	}
-	if reserve := c.Placement.NVMReserve.Of(d.Total); d.Free <= reserve {
-		f.add(Warn, "remove images, or lower placement.nvm_reserve", "%s are free and %s are to stay free: new layers go to HDD", placement.FormatBytes(d.Free), placement.FormatBytes(reserve))
-	}
 }
 
 // upper tries what only the tier of writable directories needs.
-func upper(f *findings, dir string, c config.Config, name string) {
+func upper(f *findings, d host.Dir, c config.Config, name string) {
 	if name == "hdd" { // the NVM tier is tried with the kernel
-		if features, err := host.Probe(dir, host.Image()); err != nil || !features.DataOnly {
+		features, lacks, err := probe(d)
+		switch {
+		case lacks != "":
+			f.add(Warn, cureFull, "whether overlayfs takes the filesystem for its writable directories was not tried: %s", lacks)
+		case err != nil:
+			f.add(Fail, "see dmesg for errors of the device", "overlayfs was not tried: %s", control.ErrorMessage(err))
+		case !features.DataOnly:
 			f.add(Fail, "use ext4 or xfs (with ftype=1)", "overlayfs does not take the filesystem for its writable directories")
 		}
 	}
 	if c.Snapshot.UpperTier != name {
 		return
 	}
-	switch err := host.TryProjectQuota(dir); {
+	if full(d) { // a trial would run into that limit, not into its own
+		f.add(Warn, cureFull, "project quotas were not tried: %s", lack(d))
+		return
+	}
+	switch err := host.TryProjectQuota(d.Path); {
 	case err == nil:
 		f.ok("project quotas: the label containerd.io/snapshot/max-size is honoured")
 	case errors.Is(err, errdefs.ErrNotImplemented):
 		f.add(Warn, "mount ext4 (tune2fs -O project,quota) or xfs with prjquota, if containers are to be limited", "no project quotas: the label containerd.io/snapshot/max-size is ignored")
 	default:
-		f.add(Warn, "", "project quotas were not tried: %s", plain(err))
+		f.add(Warn, "see dmesg for errors of the device", "project quotas were not tried: %s", control.ErrorMessage(err))
 	}
 }
 
@@ -193,13 +214,4 @@ func Fsync(dir string) (time.Duration, error) {
 	}
 	slices.Sort(took)
 	return took[len(took)/2], nil
-}
-
-// plain is an error's text without the class at its end, in one line.
-func plain(err error) string {
-	s := strings.Join(strings.Fields(err.Error()), " ")
-	for _, class := range []error{errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented} {
-		s = strings.TrimSuffix(s, ": "+class.Error())
-	}
-	return s
 }

@@ -17,6 +17,7 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/scmlib"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
@@ -29,12 +30,16 @@ func Regions(nvm host.Dir, c config.Config, served bool) []Finding {
 		return f.all
 	}
 	info, err := try(nvm.Path)
+	if lacks, is := noRoom(err, nvm); is {
+		f.add(Warn, cureFull, "what persistent memory regions can be was not tried: %s", lacks)
+		return f.all
+	}
 	if err != nil {
-		f.add(Fail, "see dmesg for errors of the device", "a region was tried on NVM: %s", plain(err))
+		f.add(Fail, "see dmesg for errors of the device", "a region was tried on NVM: %s", control.ErrorMessage(err))
 		return f.all
 	}
 	guarantee(f, info, nvm)
-	if c.SCM.CDISpec != "" {
+	if c.SCM.CDISpec != "" && served { // how containers would ask for what none can have does not matter
 		specification(f, c)
 	}
 	if !served {
@@ -105,7 +110,7 @@ func specification(f *findings, c config.Config) {
 		err = errors.New("it names no hook")
 	}
 	if err != nil {
-		f.add(Warn, "restart the daemon, which writes it anew", "containers cannot ask for regions: %q: %s", c.SCM.CDISpec, plain(err))
+		f.add(Warn, "restart the daemon, which writes it anew", "containers cannot ask for regions: %q: %s", c.SCM.CDISpec, control.ErrorMessage(err))
 		return
 	}
 	hook := spec.Devices[0].Edits.Hooks[0]

@@ -9,14 +9,14 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/nhybrid/nhybrid/hif/trace"
-	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
-// Trace tries whether cold starts could be traced on the tiers, with the rights of this process. Those of the daemon may
+// Trace tries whether cold starts could be traced on NVM, with the rights of this process. Those of the daemon may
 // be others: what it found itself is among its warnings.
-func Trace(nvm, hdd host.Dir) []Finding {
-	t, err := trace.New(trace.Config{Roots: [2]string{placement.NVM: nvm.Path, placement.HDD: hdd.Path}})
+func Trace(nvm host.Dir) []Finding {
+	t, err := trace.New(trace.Config{Root: nvm.Path})
 	if err == nil {
 		err = t.Close()
 	}
@@ -30,13 +30,13 @@ func traced(err error) []Finding {
 	case err == nil:
 		f.ok("fanotify tells which files cold starts open")
 	case errdefs.IsNotImplemented(err):
-		text, cure := strings.Replace(plain(err), " ("+errdefs.ErrNotImplemented.Error()+")", "", 1), "see the daemon's log"
+		text, cure := strings.Replace(control.ErrorMessage(err), " ("+errdefs.ErrNotImplemented.Error()+")", "", 1), "see the daemon's log"
 		if i := strings.LastIndex(text, "; "); i >= 0 {
 			text, cure = text[:i], text[i+2:]
 		}
 		f.add(Warn, cure, "%s: hot files are only guessed from the image", text)
 	default:
-		f.add(Warn, "see dmesg for errors of the device", "fanotify was not tried: %s", plain(err))
+		f.add(Warn, "see dmesg for errors of the device", "fanotify was not tried: %s", control.ErrorMessage(err))
 	}
 	return f.all
 }

@@ -18,11 +18,11 @@ import (
 )
 
 func TestTrace(t *testing.T) {
-	nvm, hdd := host.Dir{Path: tmpfs(t, 0)}, host.Dir{Path: t.TempDir()}
-	has(t, Trace(nvm, hdd), OK, "trace", "fanotify tells")
+	nvm := host.Dir{Path: tmpfs(t, 0)}
+	has(t, Trace(nvm), OK, "trace", "fanotify tells")
 
-	missing := host.Dir{Path: filepath.Join(hdd.Path, "missing")}
-	all := Trace(nvm, missing)
+	missing := host.Dir{Path: filepath.Join(nvm.Path, "missing")}
+	all := Trace(missing)
 	has(t, all, Warn, "trace", "no such file or directory")
 	require.NotContains(t, all[0].Text, "refused")
 }
@@ -32,7 +32,7 @@ func TestTraceIsRefused(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("there is no capability to drop")
 	}
-	nvm, hdd := host.Dir{Path: t.TempDir()}, host.Dir{Path: t.TempDir()}
+	nvm := host.Dir{Path: t.TempDir()}
 	found := make(chan []Finding, 1)
 	failed := make(chan error, 1)
 	go func() {
@@ -42,7 +42,7 @@ func TestTraceIsRefused(t *testing.T) {
 		err := unix.Capget(&h, &d[0])
 		d[0].Effective &^= 1 << unix.CAP_SYS_ADMIN
 		failed <- errors.Join(err, unix.Capset(&h, &d[0]))
-		found <- Trace(nvm, hdd)
+		found <- Trace(nvm)
 	}()
 	require.NoError(t, <-failed)
 	all := <-found

@@ -27,9 +27,10 @@ const (
 	partPull     = "pull"
 	partPrepare  = "prepare"
 	partMetadata = "metadata"
+	partHot      = "hot"
 )
 
-var parts = []string{partPull, partPrepare, partMetadata}
+var parts = []string{partPull, partPrepare, partMetadata, partHot}
 
 // options of the command.
 type options struct {
@@ -74,7 +75,7 @@ func Command() *cobra.Command {
 	f.IntVar(&o.afterRounds, "after-rounds", 1, "in how many rounds the daemon's idle memory and the copying to HDD are measured too")
 	f.DurationVar(&o.idle, "idle", 5*time.Second, "quiet time before the daemon's idle memory is read")
 	f.IntVar(&o.repetitions, "repetitions", 200, "how often a container is prepared with each snapshotter")
-	f.IntSliceVar(&o.captureFiles, "capture-files", []int{10_000, 100_000, 1_000_000}, "sizes of the layers whose metadata are captured")
+	f.IntSliceVar(&o.captureFiles, "capture-files", []int{10_000, 100_000, 1_000_000}, "numbers of files of the layers that are stored and removed")
 	f.BoolVar(&o.dropCaches, "drop-caches", true, "empty the machine's page cache before each pull")
 	f.BoolVar(&o.fresh, "fresh", false, "forget the runs of earlier, interrupted measurements")
 	return c

@@ -85,7 +85,12 @@ func (o *options) run(ctx context.Context, progress io.Writer) (err error) {
 		}
 	}
 	if !slices.Contains(o.skip, partMetadata) {
-		if raw.Metadata, err = b.measureMetadata(ctx); err != nil {
+		if raw.Captures, err = b.measureCaptures(ctx); err != nil {
+			return err
+		}
+	}
+	if !slices.Contains(o.skip, partHot) {
+		if raw.Hot, err = b.measureHot(ctx, names[len(names)/2]); err != nil {
 			return err
 		}
 	}
@@ -122,7 +127,8 @@ func (b *bench) defaultPolicy(ctx context.Context) (string, error) {
 type rawRuns struct {
 	Pulls        runs                    `json:"pulls,omitempty"`
 	Preparations map[string]*preparation `json:"preparations,omitempty"`
-	Metadata     []metadata              `json:"metadata,omitempty"`
+	Captures     []capture               `json:"captures,omitempty"`
+	Hot          []hotRun                `json:"hot,omitempty"`
 }
 
 // fill derives figures and tables.
@@ -130,7 +136,8 @@ func (raw rawRuns) fill(r *result.Result, policy string) error {
 	r.Runs = raw
 	raw.Pulls.figures(r.Set)
 	prepareFigures(raw.Preparations, r.Set)
-	metadataFigures(raw.Metadata, r.Set)
+	captureFigures(raw.Captures, r.Set)
+	hotFigures(raw.Hot, r.Set)
 	if len(raw.Pulls) == 0 {
 		return nil
 	}

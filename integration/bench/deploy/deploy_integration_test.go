@@ -62,12 +62,12 @@ func TestDeploySmall(t *testing.T) {
 	for _, figure := range []string{
 		"durable_vs_nvm_1g", "durable_vs_hdd_1g", "durable_vs_best_1g", "durable_vs_link_1g", "durable_vs_nvm_1g.lass", "nvm_saved_1g",
 		"nvm_saved_1g.lass-best", "cpu_vs_overlayfs", "daemon_peak_mb", "write_amplification_hdd", "link_rate_1g", "link_rate_three_1g",
-		"prepare_overhead_ms", "capture_s_1k", "tree_bytes_per_file_1k", "daemon_idle_rss_mb",
+		"prepare_overhead_ms", "capture_1k_s", "capture_1k_peak_mb", "remove_1k_s", "view_bytes_per_file_1k", "hot_in_place", "first_start_after_pull_vs_nvm", "daemon_idle_rss_mb",
 	} {
 		require.Contains(t, r.Figures, figure)
 	}
 	for _, figure := range []string{
-		"durable_vs_nvm_1g", "durable_vs_best_1g", "durable_vs_link_1g", "link_rate_1g", "daemon_idle_rss_mb", "daemon_peak_mb", "capture_s_1k",
+		"durable_vs_nvm_1g", "durable_vs_best_1g", "durable_vs_link_1g", "link_rate_1g", "daemon_idle_rss_mb", "daemon_peak_mb", "capture_1k_s", "remove_1k_s",
 		"write_amplification_hdd",
 	} {
 		require.Positive(t, r.Figures[figure], figure)
@@ -81,7 +81,7 @@ func TestDeploySmall(t *testing.T) {
 	// The runs are there: nothing is pulled again.
 	require.Equal(t, 6, strings.Count(log.String(), "returned"))
 	log.Reset()
-	require.NoError(t, execute(t.Context(), &log, append(args, "--skip=prepare,metadata")...))
+	require.NoError(t, execute(t.Context(), &log, append(args, "--skip=prepare,metadata,hot")...))
 	require.NotContains(t, log.String(), "returned")
 	again, err := result.Read(filepath.Join(out, "deploy.json"))
 	require.NoError(t, err)
@@ -90,7 +90,7 @@ func TestDeploySmall(t *testing.T) {
 	// Another image beside it is pulled alone.
 	log.Reset()
 	require.NoError(t, execute(t.Context(), &log,
-		"--out="+out, "--rounds=1", "--images=middle,top", "--links=1Gbit", "--variants="+overlayNVM, "--skip=prepare,metadata"))
+		"--out="+out, "--rounds=1", "--images=middle,top", "--links=1Gbit", "--variants="+overlayNVM, "--skip=prepare,metadata,hot"))
 	require.Equal(t, 1, strings.Count(log.String(), "returned"))
 	require.Contains(t, log.String(), "top, 1Gbit, nvm: returned")
 }
@@ -110,7 +110,7 @@ func (c cancelOn) Write(p []byte) (int, error) {
 
 func TestInterruptedMeasurementLeavesItsRunsAndNothingElse(t *testing.T) {
 	out := t.TempDir()
-	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--links=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata"}
+	args := []string{"--out=" + out, "--rounds=1", "--images=top", "--links=0", "--variants=" + overlayNVM + "," + lass, "--skip=prepare,metadata,hot"}
 	ctx, cancel := context.WithCancel(t.Context())
 	require.ErrorContains(t, execute(ctx, cancelOn{"1/2", cancel}, args...), "goes on where it was")
 	checkGone(t)

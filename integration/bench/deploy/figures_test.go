@@ -182,12 +182,22 @@ func TestPrepareFiguresCompareNeighbours(t *testing.T) {
 	require.Equal(t, 3.0, r.Figures["prepare_ms.nhybrid"])
 }
 
-func TestMetadataKeys(t *testing.T) {
+func TestCaptureKeys(t *testing.T) {
 	var r result.Result
-	metadataFigures([]metadata{{Files: 10_000, CaptureS: 1}, {Files: 100_000, CaptureS: 2, BytesPerFile: 130}, {Files: 1_000_000, PeakRSSBytes: 5e8}, {Files: 1234, CaptureS: 4}}, r.Set)
-	require.Equal(t, 1.0, r.Figures["capture_s_10k"])
-	require.Equal(t, 2.0, r.Figures["capture_s_100k"])
-	require.Equal(t, 130.0, r.Figures["tree_bytes_per_file"])
-	require.Equal(t, 500.0, r.Figures["peak_rss_mb_1m"])
-	require.Equal(t, 4.0, r.Figures["capture_s_1234"])
+	captureFigures([]capture{{Files: 10_000, CaptureS: 1}, {Files: 100_000, RemoveS: 2, ViewBytes: 13e6}, {Files: 1_000_000, PeakRSSBytes: 5e8}, {Files: 1234, CaptureS: 4}}, r.Set)
+	require.Equal(t, 1.0, r.Figures["capture_10k_s"])
+	require.Equal(t, 2.0, r.Figures["remove_100k_s"])
+	require.Equal(t, 130.0, r.Figures["view_bytes_per_file_100k"])
+	require.Equal(t, 500.0, r.Figures["capture_1m_peak_mb"])
+	require.Equal(t, 4.0, r.Figures["capture_1234_s"])
+}
+
+func TestHotFigures(t *testing.T) {
+	var r result.Result
+	hotFigures([]hotRun{{HotBytes: 100, InPlaceBytes: 90, StartS: 1, NVMStartS: 2}, {HotBytes: 100, InPlaceBytes: 100, StartS: 3, NVMStartS: 2}, {HotBytes: 100, InPlaceBytes: 100, StartS: 2, NVMStartS: 2}}, r.Set)
+	require.Equal(t, 1.0, r.Figures["hot_in_place"])
+	require.Equal(t, 1.0, r.Figures["first_start_after_pull_vs_nvm"])
+	r = result.Result{}
+	hotFigures(nil, r.Set)
+	require.Empty(t, r.Figures, "not measured")
 }

@@ -64,9 +64,9 @@ func config() image.Step {
 func smallImages() map[string]image.TinySpec {
 	const mib = 1 << 20
 	return map[string]image.TinySpec{
-		bottom: {Layers: []int64{3 * mib, mib, mib / 2, 1000}, Files: 50},
-		middle: {Layers: []int64{mib, mib / 2, 3 * mib, mib / 2, 1000}, Files: 50},
-		top:    {Layers: []int64{mib, mib / 2, mib / 2, 3 * mib}, Files: 50},
+		bottom: {Runnable: true, Layers: []int64{3 * mib, mib, mib / 2, 1000}, Files: 50},
+		middle: {Runnable: true, Layers: []int64{mib, mib / 2, 3 * mib, mib / 2, 1000}, Files: 50},
+		top:    {Runnable: true, Layers: []int64{mib, mib / 2, mib / 2, 3 * mib}, Files: 50},
 	}
 }
 

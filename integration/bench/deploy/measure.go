@@ -158,9 +158,9 @@ func (r *run) describe(ctx context.Context, g *rig.Rig) (err error) {
 			return fmt.Errorf("inspect image: the daemon tells of %d layers, the image has %d", len(answer.GetLayers()), len(r.Layers))
 		}
 		m := &r.Layers[i]
-		m.Tier, m.Reason, m.Swings = l.GetTier(), l.GetDecision().GetReason(), l.GetDecision().GetSwings()
+		m.Tier, m.Reason = l.GetTier(), l.GetDecision().GetReason()
 		r.NVMDataBytes += l.GetNvmBytes()
 	}
-	r.TreeBytes = answer.GetSnapshot().GetTreeBytes()
+	r.ViewBytes = answer.GetSnapshot().GetViewBytes()
 	return nil
 }

@@ -86,8 +86,8 @@ func (w *watcher) awaitHome(ctx context.Context, namespace string) error {
 			if err != nil {
 				return err
 			}
-			if s.GetNvmBytes() > s.GetHddBytes() {
-				return fmt.Errorf("layer %s stands on NVM only", s.GetId())
+			if s.GetKind() == "committed" && s.GetState() != "home" {
+				return fmt.Errorf("layer %s is %s, its pack is not known to be whole", s.GetLayer(), s.GetState())
 			}
 		}
 	})

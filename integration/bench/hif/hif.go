@@ -214,7 +214,7 @@ func (b *bench) fingerprint() (string, error) {
 		}
 	}
 	o := b.options
-	err := json.NewEncoder(h).Encode([]any{b.deviceSize, hddsim.HDD(), o.starts, o.hddStarts, o.link, o.idle})
+	err := json.NewEncoder(h).Encode([]any{b.deviceSize, hddsim.HDD(), o.starts, o.hddStarts, o.link, o.idle, o.warmFirst})
 	return hex.EncodeToString(h.Sum(nil))[:16], err
 }
 

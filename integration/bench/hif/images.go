@@ -173,13 +173,22 @@ func (b *bench) cold(ctx context.Context, s *stand, p *place, img catalog.Image,
 	return p.start(ctx, img, id, nil)
 }
 
+// warm starts a container with all in the caches that pulls have left there.
+func (b *bench) warm(ctx context.Context, _ *stand, p *place, img catalog.Image, id string) (*started, error) {
+	return p.start(ctx, img, id, nil)
+}
+
 // firstStarts leaves nhybrid's container running.
 func (t *trial) firstStarts(ctx context.Context) error {
 	if err := t.arm(); err != nil {
 		return err
 	}
 	for _, v := range variants {
-		c, err := t.cold(ctx, t.stand, t.places[v], t.img, "first-"+t.img.Name)
+		begin := t.cold
+		if v == hybrid && t.options.warmFirst {
+			begin = t.warm
+		}
+		c, err := begin(ctx, t.stand, t.places[v], t.img, "first-"+t.img.Name)
 		if err != nil {
 			return err
 		}

@@ -173,6 +173,12 @@ func (g *guest) programMapping(ctx context.Context) error {
 	if g.boot == "first" {
 		programs = append(programs, "/bin/probe-base")
 	}
+	if g.nhybrid() {
+		// Else the one leaves NVM as soon as a start has shown that it is cold, and the other comes there when one has used it.
+		if err := errors.Join(g.keepOn(ctx, "nvm", "/bin/probe-top"), g.keepOn(ctx, "hdd", "/bin/probe-base")); err != nil {
+			return err
+		}
+	}
 	for _, program := range programs {
 		out, err := g.runOnce(ctx, "probe", []string{"--privileged"}, program)
 		if err != nil {

@@ -21,7 +21,7 @@ import (
 )
 
 // checkTimeout ends a check that hangs, long before the host gives the whole boot up. The slowest one takes some seconds.
-const checkTimeout = 2 * time.Minute
+const checkTimeout = 5 * time.Minute
 
 // check is one thing that must hold. Where a fatal one does not, those after it make no sense.
 type check struct {

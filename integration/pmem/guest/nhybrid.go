@@ -5,13 +5,13 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"strings"
 
+	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 const controlSocket = "/run/nhybrid/control.sock"
@@ -58,7 +58,8 @@ func (g *guest) checkStatus(ctx context.Context) error {
 	return nil
 }
 
-// bothTiers shows that the policy was followed and that the bytes stand where the daemon says.
+// bothTiers shows that the policy was followed: the files of the lowest layer went to its pack, those of the others to NVM,
+// which their packs say for good.
 func (g *guest) bothTiers(ctx context.Context) error {
 	r, err := g.inspect(ctx)
 	if err != nil {
@@ -68,30 +69,68 @@ func (g *guest) bothTiers(ctx context.Context) error {
 		return fmt.Errorf("%d layers, want 3", n)
 	}
 	for i, layer := range r.GetLayers() {
-		want, root := "nvm", nvm
+		want := "nvm"
 		if i == 0 {
-			want, root = "hdd", hdd
+			want = "hdd"
 		}
-		if layer.GetTier() != want {
-			return fmt.Errorf("layer %d is on %q, want %q: %s", i, layer.GetTier(), want, layer.GetDecision().GetReason())
+		if got := layer.GetDecision().GetTier(); got != want {
+			return fmt.Errorf("layer %d was to go to %q, want %q: %s", i, got, want, layer.GetDecision().GetReason())
 		}
-		dir := filepath.Join(root, "nhybrid", "d", layer.GetSnapshotId())
-		if files, err := regularFiles(dir); err != nil || len(files) == 0 {
-			return fmt.Errorf("find data of layer %d below %s: %w", i, dir, errors.Join(err, errNone))
+		holes, files, err := holesOf(filepath.Join(hdd, "nhybrid", "p", layer.GetLayer()+".erofs"))
+		if err != nil {
+			return err
+		}
+		if files == 0 || holes != map[bool]int{true: files}[i > 0] {
+			return fmt.Errorf("layer %d for %s: %d of %d files are holes in the pack", i, want, holes, files)
 		}
 	}
 	return nil
 }
 
-func regularFiles(dir string) ([]string, error) {
-	var files []string
-	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
-		if err == nil && d.Type().IsRegular() {
-			files = append(files, name)
+// holesOf counts the data files of a pack, and those that went to NVM alone when it was written.
+func holesOf(path string) (holes, files int, err error) {
+	p, err := pack.Open(path)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer p.Close()
+	index, err := p.Index()
+	if err != nil {
+		return 0, 0, err
+	}
+	for n := uint32(1); n <= index.Len(); n++ {
+		if e, ok := index.At(n); ok {
+			files++
+			if e.Hole {
+				holes++
+			}
+		}
+	}
+	return holes, files, nil
+}
+
+// keepOn has a file of the image kept on a tier, by a rule of its profile, and waits until it stands there.
+func (g *guest) keepOn(ctx context.Context, tier, path string) error {
+	client, hangUp, err := control.Dial(controlSocket)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = hangUp() }()
+	action := profile.Exclude
+	if tier == "nvm" {
+		action = profile.Pin
+	}
+	rule := &control.SetRuleRequest{Image: g.image(), Namespace: "default", Glob: path, Action: string(action)}
+	if _, err := client.SetRule(ctx, rule); err != nil {
+		return fmt.Errorf("%s %q: %w", action, path, err)
+	}
+	return poll(ctx, func() error {
+		why, err := client.Why(ctx, &control.WhyRequest{Image: g.image(), Namespace: "default", Path: []byte(path)})
+		if err == nil && why.GetFile().GetTier() != tier {
+			err = fmt.Errorf("%q is on %q: %s", path, why.GetFile().GetTier(), why.GetFile().GetReason())
 		}
 		return err
 	})
-	return files, err
 }
 
 // durable waits until the daemon promises that the image survives a power cut.

@@ -1,0 +1,83 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/nhybrid/nhybrid/hif"
+	"github.com/nhybrid/nhybrid/hif/profile"
+	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
+)
+
+// profiles keeps profiles in a bucket of the database.
+type profiles struct {
+	s      *store.Store
+	bucket []byte
+}
+
+var _ profile.Store = profiles{}
+
+// Get implements [profile.Store].
+func (p profiles) Get(image digest.Digest) (data []byte, err error) {
+	err = p.s.ViewTx(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		data = slices.Clone(store.Profiles(tx, p.bucket).Get([]byte(image)))
+		return nil
+	})
+	return data, err
+}
+
+// Update implements [profile.Store].
+func (p profiles) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
+	err := p.s.UpdateTx(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		b := store.Profiles(tx, p.bucket)
+		old := slices.Clone(b.Get([]byte(image)))
+		data, err := change(old)
+		switch {
+		case err != nil:
+			return err
+		case bytes.Equal(data, old):
+			return errUnchanged // a commit would sync the file
+		case data == nil:
+			return b.Delete([]byte(image))
+		}
+		return b.Put([]byte(image), data)
+	})
+	if errors.Is(err, errUnchanged) {
+		return nil
+	}
+	return err
+}
+
+var errUnchanged = errors.New("nothing to write")
+
+// Each implements [profile.Store].
+func (p profiles) Each(f func(digest.Digest, []byte) error) error {
+	return p.s.ViewTx(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		return store.Profiles(tx, p.bucket).ForEach(func(k, v []byte) error { return f(digest.Digest(k), v) })
+	})
+}
+
+func (s *Snapshotter) newHot(ctx context.Context) error {
+	if s.config.Hot == nil {
+		return nil
+	}
+	pins, err := tier.NewPins(s.store.Tiers.DataRoot())
+	if err != nil {
+		return err
+	}
+	s.pins = pins
+	h := hotStore{s, pins}
+	s.hot, err = hif.New(ctx, *s.config.Hot, h, h, hif.Books{
+		Profiles: profiles{s.store, store.BucketProfiles}, Predictions: profiles{s.store, store.BucketPredictions}, Origins: profiles{s.store, store.BucketOrigins},
+	})
+	return err
+}

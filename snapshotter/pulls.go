@@ -1,0 +1,526 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/nhybrid/nhybrid/hif"
+	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pull"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
+)
+
+// Downloads tells what containerd downloads; implemented by [pull.Watcher].
+type Downloads interface {
+	Find(ctx context.Context, namespace, chainID string, labels map[string]string) (*pull.Image, int, error)
+	Progress(ctx context.Context, img *pull.Image) ([]placement.Layer, error)
+	// Subscribe returns a channel that is sent to after something has arrived
+	// in a namespace ("": any), and a function that ends the subscription.
+	Subscribe(namespace string) (<-chan struct{}, func())
+	// ContentRoot tells where containerd keeps blobs, "" if unknown.
+	ContentRoot(ctx context.Context) string
+	// Provider reads blobs of a namespace.
+	Provider(ctx context.Context, namespace string) (content.Provider, error)
+}
+
+const (
+	// abandoned is when an extraction counts as given up of which nothing was heard.
+	abandoned = 10 * time.Minute
+	// stalled is when a pull between two layers is no longer taken for busy.
+	stalled = 2 * time.Second
+	// forgotten is when a pull of which nothing was heard counts as given up.
+	forgotten = 30 * time.Second
+	// mostFailed bounds what is remembered of extractions that were given up.
+	mostFailed = 1000
+	// askTimeout bounds what Prepare waits for containerd's answers.
+	askTimeout = 2 * time.Second
+	// concurrency is containerd's default max_concurrent_downloads. It matters
+	// for the expected LDL only, which is shown, not acted upon.
+	concurrency = 3
+)
+
+// pulls is the images that are being pulled: it has their layers unpacked while
+// they download, says where the bytes go, and knows when a pull is over.
+type pulls struct {
+	s     *Snapshotter
+	stop  context.CancelFunc
+	done  chan struct{}
+	wake  chan struct{}
+	watch watchers
+	wg    sync.WaitGroup
+
+	mu     sync.Mutex
+	byKey  map[string]*pulling // by namespace and manifest
+	active map[string]*extract // by snapshot id
+	failed map[string]bool     // chain ids whose extractions were given up
+
+	contentOnHDD bool // containerd's blobs share the disk of the HDD tier
+}
+
+// pulling is one image that is being pulled. Guarded by pulls.mu.
+type pulling struct {
+	key       string
+	img       *pull.Image
+	layers    []placement.Layer // as last seen
+	placed    []placed          // by layer
+	bandwidth pull.Bandwidth
+	began     time.Time
+	touched   time.Time     // when something was last heard of it
+	received  int64         // bytes, then
+	shown     []shown       // what watchers know
+	changed   chan struct{} // closed when more has arrived
+
+	asked  chan struct{} // closed when hot is known
+	hot    hif.HotSet
+	waited sync.Once // for asked
+}
+
+// placed is how far a layer of a pull is.
+type placed struct {
+	layer   store.LayerID // held while the pull runs; 0: it was there
+	storing bool          // its bytes are being placed
+	stored  bool          // committed
+	tier    placement.Tier
+	job     *placing // nil: none of ours
+}
+
+// extract is one layer between Prepare and Commit.
+type extract struct {
+	id      string
+	chainID string
+	pulling *pulling // nil: containerd tells nothing of its image
+	index   int
+	since   time.Time
+	applied bool
+}
+
+// image names the image of an extraction; nil if it is not known.
+func (e *extract) image() *store.ImageRef {
+	if e == nil || e.pulling == nil {
+		return nil
+	}
+	img, l := e.pulling.img, e.pulling.img.Layers[e.index]
+	return &store.ImageRef{Name: img.Name, Manifest: img.Manifest.String(), Index: e.index, Layers: len(img.Layers), Digest: l.Digest.String(), Size: l.Size}
+}
+
+// estimate is how many bytes an applier that is not ours may write. An
+// extraction that was given up before may have failed for want of room.
+func (p *pulls) estimate(e *extract) int64 {
+	if e == nil {
+		return 0
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.failed[e.chainID]:
+		return math.MaxInt64
+	case e.pulling == nil:
+		return 0
+	}
+	return placement.Footprint(e.pulling.layers[e.index].Size())
+}
+
+func newPulls(s *Snapshotter) *pulls {
+	return &pulls{s: s, done: make(chan struct{}), wake: make(chan struct{}, 1), byKey: map[string]*pulling{}, active: map[string]*extract{}, failed: map[string]bool{}}
+}
+
+func (p *pulls) start() {
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
+	go p.run(ctx)
+}
+
+func (p *pulls) close() {
+	if p.stop != nil {
+		p.stop()
+		<-p.done
+	}
+	p.wg.Wait()
+	p.watch.close()
+}
+
+// poke makes the loop look.
+func (p *pulls) poke() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// prepare tells that a layer is asked for. The layers of its image that the store
+// lacks begin to be unpacked. It never fails: a layer of which nothing can be
+// learned is stored as the client's applier brings it.
+func (p *pulls) prepare(ctx context.Context, ns, chainID string, labels map[string]string) *extract {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	e := &extract{since: time.Now(), chainID: chainID}
+	pl, index, err := p.find(ctx, ns, chainID, labels)
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("chain_id", chainID).Debug("a layer is stored without knowing its image")
+		return e
+	}
+	e.pulling, e.index = pl, index
+	return e
+}
+
+// find returns the pull that a layer belongs to, and begins it if it is new.
+func (p *pulls) find(ctx context.Context, ns, chainID string, labels map[string]string) (*pulling, int, error) {
+	if p.s.config.Downloads == nil || chainID == "" {
+		return nil, 0, errdefs.ErrNotFound
+	}
+	img, index, err := p.s.config.Downloads.Find(ctx, ns, chainID, labels)
+	if err != nil {
+		return nil, 0, err
+	}
+	if index < 0 || index >= len(img.Layers) {
+		return nil, 0, fmt.Errorf("image %s has no layer %d: %w", img.Manifest, index, errdefs.ErrOutOfRange)
+	}
+	key := ns + "/" + img.Manifest.String()
+	p.mu.Lock()
+	pl := p.byKey[key]
+	if pl != nil {
+		pl.touched = time.Now()
+	}
+	p.mu.Unlock()
+	if pl == nil {
+		if pl, err = p.begin(ctx, key, img); err != nil {
+			return nil, 0, err
+		}
+	}
+	return pl, index, nil
+}
+
+// begin has the layers of an image unpacked that are not there.
+func (p *pulls) begin(ctx context.Context, key string, img *pull.Image) (*pulling, error) {
+	n := len(img.Layers)
+	pl := &pulling{key: key, img: img, began: time.Now(), touched: time.Now(), layers: make([]placement.Layer, n), placed: make([]placed, n), changed: make(chan struct{}), asked: make(chan struct{})}
+	for i, l := range img.Layers {
+		pl.layers[i] = placement.Layer{Digest: l.Digest.String(), Compressed: l.Size}
+	}
+	committed, err := p.s.committedLayers(ctx, img.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	layers, err := p.s.config.Downloads.Progress(ctx, img)
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("a pull begins without knowing what is downloading")
+	}
+	root := p.s.config.Downloads.ContentRoot(ctx)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if known := p.byKey[key]; known != nil {
+		return known, nil
+	}
+	p.byKey[key] = pl
+	p.contentOnHDD = p.s.store.Tiers.OnDevice(placement.HDD, root)
+	pl.saw(layers)
+	for i, l := range img.Layers {
+		if committed[l.ChainID.String()] { // containerd asks for no layer whose snapshot it has
+			pl.placed[i].stored = true
+			continue
+		}
+		job := &placing{p: p, pl: pl, index: i}
+		pl.placed[i].job = job
+	}
+	p.watch.began(pl)
+	p.poke()
+	p.wg.Go(func() { p.askHot(context.WithoutCancel(ctx), pl) })
+	p.wg.Go(func() { p.unpack(context.WithoutCancel(ctx), pl) })
+	return pl, nil
+}
+
+// unpack begins the unpackings of a pull, the lowest layer first.
+func (p *pulls) unpack(ctx context.Context, pl *pulling) {
+	for i := range pl.img.Layers {
+		p.mu.Lock()
+		job, over := pl.placed[i].job, p.byKey[pl.key] != pl
+		p.mu.Unlock()
+		if job == nil || over {
+			continue
+		}
+		id, _, err := p.s.store.Begin(ctx, job.spec())
+		if err != nil {
+			log.G(ctx).WithError(err).Warn("a layer is not unpacked while it downloads")
+			continue
+		}
+		p.mu.Lock()
+		if p.byKey[pl.key] == pl {
+			pl.placed[i].layer = id
+			p.mu.Unlock()
+			continue
+		}
+		p.mu.Unlock()
+		p.s.store.Release(id) // the pull was over before
+	}
+}
+
+// saw takes in what containerd has told of the downloads. Called with mu held.
+func (pl *pulling) saw(layers []placement.Layer) {
+	if len(layers) != len(pl.placed) {
+		return
+	}
+	pl.layers = layers
+	now, received := time.Now(), pull.Received(layers)
+	pl.bandwidth.Observe(now, received)
+	if received != pl.received {
+		pl.received, pl.touched = received, now
+	}
+	close(pl.changed)
+	pl.changed = make(chan struct{})
+}
+
+// prepared tells that a layer's snapshot exists now.
+func (p *pulls) prepared(e *extract, id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e.id = id
+	p.active[id] = e
+	if e.pulling != nil {
+		e.pulling.touched = time.Now()
+	}
+	p.poke()
+}
+
+// dropped tells that a layer gets no snapshot.
+func (p *pulls) dropped(*extract) { p.poke() }
+
+// spec says how the layer of an extraction is unpacked; false if its image is not known.
+func (p *pulls) spec(id string, sn store.Snapshot) (store.Spec, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.active[id]; e != nil && e.pulling != nil {
+		e.pulling.touched = time.Now()
+		if job := e.pulling.placed[e.index].job; job != nil {
+			return job.spec(), true
+		}
+	}
+	if sn.Image == nil { // of an earlier run of the daemon, the record tells
+		return store.Spec{}, false
+	}
+	return specOf(sn)
+}
+
+// applied tells that Apply has bound a layer.
+func (p *pulls) applied(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.active[id]; e != nil {
+		e.applied = true
+		if e.pulling != nil {
+			e.pulling.touched = time.Now()
+		}
+	}
+}
+
+// committed tells that a layer's snapshot is committed.
+func (p *pulls) committed(id string) {
+	p.mu.Lock()
+	e := p.active[id]
+	if e == nil {
+		p.mu.Unlock()
+		return
+	}
+	delete(p.active, id)
+	delete(p.failed, e.chainID)
+	pl := e.pulling
+	over := false
+	if pl != nil {
+		pl.placed[e.index].stored = true
+		pl.touched = time.Now()
+		p.watch.stored(pl, e.index)
+		over = !slices.ContainsFunc(pl.placed, func(q placed) bool { return !q.stored })
+	}
+	p.mu.Unlock()
+	if over {
+		p.end(pl, "")
+	}
+}
+
+// removed tells that a snapshot is gone; a pull may have been cancelled, or have
+// failed. One that failed for want of room gives back at once what it has stored.
+func (p *pulls) removed(id string) {
+	p.mu.Lock()
+	e := p.active[id]
+	if e == nil {
+		p.mu.Unlock()
+		return
+	}
+	delete(p.active, id)
+	if len(p.failed) == mostFailed {
+		clear(p.failed)
+	}
+	p.failed[e.chainID] = true
+	pl := e.pulling
+	var layer store.LayerID
+	if pl != nil {
+		layer = pl.placed[e.index].layer
+	}
+	p.mu.Unlock()
+	if layer == 0 {
+		return
+	}
+	if err := p.s.store.Failure(layer); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		p.finish(pl, "no room: "+err.Error(), p.s.store.Discard)
+	}
+}
+
+// end forgets a pull and lets go of its layers: those that no snapshot uses go
+// after a while.
+func (p *pulls) end(pl *pulling, trouble string) { p.finish(pl, trouble, p.s.store.Release) }
+
+// finish is end with another way to let go of layers.
+func (p *pulls) finish(pl *pulling, trouble string, release func(store.LayerID)) {
+	p.mu.Lock()
+	if p.byKey[pl.key] != pl {
+		p.mu.Unlock()
+		return
+	}
+	delete(p.byKey, pl.key)
+	var held []store.LayerID
+	for _, q := range pl.placed {
+		if q.layer != 0 {
+			held = append(held, q.layer)
+		}
+	}
+	p.watch.ended(pl, trouble)
+	p.mu.Unlock()
+	for _, id := range held {
+		release(id)
+	}
+	p.s.store.TrafficChanged()
+	p.s.kickHot()
+}
+
+// busy reports whether a pull is storing layers, or will soon. One that nothing
+// was heard of for a while is not waited for.
+func (p *pulls) busy() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, pl := range p.byKey {
+		if time.Since(pl.touched) < stalled {
+			return true
+		}
+	}
+	return false
+}
+
+// Count is the number of pulls.
+func (p *pulls) Count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.byKey)
+}
+
+// run looks at the downloads whenever something has arrived, and now and then.
+func (p *pulls) run(ctx context.Context) {
+	defer close(p.done)
+	var arrived <-chan struct{}
+	if p.s.config.Downloads != nil {
+		c, cancel := p.s.config.Downloads.Subscribe("")
+		defer cancel()
+		arrived = c
+	}
+	tick := time.NewTicker(p.s.config.Poll)
+	defer tick.Stop()
+	wasBusy := false
+	for {
+		p.mu.Lock()
+		idle := len(p.byKey) == 0 && len(p.active) == 0
+		p.mu.Unlock()
+		if idle { // no timer wakes an idle daemon
+			tick.Stop()
+			select {
+			case <-ctx.Done():
+				return
+			case <-p.wake:
+			}
+			tick.Reset(p.s.config.Poll)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-arrived:
+		case <-p.wake:
+		case <-tick.C:
+		}
+		p.look(ctx)
+		if busy := p.busy(); busy != wasBusy {
+			if wasBusy = busy; !busy { // stalled
+				p.s.store.TrafficChanged()
+			}
+		}
+	}
+}
+
+// look brings all running pulls up to date and forgets those that nobody goes on with.
+func (p *pulls) look(ctx context.Context) {
+	p.mu.Lock()
+	running := p.running()
+	for id, e := range p.active {
+		if e.pulling == nil && time.Since(e.since) > abandoned || e.pulling != nil && time.Since(e.pulling.touched) > abandoned {
+			delete(p.active, id)
+		}
+	}
+	p.mu.Unlock()
+	for _, pl := range running {
+		if p.givenUp(pl) {
+			p.end(pl, "no layer was stored for a while; the pull was cancelled or failed")
+			continue
+		}
+		ask, cancel := context.WithTimeout(ctx, askTimeout)
+		layers, err := p.s.config.Downloads.Progress(ask, pl.img)
+		cancel()
+		if err != nil {
+			log.G(ctx).WithError(err).Debug("cannot see the downloads")
+			continue
+		}
+		p.mu.Lock()
+		pl.saw(layers)
+		p.watch.progress(pl)
+		p.mu.Unlock()
+	}
+}
+
+// givenUp reports whether nothing is heard of a pull any more.
+func (p *pulls) givenUp(pl *pulling) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(pl.touched) < forgotten {
+		return false
+	}
+	for _, e := range p.active {
+		if e.pulling == pl {
+			return false
+		}
+	}
+	return true
+}
+
+// committedLayers is the chain ids that a namespace has.
+func (s *Snapshotter) committedLayers(ctx context.Context, ns string) (map[string]bool, error) {
+	all, err := s.store.Entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	have := map[string]bool{}
+	for _, e := range all {
+		if e.Info.Kind == snapshots.KindCommitted && e.NS() == ns {
+			have[store.ClientKey(e.Info.Name)] = true
+		}
+	}
+	return have, nil
+}

@@ -1,0 +1,74 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	hifparts "github.com/nhybrid/nhybrid/hif/parts"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
+	"github.com/nhybrid/nhybrid/snapshotter/unpack"
+)
+
+// packs is the store as package parts reads it.
+type packs struct{ *Store }
+
+func (p packs) PackPath(layer uint64) string { return p.Store.PackPath(LayerID(layer)) }
+
+// Between the answer that names the parts of a chain and the mount by the
+// container, the parts may be dropped: the container starts all the same.
+func TestPartsThatGoBeforeTheyAreMounted(t *testing.T) {
+	b, nvm := onDisk(t)
+	s := b.open(func(c *Config) { c.NVMRoot = nvm })
+	data := large("a", 2<<20)
+	blob, diffID := layerOf(t, file{"large", data})
+	b.blobs.write(t, blob)
+	l := b.begin(spec(blob, diffID, unpack.ToPack))
+	id := b.commit("top", "", l.ID)
+	s.Release(l.ID)
+	b.state(l.ID, Home)
+	view, err := s.View(t.Context(), id, "top")
+	require.NoError(t, err)
+	if s.PartsPath(id) == "" {
+		t.Skip("this kernel mounts no parts")
+	}
+	set := hifparts.Choose([]hifparts.Want{{
+		Redirect: pack.Ref{Layer: uint64(l.ID), Number: 1}.Redirect(), Size: int64(len(data)), Ranges: []hifparts.Range{{Offset: 0, Length: 1 << 20}},
+	}}, hifparts.Rules{MinSize: 1 << 18})
+	for _, drop := range []string{"not wanted", "layer replaced"} {
+		_, err = hifparts.Write(t.Context(), s.PartsPath(id), s.Tiers.DataRoot(), packs{s}, set, nopace)
+		require.NoError(t, err)
+		require.NoError(t, s.PartsChanged(t.Context(), id))
+		point := s.Parts(t.Context(), id)
+		require.NotEmpty(t, point)
+		if drop == "not wanted" {
+			require.NoError(t, os.Remove(s.PartsPath(id)))
+			require.NoError(t, s.PartsChanged(t.Context(), id))
+		} else {
+			require.NoError(t, s.views.forget(t.Context(), l.ID))
+			_, err = s.View(t.Context(), id, "top")
+			require.NoError(t, err)
+		}
+		require.Empty(t, s.Parts(t.Context(), id), drop)
+		root := t.TempDir()
+		opts := "lowerdir=" + filepath.Join(view, "t") + "::" + s.Tiers.DataRoot() + "::" + point + "::" + filepath.Join(view, "h")
+		for _, o := range s.Features().Options() {
+			opts += "," + o
+		}
+		require.NoError(t, unix.Mount("overlay", root, "overlay", unix.MS_RDONLY, opts), drop)
+		got, err := os.ReadFile(filepath.Join(root, "large"))
+		require.NoError(t, unix.Unmount(root, 0))
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(data, got), drop)
+	}
+	b.remove("top")
+	b.gone(l.ID)
+	require.NoDirExists(t, s.partsPoint(id))
+}

@@ -1,0 +1,450 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	bolt "go.etcd.io/bbolt"
+
+	"github.com/nhybrid/nhybrid/placement/tier"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
+	"github.com/nhybrid/nhybrid/snapshotter/unpack"
+)
+
+// Spec says what is to be unpacked, and where its bytes go.
+type Spec struct {
+	Namespace string // whose content store has the blob, or will have it
+	Blob      digest.Digest
+	Size      int64 // bytes of the blob
+	MediaType string
+	DiffID    digest.Digest // "" if it is not known
+	// Gate returns when storing may begin; nil: at once.
+	Gate func(context.Context) error
+	// Place says where the bytes of a file go; nil: into the pack.
+	Place func(unpack.File) unpack.Placement
+	// Progress is told how many bytes were read of the blob and came out of it; nil: nobody.
+	Progress func(compressed, uncompressed int64)
+	// Ended is called when the pack is there and before the layer can be read; nil: not.
+	Ended func(LayerID)
+	// Decision explains what became of it; nil: nothing is recorded.
+	Decision func(unpack.Result) json.RawMessage
+}
+
+// unpacking is the work of making a layer from its blob.
+type unpacking struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// Begin returns the layer with the given blob and holds it until [Store.Release].
+// Where there is none, or one that is damaged, it begins an unpacking, which goes
+// on without the caller. fresh reports whether it did.
+func (s *Store) Begin(ctx context.Context, spec Spec) (id LayerID, fresh bool, err error) {
+	if s.config.Blobs == nil {
+		return 0, false, fmt.Errorf("unpack %s: no containerd is configured: %w", spec.Blob, errdefs.ErrUnavailable)
+	}
+	if id, ok := s.holdBlob(spec); ok {
+		return id, false, nil
+	}
+	var rec Layer
+	err = s.db.update(ctx, func(_ context.Context, tx *bolt.Tx) (err error) {
+		rec, err = newLayer(tx, Layer{
+			State: Unpacking, Namespace: spec.Namespace, Blob: spec.Blob, Size: spec.Size, MediaType: spec.MediaType,
+			DiffID: spec.DiffID, Boot: s.config.BootID,
+		})
+		return err
+	})
+	if err != nil {
+		return 0, false, fmt.Errorf("unpack %s: %w", spec.Blob, err)
+	}
+	s.mu.Lock()
+	if id, ok := s.byBlob[spec.Blob.String()]; ok && s.layers[id] != nil {
+		// Another pull was faster. The number stays unused.
+		s.layers[id].holds++
+		s.layers[rec.ID] = &layer{rec: rec, changed: make(chan struct{}), since: time.Now()}
+		s.mu.Unlock()
+		s.exec.kick(rec.ID) // nobody holds it: it goes
+		return id, false, nil
+	}
+	l := s.remember(rec)
+	l.holds++
+	s.mu.Unlock()
+	s.start(l, rec, spec)
+	return rec.ID, true, nil
+}
+
+// holdBlob holds the layer of a blob if there is one, and has it unpacked anew if
+// nothing better is known of it.
+func (s *Store) holdBlob(spec Spec) (LayerID, bool) {
+	s.mu.Lock()
+	id, ok := s.byBlob[spec.Blob.String()]
+	l := s.layers[id]
+	if !ok || l == nil || l.dying {
+		s.mu.Unlock()
+		return 0, false
+	}
+	l.holds++
+	rec, running := l.rec.clone(), l.unpack != nil
+	s.mu.Unlock()
+	if !running && (rec.Damaged != "" || rec.State == Unpacking) {
+		s.start(l, rec, spec)
+	}
+	return id, true
+}
+
+// start unpacks in a goroutine of its own, unless that is under way.
+func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
+	ctx, cancel := context.WithCancel(s.ctx)
+	u := &unpacking{cancel: cancel, done: make(chan struct{})}
+	s.mu.Lock()
+	if l.unpack != nil || s.closing {
+		u = l.unpack
+		s.mu.Unlock()
+		cancel()
+		return u
+	}
+	l.unpack = u
+	l.last = nil
+	s.signal(l)
+	s.wg.Go(func() {
+		defer close(u.done)
+		defer cancel()
+		l.run.Lock()
+		err := s.unpack(ctx, l, rec, spec)
+		l.run.Unlock()
+		s.mu.Lock()
+		l.unpack = nil
+		l.last = err
+		s.signal(l)
+		s.mu.Unlock()
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			log.L.WithField("layer", rec.ID).Debug("unpacking was cancelled")
+		default:
+			log.L.WithError(err).WithFields(log.Fields{"layer": rec.ID, "blob": rec.Blob}).Error("a layer could not be unpacked")
+		}
+		s.exec.kick(rec.ID)
+	})
+	s.mu.Unlock()
+	return u
+}
+
+// unpackAnew is the step for a layer that is damaged or was interrupted, with the
+// layer's run lock held.
+func (s *Store) unpackAnew(ctx context.Context, rec Layer) error {
+	if s.config.Blobs == nil {
+		return fmt.Errorf("unpack layer %s anew: no containerd is configured: %w", rec.ID, errdefs.ErrUnavailable)
+	}
+	l, err := s.layer(rec.ID)
+	if err != nil {
+		return err
+	}
+	spec := Spec{Namespace: rec.Namespace, Blob: rec.Blob, Size: rec.Size, MediaType: rec.MediaType, DiffID: rec.DiffID}
+	// A blob that nobody is fetching does not come by waiting for it.
+	provider, err := s.config.Blobs.Provider(ctx, rec.Namespace)
+	if err != nil {
+		return fmt.Errorf("unpack layer %s anew: %w", rec.ID, err)
+	}
+	r, err := unpack.FromProvider(ctx, provider, descriptor(rec))
+	if err != nil {
+		return fmt.Errorf("unpack layer %s anew: blob %s: %w", rec.ID, rec.Blob, err)
+	}
+	defer r.Close()
+	return s.unpackFrom(ctx, l, rec, spec, r)
+}
+
+func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) error {
+	if spec.Gate != nil {
+		if err := spec.Gate(ctx); err != nil {
+			return err
+		}
+	}
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	for {
+		err := s.unpackOnce(ctx, l, rec, spec)
+		if !errors.Is(err, unpack.ErrRestarted) {
+			return err
+		}
+		log.G(ctx).WithError(err).WithField("layer", rec.ID).Info("the download of a layer began anew, and so does its unpacking")
+	}
+}
+
+func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec) error {
+	r, err := s.open(ctx, spec)
+	if err != nil {
+		return fmt.Errorf("read blob %s: %w", spec.Blob, err)
+	}
+	defer r.Close()
+	return s.unpackFrom(ctx, l, rec, spec, r)
+}
+
+// open opens a blob as it grows, or, where its file cannot be read from here,
+// when it has arrived.
+func (s *Store) open(ctx context.Context, spec Spec) (io.ReadCloser, error) {
+	if root := s.config.Blobs.ContentRoot(ctx); root != "" && !s.elsewhere(ctx, root, spec) {
+		r, err := unpack.OpenGrowing(ctx, root, spec.Blob, spec.Size)
+		if err == nil {
+			return s.guard(ctx, r, root, spec), nil
+		}
+		if ctx.Err() != nil || !errdefs.IsUnavailable(err) {
+			return nil, err
+		}
+		log.G(ctx).WithError(err).Debug("a blob is read by containerd's API, when it is whole")
+	}
+	arrived, cancel := s.config.Blobs.Subscribe(spec.Namespace)
+	defer cancel()
+	for {
+		r, err := s.fromProvider(ctx, spec)
+		if err == nil || !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
+			return r, err
+		}
+		select {
+		case <-arrived:
+		case <-time.After(time.Second): // events may be lost with the connection
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (s *Store) fromProvider(ctx context.Context, spec Spec) (io.ReadCloser, error) {
+	provider, err := s.config.Blobs.Provider(ctx, spec.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	return unpack.FromProvider(ctx, provider, descriptor(Layer{Blob: spec.Blob, Size: spec.Size, MediaType: spec.MediaType}))
+}
+
+// elsewhere reports whether containerd has a blob that is not below the content
+// root as it is seen from here: containerd lives in another mount namespace, or
+// its content store is a plugin of somebody's.
+func (s *Store) elsewhere(ctx context.Context, root string, spec Spec) bool {
+	if _, err := os.Lstat(filepath.Join(root, "blobs", spec.Blob.Algorithm().String(), spec.Blob.Encoded())); err == nil {
+		return false
+	}
+	r, err := s.fromProvider(ctx, spec)
+	if err != nil {
+		return false
+	}
+	r.Close()
+	// It may have arrived between the two looks.
+	_, err = os.Lstat(filepath.Join(root, "blobs", spec.Blob.Algorithm().String(), spec.Blob.Encoded()))
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// guard ends a reader that waits below a directory to which its blob will never come.
+func (s *Store) guard(ctx context.Context, r io.ReadCloser, root string, spec Spec) io.ReadCloser {
+	ctx, cancel := context.WithCancel(ctx)
+	g := &guarded{ReadCloser: r, cancel: cancel}
+	arrived, unsubscribe := s.config.Blobs.Subscribe(spec.Namespace)
+	s.wg.Go(func() {
+		defer unsubscribe()
+		for {
+			select {
+			case <-arrived:
+			case <-ctx.Done():
+				return
+			}
+			if !g.began.Load() && s.elsewhere(ctx, root, spec) {
+				g.moved.Store(true)
+				r.Close()
+				return
+			}
+		}
+	})
+	return g
+}
+
+// guarded is a reader that says when it was closed for its blob being elsewhere.
+type guarded struct {
+	io.ReadCloser
+	cancel       context.CancelFunc
+	began, moved atomic.Bool
+}
+
+func (g *guarded) Read(p []byte) (int, error) {
+	n, err := g.ReadCloser.Read(p)
+	if n > 0 {
+		g.began.Store(true)
+	}
+	if err != nil && g.moved.Load() {
+		err = fmt.Errorf("its content store is elsewhere: %w", unpack.ErrRestarted)
+	}
+	return n, err
+}
+
+func (g *guarded) Close() error {
+	g.cancel()
+	return g.ReadCloser.Close()
+}
+
+// unpackFrom makes the layer of a blob that is being read. Nothing of it is
+// valid before both digests were found to be right.
+func (s *Store) unpackFrom(ctx context.Context, l *layer, rec Layer, spec Spec, r io.ReadCloser) (err error) {
+	// Containers may still read a damaged layer: the old pack stays theirs, and so do
+	// the files on NVM, since the same blob gives the same numbers.
+	anew := rec.State != Unpacking
+	s.dropPack(rec.ID)
+	if !anew {
+		if err := s.Tiers.RemoveData(rec.ID.String()); err != nil {
+			return err
+		}
+	}
+	w, err := pack.Create(s.newPack(rec.ID), s.flusher.options())
+	if err != nil {
+		return fmt.Errorf("unpack layer %s: %w", rec.ID, err)
+	}
+	kept := false // the descriptor is the store's
+	defer func() {
+		if err != nil {
+			if kept {
+				s.dropPack(rec.ID)
+				err = errors.Join(err, os.Remove(s.PackPath(rec.ID)))
+			} else {
+				_ = s.flusher.finish(w.File()) // it is deleted
+				err = errors.Join(err, w.Abort())
+			}
+			if !anew {
+				err = errors.Join(err, s.Tiers.RemoveData(rec.ID.String()))
+			}
+		}
+	}()
+	m, res, err := unpack.Layer(ctx, r, w, unpack.Want{Digest: spec.Blob, DiffID: spec.DiffID, Size: spec.Size}, unpack.Options{
+		Layer: uint64(rec.ID), Place: spec.Place, NVM: nvmFiles{s, rec.ID}, MaxBytes: s.config.MostBytes, Progress: spec.Progress,
+	})
+	if err != nil {
+		return err
+	}
+	st, err := w.Finish(m, pack.Identity{
+		Layer: uint64(rec.ID), Blob: spec.Blob, DiffID: res.DiffID, Compressed: res.Compressed, Uncompressed: res.Uncompressed,
+	})
+	if err != nil {
+		return fmt.Errorf("unpack blob %s: %w", spec.Blob, err)
+	}
+	if err := os.Rename(s.newPack(rec.ID), s.PackPath(rec.ID)); err != nil {
+		return fmt.Errorf("unpack layer %s: %w", rec.ID, err)
+	}
+	s.keepPack(rec.ID, w.File())
+	kept = true
+	s.metaCache.drop(rec.ID)
+	if anew {
+		if err := s.mended(ctx, rec.ID); err != nil {
+			return err
+		}
+	}
+	if spec.Ended != nil {
+		spec.Ended(rec.ID)
+	}
+	nvm, err := s.occupied(rec.ID)
+	if err != nil {
+		return err
+	}
+	var decision json.RawMessage
+	if spec.Decision != nil {
+		decision = spec.Decision(res)
+	}
+	err = s.updateLayer(ctx, rec.ID, func(l *Layer) {
+		l.State, l.Damaged, l.Boot, l.DiffID = Stored, "", s.config.BootID, res.DiffID
+		l.Pack, l.Holes, l.NVM = st.Size, st.HoleBytes, nvm
+		l.Tar, l.Data, l.Files = res.Uncompressed, st.DataBytes, st.Files
+		l.Usage = snapshots.Usage{Size: st.Size, Inodes: st.Inodes}
+		if decision != nil {
+			l.Decision = decision
+		}
+		if anew {
+			l.Repairs++
+		}
+	})
+	if err != nil {
+		return err
+	}
+	log.G(ctx).WithFields(log.Fields{"layer": rec.ID, "blob": spec.Blob, "files": st.Files, "bytes": st.DataBytes, "nvm": nvm, "holes": st.HoleBytes}).Info("layer stored")
+	return nil
+}
+
+// newPack is where a pack is written.
+func (s *Store) newPack(id LayerID) string { return s.path("p", "."+id.String()+".new") }
+
+// mended has everybody who comes next see the new pack of a layer, and replaces
+// files on NVM that are not what was unpacked.
+func (s *Store) mended(ctx context.Context, id LayerID) error {
+	if err := s.views.forget(ctx, id); err != nil {
+		return fmt.Errorf("mend layer %s: %w", id, err)
+	}
+	for e, err := range s.Tiers.OnNVM(id.String()) {
+		if err != nil {
+			return fmt.Errorf("mend layer %s: %w", id, err)
+		}
+		if err := s.mendFile(ctx, pack.Ref{Layer: uint64(id), Number: e.Number}); err != nil {
+			return fmt.Errorf("mend layer %s: file %d: %w", id, e.Number, err)
+		}
+	}
+	return nil
+}
+
+// nvmFiles brings files of a layer that is being unpacked to NVM. They stand
+// under their names at once: nothing refers to the layer yet.
+type nvmFiles struct {
+	s  *Store
+	id LayerID
+}
+
+// uncachedFrom is the size from which a file that goes to NVM alone is not cached:
+// of one that is, the trace of the first start could not tell what it touches
+// (package trace), and all of it would stay on NVM. Reading it from there costs a
+// start little.
+const uncachedFrom = 256 << 10
+
+// Create implements [unpack.NVM].
+func (n nvmFiles) Create(number uint32, alone bool) (unpack.NVMFile, error) {
+	f, err := n.s.Tiers.CreateData(n.id.String(), number)
+	switch {
+	case err != nil:
+		return nil, err
+	case alone:
+		return tier.NewUncached(f, uncachedFrom), nil
+	}
+	return f, nil
+}
+
+// Remove implements [unpack.NVM].
+func (n nvmFiles) Remove(number uint32) error {
+	err := os.Remove(n.s.Tiers.DataFile(n.id.String(), number))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Find returns the layer of a blob, as [Store.Begin] would.
+func (s *Store) Find(blob digest.Digest) (Layer, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id, ok := s.byBlob[blob.String()]; ok && s.layers[id] != nil {
+		return s.layers[id].rec.clone(), true
+	}
+	return Layer{}, false
+}
+
+// Backlog is how many bytes of packs are not on the HDD yet.
+func (s *Store) Backlog() int64 { return s.flusher.Backlog() }
