@@ -105,9 +105,11 @@ test: ## Run everything: lint, unit tests, integration tests, tests on emulated 
 	@tools/phases deps tools build lint test-unit test-integration $(if $(filter no,$(PMEM)),,test-pmem)
 
 .PHONY: test-unit
+# Unpacking has few goroutines and much to compute: a part of its tests shows the detector all of them.
 test-unit: ## Run the unit tests, with the race detector where it sees anything (root: they mount).
-	go test -race $$(go list ./... | grep -v /scmlib)
-	go test ./scmlib/...
+	go test -race $$(go list ./... | grep -v -e /scmlib -e /snapshotter/unpack)
+	go test -race -short ./snapshotter/unpack
+	go test ./snapshotter/unpack ./scmlib/...
 
 .PHONY: test-c
 test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, groff, g++ and pkg-config where they are).
