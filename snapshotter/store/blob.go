@@ -1,0 +1,120 @@
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/nhybrid/nhybrid/snapshotter/unpack"
+)
+
+// open opens a blob as it grows, or, where its file cannot be read from here,
+// when it has arrived.
+func (s *Store) open(ctx context.Context, spec Spec) (io.ReadCloser, error) {
+	if root := s.config.Blobs.ContentRoot(ctx); root != "" && !s.elsewhere(ctx, root, spec) {
+		r, err := unpack.OpenGrowing(ctx, root, spec.Blob, spec.Size)
+		if err == nil {
+			return s.guard(ctx, r, root, spec), nil
+		}
+		if ctx.Err() != nil || !errdefs.IsUnavailable(err) {
+			return nil, err
+		}
+		log.G(ctx).WithError(err).Debug("a blob is read by containerd's API, when it is whole")
+	}
+	arrived, cancel := s.config.Blobs.Subscribe(spec.Namespace)
+	defer cancel()
+	for {
+		r, err := s.fromProvider(ctx, spec)
+		if err == nil || !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
+			return r, err
+		}
+		select {
+		case <-arrived:
+		case <-time.After(time.Second): // events may be lost with the connection
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+func (s *Store) fromProvider(ctx context.Context, spec Spec) (io.ReadCloser, error) {
+	provider, err := s.config.Blobs.Provider(ctx, spec.Namespace)
+	if err != nil {
+		return nil, err
+	}
+	return unpack.FromProvider(ctx, provider, descriptor(Layer{Blob: spec.Blob, Size: spec.Size, MediaType: spec.MediaType}))
+}
+
+// elsewhere reports whether containerd has a blob that is not below the content
+// root as it is seen from here: containerd lives in another mount namespace, or
+// its content store is a plugin of somebody's.
+func (s *Store) elsewhere(ctx context.Context, root string, spec Spec) bool {
+	if _, err := os.Lstat(filepath.Join(root, "blobs", spec.Blob.Algorithm().String(), spec.Blob.Encoded())); err == nil {
+		return false
+	}
+	r, err := s.fromProvider(ctx, spec)
+	if err != nil {
+		return false
+	}
+	r.Close()
+	// It may have arrived between the two looks.
+	_, err = os.Lstat(filepath.Join(root, "blobs", spec.Blob.Algorithm().String(), spec.Blob.Encoded()))
+	return errors.Is(err, os.ErrNotExist)
+}
+
+// guard ends a reader that waits below a directory to which its blob will never come.
+func (s *Store) guard(ctx context.Context, r io.ReadCloser, root string, spec Spec) io.ReadCloser {
+	ctx, cancel := context.WithCancel(ctx)
+	g := &guarded{ReadCloser: r, cancel: cancel}
+	arrived, unsubscribe := s.config.Blobs.Subscribe(spec.Namespace)
+	s.wg.Go(func() {
+		defer unsubscribe()
+		for {
+			select {
+			case <-arrived:
+			case <-ctx.Done():
+				return
+			}
+			if !g.began.Load() && s.elsewhere(ctx, root, spec) {
+				g.moved.Store(true)
+				r.Close()
+				return
+			}
+		}
+	})
+	return g
+}
+
+// guarded is a reader that says when it was closed for its blob being elsewhere.
+type guarded struct {
+	io.ReadCloser
+	cancel       context.CancelFunc
+	began, moved atomic.Bool
+}
+
+func (g *guarded) Read(p []byte) (int, error) {
+	n, err := g.ReadCloser.Read(p)
+	if n > 0 {
+		g.began.Store(true)
+	}
+	if err != nil && g.moved.Load() {
+		err = fmt.Errorf("its content store is elsewhere: %w", unpack.ErrRestarted)
+	}
+	return n, err
+}
+
+func (g *guarded) Close() error {
+	g.cancel()
+	return g.ReadCloser.Close()
+}
