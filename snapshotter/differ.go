@@ -5,7 +5,6 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -149,5 +148,5 @@ func (s *Snapshotter) byID(ctx context.Context, id string) (name string, sn stor
 		}
 		return fmt.Errorf("it is not active: %w", errdefs.ErrFailedPrecondition)
 	})
-	return name, sn, errors.Join(err)
+	return name, sn, err
 }

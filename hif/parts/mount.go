@@ -7,11 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"unsafe"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/internal/erofs"
@@ -77,14 +74,8 @@ func Unmount(point string) error {
 // moveMountBeneath is MOVE_MOUNT_BENEATH of linux/mount.h.
 const moveMountBeneath = 0x200
 
-// erofsMagic is EROFS_SUPER_MAGIC_V1.
-const erofsMagic = 0xe0f5e1e2
-
 // Mounted tells whether an EROFS image is mounted on point; the directory below is never on one.
-func Mounted(point string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(point, &st) == nil && uint32(st.Type) == erofsMagic
-}
+func Mounted(point string) bool { return erofs.Mounted(point) }
 
 // Current tells whether what is mounted on point are the parts in the image at path. It is false where the kernel does not
 // tell (before Linux 6.9).
@@ -113,6 +104,9 @@ func Current(path, point string) bool {
 }
 
 // open verifies the image and its devices, and returns a mount that is attached nowhere.
+//
+// Without directio (Linux 6.15): pages are cached a second time below, but what [ReadAhead] has brought there costs a copy
+// instead of a request to the device, and the pack on HDD has a read-ahead of its own.
 func open(path string, packPath func(layer uint64) string) (mnt int, err error) {
 	image, err := os.Open(path)
 	if err != nil {
@@ -128,66 +122,5 @@ func open(path string, packPath func(layer uint64) string) (mnt int, err error) 
 		return -1, err
 	}
 	defer closeAll(devices)
-	return readingAhead(c.ReadAhead(), func() (int, error) { return mount(image, devices) })
-}
-
-// mount uses the mount API with one option after the other: mount(2) takes a page of options at the most.
-//
-// Without directio (Linux 6.15): pages are cached a second time below, but what [ReadAhead] has brought there costs a copy
-// instead of a request to the device, and the pack on HDD has a read-ahead of its own.
-func mount(image *os.File, devices []*os.File) (int, error) {
-	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
-	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOSYS) {
-		return -1, fmt.Errorf("this kernel has no EROFS or no fsopen(2): %w", errdefs.ErrNotImplemented)
-	}
-	if err != nil {
-		return -1, fmt.Errorf("fsopen: %w", err)
-	}
-	defer unix.Close(fs)
-	failed := func(what string, err error) error {
-		return fmt.Errorf("%s: %w%s", what, err, messages(fs))
-	}
-	// By descriptor: the kernel takes 255 bytes of a string, and opens what was verified.
-	byFD := func(f *os.File) string { return "/proc/self/fd/" + strconv.Itoa(int(f.Fd())) }
-	source := image.Name()
-	if len(source) > 255 {
-		source = byFD(image)
-	}
-	if err := unix.FsconfigSetString(fs, "source", source); err != nil {
-		return -1, failed("source", err)
-	}
-	for _, d := range devices {
-		if err := unix.FsconfigSetString(fs, "device", byFD(d)); err != nil {
-			return -1, failed("device", err)
-		}
-	}
-	err = unix.FsconfigCreate(fs)
-	if errors.Is(err, unix.ENOTBLK) {
-		return -1, fmt.Errorf("this kernel mounts no EROFS from a file, or not from one on this filesystem (DAX): %w", errdefs.ErrNotImplemented)
-	}
-	if err != nil {
-		return -1, failed("mount", err)
-	}
-	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOSUID)
-	if err != nil {
-		return -1, failed("fsmount", err)
-	}
-	return mnt, nil
-}
-
-// messages are what the filesystem has to say about a failure.
-func messages(fs int) string {
-	var all []string
-	buf := make([]byte, 1024)
-	for len(all) < 8 {
-		n, err := unix.Read(fs, buf)
-		if err != nil || n <= 0 {
-			break
-		}
-		all = append(all, strings.TrimSpace(string(buf[:n])))
-	}
-	if len(all) == 0 {
-		return ""
-	}
-	return " (" + strings.Join(all, "; ") + ")"
+	return readingAhead(c.ReadAhead(), func() (int, error) { return erofs.Mount(image, devices) })
 }

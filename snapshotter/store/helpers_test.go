@@ -28,6 +28,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 	"github.com/nhybrid/nhybrid/snapshotter/unpack"
 )
 
@@ -171,7 +172,7 @@ func (b *bench) open(change func(*Config)) *Store {
 		for _, d := range []string{"v", "i", "p"} {
 			points, _ := filepath.Glob(s.StatePath(d, "*"))
 			for _, p := range points {
-				if isErofs(p) {
+				if pack.Mounted(p) {
 					require.NoError(b.t, unix.Unmount(p, unix.MNT_DETACH))
 				}
 			}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
+
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // The view of a snapshot with a user namespace stands twice below the state
@@ -77,7 +79,7 @@ func (s *Store) Idmapped(view, id, parent, uidmap, gidmap string) (string, error
 		return "", fmt.Errorf("link the view for snapshot id %s: %w", id, err)
 	}
 	dir := s.StatePath(idmappedDir, id)
-	if isErofs(dir) {
+	if pack.Mounted(dir) {
 		return path, nil
 	}
 	if !s.features.IDMap {

@@ -52,7 +52,7 @@ func (s *Store) Layer(id LayerID) (Layer, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if l := s.layers[id]; l != nil {
-		return l.rec.clone(), nil
+		return l.rec, nil
 	}
 	return Layer{}, fmt.Errorf("layer %s: %w", id, errdefs.ErrNotFound)
 }
@@ -63,7 +63,7 @@ func (s *Store) Layers() []Layer {
 	defer s.mu.Unlock()
 	all := make([]Layer, 0, len(s.layers))
 	for _, l := range s.layers {
-		all = append(all, l.rec.clone())
+		all = append(all, l.rec)
 	}
 	return all
 }
@@ -289,7 +289,7 @@ func (s *Store) await(ctx context.Context, id LayerID, ready func(Layer) bool, c
 	s.mu.Lock()
 	if ready(l.rec) {
 		defer s.mu.Unlock()
-		return l.rec.clone(), nil
+		return l.rec, nil
 	}
 	count(l, 1)
 	l.last = nil
@@ -302,7 +302,7 @@ func (s *Store) await(ctx context.Context, id LayerID, ready func(Layer) bool, c
 	s.exec.hurry(id)
 	for {
 		s.mu.Lock()
-		rec, last, changed, gone := l.rec.clone(), l.last, l.changed, s.layers[id] != l
+		rec, last, changed, gone := l.rec, l.last, l.changed, s.layers[id] != l
 		s.mu.Unlock()
 		switch {
 		case gone:

@@ -83,9 +83,6 @@ type Layer struct {
 	Decision json.RawMessage `json:"decision,omitempty"`
 }
 
-// clone returns a copy that shares nothing that changes.
-func (l Layer) clone() Layer { return l }
-
 // HDD is how many bytes of the layer stand on HDD.
 func (l *Layer) HDD() int64 {
 	if l.State == Home {

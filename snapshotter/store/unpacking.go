@@ -96,7 +96,7 @@ func (s *Store) holdBlob(spec Spec) (LayerID, bool) {
 		return 0, false
 	}
 	l.holds++
-	rec, running := l.rec.clone(), l.unpack != nil
+	rec, running := l.rec, l.unpack != nil
 	s.mu.Unlock()
 	if !running && (rec.Damaged != "" || rec.State == Unpacking) {
 		s.start(l, rec, spec)
@@ -339,7 +339,7 @@ func (s *Store) Find(blob digest.Digest) (Layer, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if id, ok := s.byBlob[blob.String()]; ok && s.layers[id] != nil {
-		return s.layers[id].rec.clone(), true
+		return s.layers[id].rec, true
 	}
 	return Layer{}, false
 }

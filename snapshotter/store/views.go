@@ -81,14 +81,14 @@ func chain(ctx context.Context, tx *bolt.Tx, name string) (ids []LayerID, err er
 // for the view itself. The tree is in its directory t, the data by number in h.
 func (s *Store) View(ctx context.Context, id, name string) (string, error) {
 	point := s.StatePath("v", id)
-	if isErofs(point) {
+	if pack.Mounted(point) {
 		return point, nil
 	}
 	err := s.jobs.do(ctx, "view "+id, func(ctx context.Context) error { return s.views.build(ctx, id, name) })
 	if err != nil {
 		return "", err
 	}
-	if !isErofs(point) {
+	if !pack.Mounted(point) {
 		return "", fmt.Errorf("view of %q is not mounted on %q: %w", name, point, errdefs.ErrUnavailable)
 	}
 	return point, nil
@@ -115,7 +115,7 @@ func (s *Store) viewImages(id string) []string {
 func (v *views) build(ctx context.Context, id, name string) error {
 	s := v.s
 	point := s.StatePath("v", id)
-	if isErofs(point) {
+	if pack.Mounted(point) {
 		return nil
 	}
 	chain, err := s.Chain(ctx, name)
@@ -228,19 +228,9 @@ func (s *Store) ViewBytes(id string) (out [2]int64) {
 	return out
 }
 
-// erofsMagic is EROFS_SUPER_MAGIC_V1.
-const erofsMagic = 0xe0f5e1e2
-
-// isErofs reports that a view is mounted on dir. The roots themselves cannot
-// be EROFS, which is read-only.
-func isErofs(dir string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(dir, &st) == nil && uint32(st.Type) == erofsMagic
-}
-
 // unmount takes a mount point away, also while something still looks into it.
 func unmount(dir string) error {
-	if isErofs(dir) {
+	if pack.Mounted(dir) {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			return fmt.Errorf("unmount %q: %w", dir, err)
 		}
