@@ -35,19 +35,65 @@ func HDD() Model {
 // streamPause is how long a sequential stream may pause without losing a rotation: the track buffer reads ahead.
 const streamPause = 20 * time.Millisecond
 
-// head is the state of the actuator: one request after the other, whoever asks.
+// head is the state of the actuator: one request after the other.
 type head struct {
 	mu    sync.Mutex
 	model Model
-	pos   int64     // the byte after the last request
-	busy  time.Time // when the last request ends
-	dirty bool      // written since the last flush
+	pos   int64 // the byte after the last request
+	// passed are the last gaps that passed below the head, and were charged for.
+	passed []extent
+	busy   time.Time // when the last request ends
+	dirty  bool      // written since the last flush
+	seeks  int64
 }
 
 func (h *head) setModel(m Model) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.model = m
+}
+
+type extent struct{ off, end int64 }
+
+// passedMax is how many requests the kernel has under way at a FUSE server (max_background): one that falls into a gap
+// which this many others have left has been overtaken by them.
+const passedMax = 12
+
+// free reports whether nothing costs anything.
+func (h *head) free() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.model == (Model{})
+}
+
+func (h *head) position() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pos
+}
+
+func (h *head) gap() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.model.Gap
+}
+
+func (h *head) seekCount() int64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.seeks
+}
+
+// serve returns when the request is done.
+func (h *head) serve(r *request) time.Time {
+	switch r.op {
+	case read:
+		return h.read(r.arrived, r.off, r.n)
+	case write:
+		return h.write(r.arrived, r.off, r.n)
+	default:
+		return h.flush(r.arrived)
+	}
 }
 
 // read returns when a read that arrives at now is done.
@@ -80,16 +126,43 @@ func (h *head) flush(now time.Time) time.Time {
 	return h.busy
 }
 
+// overtaken reports whether the range lies in a gap that the head has just passed over. The kernel issues the requests
+// of a stream in order; threads of the server overtake each other, above all when the machine is busy.
+func (h *head) overtaken(off, end int64) bool {
+	for i, p := range h.passed {
+		if p.off <= off && end <= p.end {
+			h.passed = append(h.passed[:i], h.passed[i+1:]...)
+			for _, rest := range []extent{{p.off, off}, {end, p.end}} {
+				if rest.off < rest.end {
+					h.passed = append(h.passed, rest)
+				}
+			}
+			return true
+		}
+	}
+	return false
+}
+
 // transfer is called with h.mu held.
 func (h *head) transfer(now time.Time, off, n int64, rate float64, seek time.Duration) time.Time {
+	if h.overtaken(off, off+n) {
+		if h.busy.Before(now) {
+			h.busy = now
+		}
+		return h.busy
+	}
 	distance := off - h.pos
 	sequential := distance >= 0 && distance <= h.model.Gap
 	h.pos = off + n
 	var cost time.Duration
 	if sequential {
+		if distance > 0 {
+			h.passed = append(h.passed[max(0, len(h.passed)+1-passedMax):], extent{off - distance, off})
+		}
 		n += distance
 	} else {
 		cost = seek
+		h.seeks++
 	}
 	if rate > 0 {
 		cost += time.Duration(float64(n) / rate * float64(time.Second))

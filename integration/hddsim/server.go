@@ -40,6 +40,8 @@ type Counters struct {
 	Writes       int64 `json:"writes"`
 	WrittenBytes int64 `json:"writtenBytes"`
 	Flushes      int64 `json:"flushes"`
+	// Seeks is how many reads and writes the model charged a seek for.
+	Seeks int64 `json:"seeks"`
 	// Volatile is the number of blocks of 4096 bytes that a power cut would lose now. Always 0 without
 	// Options.Volatile.
 	Volatile int64 `json:"volatile"`
@@ -58,7 +60,7 @@ func Serve(img, dir string, model Model, volatile bool, ready func()) error {
 	if err != nil {
 		return err
 	}
-	d := &disk{f: f, size: st.Size(), head: &head{model: model}}
+	d := &disk{f: f, size: st.Size(), queue: queue{head: head{model: model}}}
 	if volatile {
 		d.unflushed = map[int64][]byte{}
 	}
@@ -90,9 +92,9 @@ func Serve(img, dir string, model Model, volatile bool, ready func()) error {
 // disk is the node of the device's bytes.
 type disk struct {
 	fs.Inode
-	f    *os.File
-	size int64
-	head *head
+	f     *os.File
+	size  int64
+	queue queue
 
 	reads, readBytes, writes, writtenBytes, flushes atomic.Int64
 
@@ -124,6 +126,7 @@ func (d *disk) Setattr(ctx context.Context, f fs.FileHandle, _ *fuse.SetAttrIn, 
 }
 
 func (d *disk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	served := d.queue.submit(read, off, max(0, min(int64(len(dest)), d.size-off)))
 	n, err := d.f.ReadAt(dest, off)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fs.ToErrno(err)
@@ -131,7 +134,7 @@ func (d *disk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) 
 	d.overlayUnflushed(dest[:n], off)
 	d.reads.Add(1)
 	d.readBytes.Add(int64(n))
-	waitUntil(d.head.read(time.Now(), off, int64(n)))
+	<-served.done
 	return fuse.ReadResultData(dest[:n]), 0
 }
 
@@ -155,12 +158,13 @@ func (d *disk) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64)
 	if off < 0 || off+int64(len(data)) > d.size {
 		return 0, syscall.ENOSPC
 	}
+	served := d.queue.submit(write, off, int64(len(data)))
 	if err := d.store(data, off); err != nil {
 		return 0, fs.ToErrno(err)
 	}
 	d.writes.Add(1)
 	d.writtenBytes.Add(int64(len(data)))
-	waitUntil(d.head.write(time.Now(), off, int64(len(data))))
+	<-served.done
 	return uint32(len(data)), 0
 }
 
@@ -193,7 +197,7 @@ func (d *disk) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 		return fs.ToErrno(err)
 	}
 	d.flushes.Add(1)
-	waitUntil(d.head.flush(time.Now()))
+	<-d.queue.submit(flush, 0, 0).done
 	return 0
 }
 
@@ -214,7 +218,7 @@ func (d *disk) counters() Counters {
 	defer d.mu.Unlock()
 	return Counters{
 		Reads: d.reads.Load(), ReadBytes: d.readBytes.Load(), Writes: d.writes.Load(),
-		WrittenBytes: d.writtenBytes.Load(), Flushes: d.flushes.Load(), Volatile: int64(len(d.unflushed)),
+		WrittenBytes: d.writtenBytes.Load(), Flushes: d.flushes.Load(), Seeks: d.queue.head.seekCount(), Volatile: int64(len(d.unflushed)),
 	}
 }
 
@@ -294,16 +298,16 @@ func (r *root) OnAdd(ctx context.Context) {
 	add(countersName, &jsonFile{get: func() any { return r.disk.counters() }}, 3)
 	add(modelName, &jsonFile{
 		get: func() any {
-			r.disk.head.mu.Lock()
-			defer r.disk.head.mu.Unlock()
-			return r.disk.head.model
+			r.disk.queue.head.mu.Lock()
+			defer r.disk.queue.head.mu.Unlock()
+			return r.disk.queue.head.model
 		},
 		set: func(b []byte) error {
 			var m Model
 			if err := json.Unmarshal(b, &m); err != nil {
 				return err
 			}
-			r.disk.head.setModel(m)
+			r.disk.queue.head.setModel(m)
 			return nil
 		},
 	}, 4)

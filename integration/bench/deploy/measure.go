@@ -97,6 +97,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	}
 	r.NVMUsedBytes = durable.nvmUsed - before.nvmUsed
 	r.HDDToReturn, r.HDDToDurable = atReturn.hdd.Minus(before.hdd), durable.hdd.Minus(before.hdd)
+	r.HDDSeeks = durable.seeks - before.seeks
 	r.ContainerdCPUS = (durable.containerd - before.containerd).Seconds()
 	r.DaemonCPUS = (durable.daemon - before.daemon).Seconds()
 	r.arrivals(b.layers[r.Image], b.data[r.Image], g.Link.Requests()[seen:], start)
@@ -106,6 +107,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 // observed is a look at the counters.
 type observed struct {
 	hdd                lab.Counters
+	seeks              int64
 	nvmUsed            int64
 	containerd, daemon time.Duration
 }
@@ -114,6 +116,11 @@ func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
 	if o.hdd, err = lab.CountersOf(s.hdd.Mountpoint()); err != nil {
 		return o, err
 	}
+	model, err := s.hdd.Counters()
+	if err != nil {
+		return o, err
+	}
+	o.seeks = model.Seeks
 	if o.nvmUsed, err = lab.UsedBytes(s.nvm.Mountpoint()); err != nil {
 		return o, err
 	}

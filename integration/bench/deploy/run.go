@@ -51,6 +51,8 @@ type run struct {
 	// What the HDD was given to do until the pull returned, and until all was durable.
 	HDDToReturn  lab.Counters `json:"hdd_to_return"`
 	HDDToDurable lab.Counters `json:"hdd_to_durable"`
+	// HDDSeeks is how often its head went elsewhere until all was durable.
+	HDDSeeks int64 `json:"hdd_seeks"`
 	// CPU seconds of the programs and of their children (igzip) until all was durable.
 	ContainerdCPUS float64 `json:"containerd_cpu_s"`
 	DaemonCPUS     float64 `json:"daemon_cpu_s,omitempty"`

@@ -51,7 +51,7 @@ func (rs runs) costs() result.Table {
 	t := result.Table{
 		Title: "What it took until all was durable",
 		Head: []string{
-			"image", "link", "variant", "times the link's time", "CPU s", "NVM used MB", "of MB", "HDD written MB", "for each byte", "HDD busy s", "daemon's peak MB",
+			"image", "link", "variant", "times the link's time", "CPU s", "NVM used MB", "of MB", "HDD written MB", "for each byte", "HDD busy s", "HDD seeks", "HDD flushes", "daemon's peak MB",
 		},
 	}
 	for _, c := range rs.cells() {
@@ -71,7 +71,9 @@ func (rs runs) costs() result.Table {
 				c.Image, c.Link, v, median("%.2f", vsLink), median("%.1f", cpu), median("%.1f", func(r run) float64 { return float64(r.NVMUsedBytes) / 1e6 }),
 				median("%.1f", func(r run) float64 { return float64(r.DataBytes) / 1e6 }),
 				median("%.1f", func(r run) float64 { return float64(r.HDDToDurable.WrittenBytes) / 1e6 }), median("%.2f", amplification),
-				median("%.1f", func(r run) float64 { return float64(r.HDDToDurable.BusyMS) / 1e3 }), peak,
+				median("%.1f", func(r run) float64 { return float64(r.HDDToDurable.BusyMS) / 1e3 }),
+				median("%.0f", func(r run) float64 { return float64(r.HDDSeeks) }),
+				median("%.0f", func(r run) float64 { return float64(r.HDDToDurable.Flushes) }), peak,
 			})
 		}
 	}
