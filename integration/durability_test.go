@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/stretchr/testify/require"
 	bolt "go.etcd.io/bbolt"
@@ -105,7 +104,7 @@ func TestPowerCutRightAfterThePull(t *testing.T) {
 			require.NoError(t, err)
 			digests := blobs(t, img)
 			// No flush ends before the power does.
-			require.NoError(t, disk.SetModel(hddsim.Model{Flush: 2 * time.Second}))
+			require.NoError(t, disk.SetFault(hddsim.Fault{Ops: hddsim.Flushes, Hold: true}))
 			require.NoError(t, r.Pull(ctx, "app:1"))
 			require.False(t, inspect(t, r, "app:1")[0].Durable)
 			if blobsGone {

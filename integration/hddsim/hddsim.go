@@ -65,17 +65,19 @@ func serveChild(args []string) error {
 	if err := json.Unmarshal([]byte(args[1]), &a); err != nil {
 		return fmt.Errorf("hddsim: arguments of server: %w", err)
 	}
+	faults := newBreaker()
 	if !a.Detached {
 		go func() {
 			// The pipe ends when the other process does, however it dies. umount is a process of its own, since it
 			// waits for what this one serves.
 			_, _ = io.Copy(io.Discard, os.Stdin)
+			_ = faults.set(Fault{}) // the zero value is right
 			_ = exec.Command("umount", "-l", a.Mount).Run()
 			_ = exec.Command("umount", "-l", a.Dir).Run()
 			os.Exit(1)
 		}()
 	}
-	return Serve(a.Image, a.Dir, a.Model, a.Volatile, func() { fmt.Println(readyLine) })
+	return serve(a.Image, a.Dir, a.Model, a.Volatile, faults, func() { fmt.Println(readyLine) })
 }
 
 // Options of a disk.
@@ -88,11 +90,13 @@ type Options struct {
 	Model *Model
 	// Volatile keeps what is written in memory until a flush, so that PowerCut loses it.
 	Volatile bool
+	// NoJournal leaves out ext4's journal. A journal that cannot be written makes all of the filesystem read-only.
+	NoJournal bool
 	// Detached lets the disk live on when this process ends without Close.
 	Detached bool
 }
 
-// Disk is a mounted disk. Its methods must not be called at the same time, except Counters and SetModel.
+// Disk is a mounted disk. Its methods must not be called at the same time, except Counters, SetModel and SetFault.
 type Disk struct {
 	options Options
 	cmd     *exec.Cmd
@@ -122,20 +126,23 @@ func Start(ctx context.Context, o Options) (_ *Disk, err error) {
 			err = errors.Join(fmt.Errorf("start disk in %q: %w", o.Dir, err), d.Close())
 		}
 	}()
-	if err := makeImage(ctx, d.imagePath(), o.Size); err != nil {
+	if err := makeImage(ctx, d.imagePath(), o); err != nil {
 		return nil, err
 	}
 	return d, d.boot(ctx)
 }
 
 // makeImage formats the image before the model is in the way.
-func makeImage(ctx context.Context, path string, size int64) error {
+func makeImage(ctx context.Context, path string, o Options) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
+	if err := errors.Join(f.Truncate(o.Size), f.Close()); err != nil {
 		return err
+	}
+	if o.NoJournal {
+		return block.MakeExt4(ctx, path, "-O", "^has_journal")
 	}
 	return block.MakeExt4(ctx, path)
 }
@@ -236,19 +243,42 @@ func (d *Disk) Counters() (Counters, error) {
 
 // SetModel changes the timing from the next request on, for example to prepare a benchmark at no cost.
 func (d *Disk) SetModel(m Model) error {
-	b, err := json.Marshal(m)
+	if err := d.control(modelName, m); err != nil {
+		return err
+	}
+	*d.options.Model = m
+	return nil
+}
+
+// SetFault lets requests fail, or wait, from the next one on. It takes the place of the fault that was set before; requests
+// that wait are looked at again. A disk works again after PowerOn.
+func (d *Disk) SetFault(f Fault) error { return d.control(faultName, f) }
+
+// Keep is the share of blocks, from 0 to 1, that a disk had written by itself when the power was cut, though nobody had asked
+// for it. Equal seeds choose equal blocks.
+type Keep struct {
+	Share float64 `json:"share"`
+	Seed  uint64  `json:"seed"`
+}
+
+// Persist makes a share of what was not flushed durable, as any disk does for itself in any order. What it did not choose, a
+// PowerCut that follows loses.
+func (d *Disk) Persist(k Keep) error { return d.control(keepName, k) }
+
+// control writes a value to one of the server's files.
+func (d *Disk) control(name string, v any) error {
+	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(d.fuseDir(), modelName), os.O_WRONLY, 0)
+	f, err := os.OpenFile(filepath.Join(d.fuseDir(), name), os.O_WRONLY, 0)
 	if err != nil {
-		return fmt.Errorf("set model of disk: %w", err)
+		return fmt.Errorf("set %s of disk: %w", name, err)
 	}
 	_, err = f.Write(b)
 	if err = errors.Join(err, f.Close()); err != nil {
-		return fmt.Errorf("set model of disk: %w", err)
+		return fmt.Errorf("set %s of disk: %w", name, err)
 	}
-	*d.options.Model = m
 	return nil
 }
 
@@ -292,6 +322,7 @@ const stopTimeout = time.Minute
 
 // Close unmounts the disk and removes it with all that is stored there, whatever state it is in.
 func (d *Disk) Close() error {
+	_ = d.SetFault(Fault{}) // or the unmount would wait for requests that are held; there may be no server any more
 	errs := []error{d.unmount()}
 	if d.cmd != nil && d.exited != nil {
 		errs = append(errs, d.signal(syscall.SIGTERM))

@@ -9,8 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math/rand/v2"
 	"os"
 	"os/signal"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -25,6 +28,8 @@ const (
 	diskName     = "disk"     // the device's bytes
 	countersName = "counters" // Counters as JSON
 	modelName    = "model"    // Model as JSON; writing changes it
+	faultName    = "fault"    // Fault as JSON; writing changes it
+	keepName     = "keep"     // writing a Keep makes a share of what is not flushed durable
 )
 
 // blockSize is the unit in which unflushed writes are kept.
@@ -45,12 +50,14 @@ type Counters struct {
 	// Volatile is the number of blocks of 4096 bytes that a power cut would lose now. Always 0 without
 	// Options.Volatile.
 	Volatile int64 `json:"volatile"`
+	// Struck is the number of requests that failed or were held by a Fault.
+	Struck int64 `json:"struck"`
 }
 
-// Serve exports the image file as <dir>/disk until the process gets SIGTERM; on SIGUSR1 it exits at once with status 9,
+// serve exports the image file as <dir>/disk until the process gets SIGTERM; on SIGUSR1 it exits at once with status 9,
 // and in volatile mode all that was written since the last flush is lost. ready is called when the file is there.
 // The process must do nothing else: a program that waits for the disk it serves waits forever.
-func Serve(img, dir string, model Model, volatile bool, ready func()) error {
+func serve(img, dir string, model Model, volatile bool, faults *breaker, ready func()) error {
 	f, err := os.OpenFile(img, os.O_RDWR, 0)
 	if err != nil {
 		return fmt.Errorf("open image: %w", err)
@@ -60,7 +67,7 @@ func Serve(img, dir string, model Model, volatile bool, ready func()) error {
 	if err != nil {
 		return err
 	}
-	d := &disk{f: f, size: st.Size(), queue: queue{head: head{model: model}}}
+	d := &disk{f: f, size: st.Size(), queue: queue{head: head{model: model}}, breaker: faults}
 	if volatile {
 		d.unflushed = map[int64][]byte{}
 	}
@@ -96,6 +103,8 @@ type disk struct {
 	size  int64
 	queue queue
 
+	breaker *breaker
+
 	reads, readBytes, writes, writtenBytes, flushes atomic.Int64
 
 	mu        sync.Mutex
@@ -125,7 +134,10 @@ func (d *disk) Setattr(ctx context.Context, f fs.FileHandle, _ *fuse.SetAttrIn, 
 	return d.Getattr(ctx, f, out)
 }
 
-func (d *disk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+func (d *disk) Read(ctx context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	if errno := d.breaker.pass(ctx, Reads, int64(len(dest))); errno != 0 {
+		return nil, errno
+	}
 	served := d.queue.submit(read, off, max(0, min(int64(len(dest)), d.size-off)))
 	n, err := d.f.ReadAt(dest, off)
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -154,9 +166,12 @@ func (d *disk) overlayUnflushed(dest []byte, off int64) {
 	}
 }
 
-func (d *disk) Write(_ context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+func (d *disk) Write(ctx context.Context, _ fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
 	if off < 0 || off+int64(len(data)) > d.size {
 		return 0, syscall.ENOSPC
+	}
+	if errno := d.breaker.pass(ctx, Writes, int64(len(data))); errno != 0 {
+		return 0, errno
 	}
 	served := d.queue.submit(write, off, int64(len(data)))
 	if err := d.store(data, off); err != nil {
@@ -192,8 +207,11 @@ func (d *disk) store(data []byte, off int64) error {
 }
 
 // Fsync is what a loop device makes of a flush of the block device.
-func (d *disk) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
-	if err := d.settle(); err != nil {
+func (d *disk) Fsync(ctx context.Context, _ fs.FileHandle, _ uint32) syscall.Errno {
+	if errno := d.breaker.pass(ctx, Flushes, 0); errno != 0 {
+		return errno
+	}
+	if err := d.persist(nil); err != nil {
 		return fs.ToErrno(err)
 	}
 	d.flushes.Add(1)
@@ -201,14 +219,22 @@ func (d *disk) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	return 0
 }
 
-func (d *disk) settle() error {
+// persist writes unflushed blocks to the image: those that the caller chooses; nil: all, which then count as flushed.
+func (d *disk) persist(choose func() bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for b, p := range d.unflushed {
+	blocks := slices.Sorted(maps.Keys(d.unflushed)) // so that a seed chooses the same ones again
+	for _, b := range blocks {
+		if choose != nil && !choose() {
+			continue
+		}
+		p := d.unflushed[b]
 		if _, err := d.f.WriteAt(p[:min(blockSize, d.size-b)], b); err != nil {
 			return err
 		}
-		delete(d.unflushed, b)
+		if choose == nil {
+			delete(d.unflushed, b)
+		}
 	}
 	return nil
 }
@@ -216,8 +242,9 @@ func (d *disk) settle() error {
 func (d *disk) counters() Counters {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	_, struck := d.breaker.get()
 	return Counters{
-		Reads: d.reads.Load(), ReadBytes: d.readBytes.Load(), Writes: d.writes.Load(),
+		Struck: struck, Reads: d.reads.Load(), ReadBytes: d.readBytes.Load(), Writes: d.writes.Load(),
 		WrittenBytes: d.writtenBytes.Load(), Flushes: d.flushes.Load(), Seeks: d.queue.head.seekCount(), Volatile: int64(len(d.unflushed)),
 	}
 }
@@ -311,4 +338,25 @@ func (r *root) OnAdd(ctx context.Context) {
 			return nil
 		},
 	}, 4)
+	add(faultName, &jsonFile{
+		get: func() any { f, _ := r.disk.breaker.get(); return f },
+		set: func(b []byte) error {
+			var f Fault
+			if err := json.Unmarshal(b, &f); err != nil {
+				return err
+			}
+			return r.disk.breaker.set(f)
+		},
+	}, 5)
+	add(keepName, &jsonFile{
+		get: func() any { return Keep{} },
+		set: func(b []byte) error {
+			var k Keep
+			if err := json.Unmarshal(b, &k); err != nil {
+				return err
+			}
+			random := rand.New(rand.NewPCG(k.Seed, k.Seed))
+			return r.disk.persist(func() bool { return random.Float64() < k.Share })
+		},
+	}, 6)
 }

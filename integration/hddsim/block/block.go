@@ -65,9 +65,10 @@ func (l *Loop) Path() string { return l.file.Name() }
 func (l *Loop) Close() error { return l.file.Close() }
 
 // MakeExt4 formats the device. Inode tables and journal are written at once: what ext4 leaves to its background thread
-// would disturb measurements made right after.
-func MakeExt4(ctx context.Context, device string) error {
-	out, err := exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", device).CombinedOutput()
+// would disturb measurements made right after. options are further ones of mkfs.ext4.
+func MakeExt4(ctx context.Context, device string, options ...string) error {
+	args := append([]string{"-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"}, options...)
+	out, err := exec.CommandContext(ctx, "mkfs.ext4", append(args, device)...).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("mkfs.ext4 %q: %w: %s", device, err, out)
 	}
