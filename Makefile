@@ -123,6 +123,14 @@ test-integration: deps tools build ## Run the tests against real containerd, ctr
 	@tools/deps $(DEB_DEPLOY)
 	go test -tags integration -count 1 -p 1 -timeout 20m ./integration/... ./scmlib/region/ctrd
 
+# Cycles of the campaign of which test-integration runs a few. A seed that is printed repeats it: NHYBRID_SEED.
+CYCLES ?= 200
+CUTS   ?= 100
+.PHONY: test-faults
+test-faults: deps tools build ## Kill the daemon CYCLES times and cut the power CUTS times at random moments of pulls; figures go to out/faults.json (root).
+	NHYBRID_KILL_CYCLES=$(CYCLES) NHYBRID_POWER_CUTS=$(CUTS) NHYBRID_FAULTS_OUT=$(OUT) \
+	  go test -tags integration -count 1 -timeout 3h -v -run '^TestFaults$$' ./integration
+
 .PHONY: test-pmem
 test-pmem: ## Run containerd with nhybrid in a QEMU guest with emulated persistent memory.
 	./integration/pmem/run.sh

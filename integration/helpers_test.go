@@ -190,32 +190,35 @@ func awaitDone(t *testing.T, r *rig.Rig, digests ...string) {
 // settled waits until the daemon has nothing left to do.
 func settled(t *testing.T, r *rig.Rig) {
 	t.Helper()
-	await(t, func(ctx context.Context) error {
-		var status struct {
-			NotDurable int64 `json:"not_durable"`
-			Queues     []struct {
-				Name             string
-				Waiting, Running int64
-				LastError        string `json:"last_error"`
-			}
+	await(t, func(ctx context.Context) error { return busyWith(ctx, r) })
+}
+
+// busyWith is nil when the daemon has nothing left to do, and else says what.
+func busyWith(ctx context.Context, r *rig.Rig) error {
+	var status struct {
+		NotDurable int64 `json:"not_durable"`
+		Queues     []struct {
+			Name             string
+			Waiting, Running int64
+			LastError        string `json:"last_error"`
 		}
-		out, err := r.Nhybridctl(ctx, "status", "--json")
-		if err != nil {
-			return err
+	}
+	out, err := r.Nhybridctl(ctx, "status", "--json")
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(out), &status); err != nil {
+		return err
+	}
+	for _, q := range status.Queues {
+		if q.Waiting+q.Running > 0 {
+			return fmt.Errorf("queue %s: %d waiting, %d running, last error %q", q.Name, q.Waiting, q.Running, q.LastError)
 		}
-		if err := json.Unmarshal([]byte(out), &status); err != nil {
-			return err
-		}
-		for _, q := range status.Queues {
-			if q.Waiting+q.Running > 0 {
-				return fmt.Errorf("queue %s: %d waiting, %d running, last error %q", q.Name, q.Waiting, q.Running, q.LastError)
-			}
-		}
-		if status.NotDurable > 0 {
-			return fmt.Errorf("%d layers are not durable", status.NotDurable)
-		}
-		return nil
-	})
+	}
+	if status.NotDurable > 0 {
+		return fmt.Errorf("%d layers are not durable", status.NotDurable)
+	}
+	return nil
 }
 
 // ofSnapshot matches the name of what belongs to one snapshot below the roots.
