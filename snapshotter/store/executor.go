@@ -181,7 +181,12 @@ func (e *executor) advance(which int, id LayerID) {
 			return // removed
 		}
 		_, busy := e.s.Busy()
-		step, why := next(rec, e.s.found(l, rec), busy)
+		found, err := e.s.found(l, rec)
+		if err != nil {
+			e.failed(l, id, Nothing, err)
+			return
+		}
+		step, why := next(rec, found, busy)
 		if step == Nothing {
 			e.rest(l, id, rec)
 			if busy && waiting(rec) {

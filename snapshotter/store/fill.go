@@ -84,6 +84,10 @@ func (s *Store) fillOne(ctx context.Context, f *os.File, id LayerID, n uint32, e
 		return fmt.Errorf("fill pack of layer %s: file %d: %w", id, n, err)
 	}
 	defer in.Close()
+	// Pages of an earlier try that could not be written must not be written over in
+	// the cache: ext4 takes their extents for written then, and leaves them marked as
+	// never written (seen on Linux 6.18).
+	forget(f, e.Offset(), e.Size)
 	// What is cached afterwards would seem to be touched by the start that is traced
 	// next.
 	err = pack.Fill(ctx, f, e, tier.Passing(in, 0), pace)

@@ -36,6 +36,8 @@ type layer struct {
 	pause   time.Duration // before a step that failed is tried again
 	unpack  *unpacking    // under way
 	pack    *openPack     // written and not synced yet
+	// nvmFailures is Store.nvmFailures when the writing of the layer began.
+	nvmFailures int
 }
 
 func (s *Store) layer(id LayerID) (*layer, error) {
@@ -72,7 +74,7 @@ func (s *Store) Layers() []Layer {
 func (s *Store) remember(rec Layer) *layer {
 	l := s.layers[rec.ID]
 	if l == nil {
-		l = &layer{changed: make(chan struct{}), since: time.Now()}
+		l = &layer{changed: make(chan struct{}), since: time.Now(), nvmFailures: s.nvmFailures}
 		s.layers[rec.ID] = l
 	}
 	l.rec = rec
@@ -234,8 +236,9 @@ func (s *Store) RemoveSnapshot(tx *bolt.Tx, id string) (changed []LayerID, err e
 	return changed, own(tx, bucketRemoved).Put([]byte(id), []byte{})
 }
 
-// found looks at what stands of a layer. It touches the HDD.
-func (s *Store) found(l *layer, rec Layer) Found {
+// found looks at what stands of a layer. It touches the HDD. The error is that of a
+// device that cannot tell: a pack that cannot be read now may be good.
+func (s *Store) found(l *layer, rec Layer) (Found, error) {
 	s.mu.Lock()
 	f := Found{
 		SameBoot: rec.Boot == s.config.BootID, Held: l.holds > 0, Running: l.unpack != nil,
@@ -243,20 +246,24 @@ func (s *Store) found(l *layer, rec Layer) Found {
 	}
 	s.mu.Unlock()
 	if rec.State.Valid() {
-		if p, err := pack.Open(s.PackPath(rec.ID)); err == nil {
+		p, err := pack.Open(s.PackPath(rec.ID))
+		switch {
+		case err == nil:
 			f.Pack = true
 			p.Close()
-		} else if !errors.Is(err, os.ErrNotExist) {
+		case errdefs.IsDataLoss(err), errdefs.IsInvalidArgument(err), errdefs.IsFailedPrecondition(err):
 			log.L.WithError(err).WithField("layer", rec.ID).Warn("the pack of a layer cannot be used")
+		case !errors.Is(err, os.ErrNotExist):
+			return f, fmt.Errorf("look at the pack of layer %s: %w", rec.ID, err)
 		}
-		_, err := os.Lstat(s.Tiers.LayerData(rec.ID.String()))
+		_, err = os.Lstat(s.Tiers.LayerData(rec.ID.String()))
 		f.NVM = err == nil
 	}
 	if rec.State == Staged {
 		_, err := os.Lstat(s.Tiers.Upper(rec.Tier, rec.Snapshot))
 		f.Staged = err == nil
 	}
-	return f
+	return f, nil
 }
 
 // markDamaged records why a layer cannot be read.

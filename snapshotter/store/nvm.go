@@ -11,6 +11,7 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -162,23 +163,24 @@ func (s *Store) Demote(redirect string, pins *tier.Pins) (freed, held int64, err
 	return pins.Unlink(s.Tiers.DataFile(l.ID.String(), ref.Number))
 }
 
-// mendFile replaces a file on NVM that is not what its pack says.
-func (s *Store) mendFile(ctx context.Context, ref pack.Ref) error {
+// replaceOnNVM writes a file on NVM anew from its pack. It is not compared first: where
+// the device has lost a write, the page cache still has what was written. A file
+// that NVM does not take leaves it.
+func (s *Store) replaceOnNVM(ctx context.Context, ref pack.Ref) error {
 	f, e, err := s.extent(ref)
 	if err != nil {
 		return err
 	}
 	f.Close()
-	in, err := os.Open(s.Tiers.DataFile(LayerID(ref.Layer).String(), ref.Number))
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if sum, err := pack.SumOf(in); err == nil && sum == e.Sum {
-		return nil
+	if e.Hole {
+		return nil // it was written with the pack, and stands nowhere else
 	}
 	_, err = s.promote(ctx, ref, func(int) error { return nil })
-	return err
+	if err == nil || errdefs.IsDataLoss(err) || ctx.Err() != nil {
+		return err
+	}
+	log.G(ctx).WithError(err).Warn("a file leaves NVM, which does not take it any more")
+	return os.Remove(s.Tiers.DataFile(LayerID(ref.Layer).String(), ref.Number))
 }
 
 // Counted records how many bytes a layer occupies on NVM, after files of it have

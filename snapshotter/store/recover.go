@@ -203,9 +203,19 @@ func (s *Store) wholeInSpiteOf(ctx context.Context, records []Layer) error {
 		if l.State != Durable || l.Holes == 0 || l.Damaged != "" {
 			continue
 		}
-		p, err := pack.Open(s.PackPath(l.ID))
+		f, err := os.OpenFile(s.PackPath(l.ID), os.O_RDWR, 0)
 		if err != nil {
 			continue // next finds it
+		}
+		err = f.Sync() // who filled it may have died before that
+		forget(f, 0, 0)
+		f.Close()
+		if err != nil {
+			continue
+		}
+		p, err := pack.Open(s.PackPath(l.ID))
+		if err != nil {
+			continue
 		}
 		index, err := p.Index()
 		if err == nil {

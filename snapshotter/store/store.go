@@ -105,12 +105,15 @@ type Store struct {
 	stop context.CancelFunc
 	wg   sync.WaitGroup
 
-	mu      sync.Mutex
-	layers  map[LayerID]*layer
-	byBlob  map[string]LayerID // blob digest -> layer, those that are not damaged for good
-	slots   chan struct{}      // one for each unpacking
-	onEvent func(LayerID, Layer)
-	closing bool
+	mu sync.Mutex
+	// nvmFailures counts the syncs of NVM that failed. Each concerns all layers of
+	// which files were written since the sync before it, in whatever state.
+	nvmFailures int
+	layers      map[LayerID]*layer
+	byBlob      map[string]LayerID // blob digest -> layer, those that are not damaged for good
+	slots       chan struct{}      // one for each unpacking
+	onEvent     func(LayerID, Layer)
+	closing     bool
 }
 
 // Open opens the store and takes up what an earlier run left to do. It returns

@@ -14,8 +14,10 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // syncs is the one place where layers are brought to their devices. mu is held
@@ -86,17 +88,18 @@ func (s *Store) sync(ctx context.Context) error {
 	}
 	slices.SortFunc(batch, func(a, b Layer) int { return int(a.ID) - int(b.ID) })
 	if onNVM {
-		if err := s.Tiers.Sync(placement.NVM); err != nil {
-			return s.damage(ctx, batch, func(l Layer) bool { return l.NVM > 0 }, placement.NVM, err)
+		var err error
+		if batch, err = s.syncNVM(ctx, batch); err != nil {
+			return err
 		}
 	}
 	var done []LayerID
 	for _, l := range batch {
-		if err := s.syncPack(l.ID); err != nil {
+		if err := s.syncPack(ctx, l.ID); err != nil {
 			if errors.Is(err, os.ErrNotExist) {
 				continue // removed meanwhile, or next sees it
 			}
-			if err := s.damage(ctx, []Layer{l}, nil, placement.HDD, err); err != nil {
+			if err := s.damage(ctx, []Layer{l}, placement.HDD, err); err != nil {
 				return err
 			}
 			continue
@@ -104,34 +107,115 @@ func (s *Store) sync(ctx context.Context) error {
 		done = append(done, l.ID)
 	}
 	if err := syncDir(s.path("p")); err != nil {
-		return s.damage(ctx, batch, nil, placement.HDD, err)
+		return s.damage(ctx, batch, placement.HDD, err)
 	}
 	return s.markDurable(ctx, done)
 }
 
-// syncPack brings one pack to the disk. Called with syncs.mu held.
-func (s *Store) syncPack(id LayerID) error {
-	f := s.takePack(id)
-	if f == nil {
-		var err error
-		if f, err = os.OpenFile(s.PackPath(id), os.O_RDWR, 0); err != nil {
-			return err
+// syncNVM brings the files of a batch to NVM and returns the layers of which all
+// are there. A failure concerns whoever has written to NVM meanwhile, so also
+// layers that come to their sync later: these find it by the count of failures.
+// Called with syncs.mu held.
+func (s *Store) syncNVM(ctx context.Context, batch []Layer) (good []Layer, err error) {
+	cause := s.Tiers.Sync(placement.NVM)
+	if errdefs.IsUnavailable(cause) {
+		return nil, cause // the store is closing
+	}
+	s.mu.Lock()
+	if cause != nil {
+		s.nvmFailures++
+	}
+	var torn []Layer
+	for _, rec := range batch {
+		if l := s.layers[rec.ID]; l != nil && rec.NVM > 0 && l.nvmFailures != s.nvmFailures {
+			torn = append(torn, rec)
+		} else {
+			good = append(good, rec)
 		}
 	}
-	defer f.Close()
-	return errors.Join(s.flusher.finish(f), f.Sync())
+	s.mu.Unlock()
+	if len(torn) == 0 {
+		return good, nil
+	}
+	if cause == nil {
+		cause = errors.New("a sync failed before the layer was stored")
+	}
+	return good, s.damage(ctx, torn, placement.NVM, cause)
 }
 
-// damage marks the layers of a batch that an error of a device concerns.
-func (s *Store) damage(ctx context.Context, batch []Layer, concerns func(Layer) bool, t placement.Tier, cause error) error {
+// syncPack brings one pack to the disk. Called with syncs.mu held.
+func (s *Store) syncPack(ctx context.Context, id LayerID) error {
+	if f := s.takePack(id); f != nil {
+		defer f.Close()
+		return errors.Join(s.flusher.finish(f), f.Sync())
+	}
+	f, err := os.OpenFile(s.PackPath(id), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return s.readBack(ctx, id, f)
+}
+
+// readBack compares what the devices have of a layer with what was unpacked. The
+// daemon that wrote it was killed, and with it went the descriptors that were told
+// of errors: a later sync succeeds in spite of them.
+func (s *Store) readBack(ctx context.Context, id LayerID, f *os.File) error {
+	forget(f, 0, 0)
+	p, err := pack.Open(f.Name())
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	index, err := p.Index()
+	if err != nil {
+		return err
+	}
+	if err := p.Verify(ctx, nil, func(n uint32) bool { e, _ := index.At(n); return e.Hole }); err != nil {
+		return err
+	}
+	for e, err := range s.Tiers.OnNVM(id.String()) {
+		if err != nil {
+			return err
+		}
+		if want, ok := index.At(e.Number); ok {
+			if err := s.readBackNVM(id, e.Number, want.Sum); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Store) readBackNVM(id LayerID, n, sum uint32) error {
+	f, err := os.Open(s.Tiers.DataFile(id.String(), n))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	forget(f, 0, 0)
+	got, err := pack.SumOf(f)
+	if err == nil && got != sum {
+		err = fmt.Errorf("file %d on NVM has checksum %08x, and should have %08x: %w", n, got, sum, errdefs.ErrDataLoss)
+	}
+	return err
+}
+
+// forget drops from the page cache what is clean of a file; n bytes, 0: to the end.
+func forget(f *os.File, off, n int64) {
+	_ = unix.Fadvise(int(f.Fd()), off, n, unix.FADV_DONTNEED) // a hint
+}
+
+// damage marks layers that an error of a device concerns.
+func (s *Store) damage(ctx context.Context, concerned []Layer, t placement.Tier, cause error) error {
 	if errdefs.IsUnavailable(cause) {
 		return cause // the store is closing
 	}
 	log.G(ctx).WithError(cause).Errorf("what was written to %s may not be there", t)
-	for _, l := range batch {
-		if concerns != nil && !concerns(l) {
-			continue
-		}
+	for _, l := range concerned {
 		why := fmt.Sprintf("its device, %s, reported an error while it was written (%v)", t, cause)
 		if err := s.markDamaged(ctx, l.ID, why); err != nil && !errdefs.IsNotFound(err) {
 			return err

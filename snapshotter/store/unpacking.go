@@ -199,6 +199,9 @@ func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec) 
 // unpackFrom makes the layer of a blob that is being read. Nothing of it is
 // valid before both digests were found to be right.
 func (s *Store) unpackFrom(ctx context.Context, l *layer, rec Layer, spec Spec, r io.ReadCloser) (err error) {
+	s.mu.Lock()
+	l.nvmFailures = s.nvmFailures
+	s.mu.Unlock()
 	// Containers may still read a damaged layer: the old pack stays theirs, and so do
 	// the files on NVM, since the same blob gives the same numbers.
 	anew := rec.State != Unpacking
@@ -284,7 +287,7 @@ func (s *Store) unpackFrom(ctx context.Context, l *layer, rec Layer, spec Spec, 
 func (s *Store) newPack(id LayerID) string { return s.path("p", "."+id.String()+".new") }
 
 // mended has everybody who comes next see the new pack of a layer, and replaces
-// files on NVM that are not what was unpacked.
+// the files on NVM that were written with the old one.
 func (s *Store) mended(ctx context.Context, id LayerID) error {
 	if err := s.views.forget(ctx, id); err != nil {
 		return fmt.Errorf("mend layer %s: %w", id, err)
@@ -293,7 +296,7 @@ func (s *Store) mended(ctx context.Context, id LayerID) error {
 		if err != nil {
 			return fmt.Errorf("mend layer %s: %w", id, err)
 		}
-		if err := s.mendFile(ctx, pack.Ref{Layer: uint64(id), Number: e.Number}); err != nil {
+		if err := s.replaceOnNVM(ctx, pack.Ref{Layer: uint64(id), Number: e.Number}); err != nil {
 			return fmt.Errorf("mend layer %s: file %d: %w", id, e.Number, err)
 		}
 	}
