@@ -36,6 +36,7 @@ type booked struct {
 	Layer    int64
 	Snapshot string
 	Damaged  string
+	Blob     string
 }
 
 // readBooks copies the database, which the daemon has locked, and reads the copy. Nothing may be writing.
