@@ -142,7 +142,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		return err
 	}
 	ctl := control.NewServer(withRegions{sn.Control(), scm}, control.Info{Version: version, Address: c.Address, Config: text})
-	srv := grpc.NewServer()
+	srv := grpc.NewServer(grpc.UnaryInterceptor(oneLineUnary), grpc.StreamInterceptor(oneLineStream))
 	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(sn))
 	// No comparer: containerd's walking differ makes diffs as well as ours would.
 	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(sn.Applier(), nil))
