@@ -86,20 +86,6 @@ func (m *Manager) readAheadOf(image Image) error {
 	return nil
 }
 
-// forgetParts takes the parts of a chain out of the page cache when a start is
-// over: what it used is cached a second time, with the files.
-func (m *Manager) forgetParts(view string) {
-	m.mu.Lock()
-	for _, o := range m.starts {
-		if o.View == view {
-			m.mu.Unlock()
-			return // the last one will
-		}
-	}
-	m.mu.Unlock()
-	parts.Forget(m.store.PartsPath(view))
-}
-
 // expected is what the next start is expected to read of a file.
 func expected(f *profile.File) []profile.Range {
 	switch {

@@ -100,7 +100,9 @@ func (s *still) Files(ctx context.Context, i Image, yield func(File) bool) error
 	s.lists.Add(1)
 	return files{all: s.files}.Files(ctx, i, yield)
 }
-func (s *still) LetGo(context.Context) {}
+func (s *still) LetGo(context.Context)                         {}
+func (s *still) StartBegins(context.Context, string, []string) {}
+func (s *still) StartsEnded(context.Context, string)           {}
 func (s *still) Space() (plan.Space, error) {
 	return plan.Space{Free: 1<<30 - s.used, Total: 2 << 30}, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/nhybrid/nhybrid/hif/parts"
 	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
 	"github.com/nhybrid/nhybrid/snapshotter/pack"
@@ -77,6 +78,8 @@ func (m *Manager) Mounted(start Start) {
 	o.watch = w
 	image, known := m.guess(o)
 	m.starts[start.Snapshot] = o
+	// With the lock: else the end of another start of the chain might undo it.
+	m.store.StartBegins(m.ctx, o.View, o.Layers)
 	if known {
 		m.readAhead(image)
 	}
@@ -151,14 +154,31 @@ func (m *Manager) follow(o *openStart) {
 	defer func() {
 		m.mu.Lock()
 		delete(m.starts, o.Snapshot)
+		last := !m.starting(o.View)
+		if last {
+			m.store.StartsEnded(m.ctx, o.View)
+		}
 		m.mu.Unlock()
-		m.forgetParts(o.View)
+		if last {
+			// What the starts used is cached a second time, with the files.
+			parts.Forget(m.store.PartsPath(o.View))
+		}
 		close(o.recorded)
 		m.Kick() // the engine may have waited for its end
 	}()
 	if err := m.record(m.ctx, o, result); err != nil && m.ctx.Err() == nil {
 		log.L.WithError(err).WithField("snapshot", o.Key).Warn("a start was not recorded")
 	}
+}
+
+// starting tells whether a start of a chain is watched. Called with mu held.
+func (m *Manager) starting(view string) bool {
+	for _, o := range m.starts {
+		if o.View == view {
+			return true
+		}
+	}
+	return false
 }
 
 // identify asks containerd for the image of a start, unless it is known.

@@ -75,6 +75,10 @@ type Store interface {
 	// PartsChanged tells that the file there is another one, or gone: who mounts
 	// the chain next shall see that.
 	PartsChanged(ctx context.Context, view string) error
+	// StartBegins prepares the view of a chain for a start that is traced, StartsEnded
+	// is called when the last one with it is over. Both answer at once.
+	StartBegins(ctx context.Context, view string, layers []string)
+	StartsEnded(ctx context.Context, view string)
 	// LetGo has running containers forget what they have cached of files that are
 	// not open: what has left NVM takes its space for as long.
 	LetGo(ctx context.Context)

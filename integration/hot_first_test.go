@@ -67,7 +67,8 @@ func TestFirstStartRightAfterThePull(t *testing.T) {
 			var used [2]int64
 			for i, caches := range []string{"warm", "cold"} {
 				require.NoError(t, r.Pull(ctx, "app:1"))
-				if policy == "nvm" { // the last pages may still be under write-back
+				if policy == "nvm" { // the last pages may still be under write-back; filling the holes reads the file, too
+					settled(t, r)
 					awaitCool(t, r, "app:1", "app/large1")
 				}
 				if caches == "cold" {
@@ -102,7 +103,8 @@ func TestFirstStartRightAfterThePull(t *testing.T) {
 				awaitEmpty(t, r)
 			}
 			fmt.Printf("policy %s: %d bytes on NVM after a warm first start, %d after a cold one\n", policy, used[0], used[1])
-			require.InDelta(t, used[1], used[0], 512<<10, "a read-ahead more or less")
+			// Less where the packs are cached: the kernel reads them with a shorter read-ahead then.
+			require.LessOrEqual(t, used[0], used[1]+512<<10, "a read-ahead more or less")
 		})
 	}
 }

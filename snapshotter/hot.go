@@ -278,6 +278,20 @@ func (s hotStore) PartsChanged(ctx context.Context, view string) error {
 	return s.store.PartsChanged(ctx, view)
 }
 
+// StartBegins implements [hif.Store].
+func (s hotStore) StartBegins(ctx context.Context, view string, layers []string) {
+	chain := make([]store.LayerID, 0, len(layers))
+	for _, l := range layers {
+		if id, err := store.ParseLayerID(l); err == nil { // it is what watchStart has written
+			chain = append(chain, id)
+		}
+	}
+	s.store.StartBegins(ctx, view, chain)
+}
+
+// StartsEnded implements [hif.Store].
+func (s hotStore) StartsEnded(ctx context.Context, view string) { s.store.StartsEnded(ctx, view) }
+
 // LetGo implements [hif.Store].
 func (s hotStore) LetGo(ctx context.Context) { s.letGo(ctx) }
 

@@ -122,5 +122,6 @@ func open(path string, packPath func(layer uint64) string) (mnt int, err error) 
 		return -1, err
 	}
 	defer closeAll(devices)
-	return readingAhead(c.ReadAhead(), func() (int, error) { return erofs.Mount(image, devices) })
+	mnt, _, err = erofs.Mount(image, devices, c.ReadAhead())
+	return mnt, err
 }

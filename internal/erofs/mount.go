@@ -21,8 +21,14 @@ const magic = superMagic
 // descriptor; it is attached nowhere. The error is of class errdefs.ErrNotImplemented where the kernel has no EROFS, or
 // mounts no file as image or not on this filesystem.
 //
-// It uses the mount API with one option after the other, since mount(2) takes a page of options at the most.
-func Mount(image *os.File, devices []*os.File) (mnt int, err error) {
+// bytes is how far the kernel reads ahead on the mount, whatever the filesystems have on which the files stand. Where the image
+// is a loop device it is that of the device.
+func Mount(image *os.File, devices []*os.File, bytes int64) (mnt int, ahead ReadAhead, err error) {
+	return mountReadingAhead(bytes, func() (int, error) { return mount(image, devices) })
+}
+
+// mount uses the mount API with one option after the other, since mount(2) takes a page of options at the most.
+func mount(image *os.File, devices []*os.File) (mnt int, err error) {
 	fs, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOSYS) {
 		return -1, fmt.Errorf("this kernel has no EROFS or no fsopen(2): %w", errdefs.ErrNotImplemented)

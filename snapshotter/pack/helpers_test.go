@@ -292,7 +292,8 @@ func checkErofsStat(t testing.TB, e Entry, st *erofs.Stat) {
 func mountView(t testing.TB, image string, devices []uint64, layers []*testLayer, useLoop bool) string {
 	t.Helper()
 	point := filepath.Join(t.TempDir(), "view")
-	noError(t, MountView(image, point, packsOf(layers, devices), useLoop))
+	_, err := MountView(image, point, packsOf(layers, devices), useLoop)
+	noError(t, err)
 	t.Cleanup(func() {
 		if Mounted(point) {
 			unmount(t, point)

@@ -201,7 +201,7 @@ func TestMountRefuses(t *testing.T) {
 		"a pack as view": {packs[0], packs, errdefs.IsInvalidArgument},
 	} {
 		for _, useLoop := range []bool{false, true} {
-			if err := MountView(test.view, point, test.packs, useLoop); !test.is(err) {
+			if _, err := MountView(test.view, point, test.packs, useLoop); !test.is(err) {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
@@ -209,8 +209,9 @@ func TestMountRefuses(t *testing.T) {
 	if Mounted(point) {
 		t.Fatal("a view is mounted after all")
 	}
-	noError(t, MountView(image, point, packs, false))
-	if err := MountView(image, point, packs, false); !errdefs.IsAlreadyExists(err) {
+	_, err := MountView(image, point, packs, false)
+	noError(t, err)
+	if _, err := MountView(image, point, packs, false); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("mounted twice: %v", err)
 	}
 	// Nobody but root is to reach the data of all files.
@@ -226,6 +227,7 @@ func TestMountRefuses(t *testing.T) {
 	long := filepath.Join(t.TempDir(), strings.Repeat("l", 200), strings.Repeat("m", 100))
 	noError(t, os.MkdirAll(long, 0o755))
 	noError(t, os.Link(image, filepath.Join(long, "view")))
-	noError(t, MountView(filepath.Join(long, "view"), point, packs, false))
+	_, err = MountView(filepath.Join(long, "view"), point, packs, false)
+	noError(t, err)
 	noError(t, UnmountView(point))
 }

@@ -185,6 +185,7 @@ func (s *Store) removal(id string) func(context.Context) error {
 			return s.db.forgetRemoved(ctx, id)
 		}
 		err = errors.Join(s.dropIDMapped(id), unmount(s.StatePath("v", id)), s.DropParts(id))
+		s.views.forgetReadAhead(id)
 		if err == nil {
 			for _, f := range s.viewImages(id) {
 				if e := os.Remove(f); e != nil && !errors.Is(e, os.ErrNotExist) {

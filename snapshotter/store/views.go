@@ -19,6 +19,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/internal/erofs"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
@@ -36,10 +37,13 @@ type views struct {
 
 	mu    sync.Mutex
 	parts parts // of large files, see parts.go
+	// ahead is how far the kernel reads ahead on the views that this process has mounted. The kernel does not tell of a mount
+	// which entry in sysfs is its own.
+	ahead map[string]erofs.ReadAhead
 }
 
 func newViews(s *Store) *views {
-	return &views{s: s, slots: make(chan struct{}, s.config.Workers), parts: parts{unable: partsUnable(s.features)}}
+	return &views{s: s, ahead: map[string]erofs.ReadAhead{}, slots: make(chan struct{}, s.config.Workers), parts: parts{unable: partsUnable(s.features)}}
 }
 
 // Chain is the layers below and at a committed snapshot, bottom first.
@@ -138,9 +142,13 @@ func (v *views) build(ctx context.Context, id, name string) error {
 	if err := os.Mkdir(point, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("create mount point: %w", err)
 	}
-	if err := pack.MountView(image, point, packs, s.features.UseLoop()); err != nil {
+	ahead, err := pack.MountView(image, point, packs, s.features.UseLoop())
+	if err != nil {
 		return fmt.Errorf("mount view %q: %w", image, err)
 	}
+	v.mu.Lock()
+	v.ahead[id] = ahead
+	v.mu.Unlock()
 	if _, err := s.Chain(ctx, name); errdefs.IsNotFound(err) { // removed meanwhile
 		return errors.Join(unmount(point), os.Remove(image), err)
 	}
