@@ -201,10 +201,7 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	m.dividing = true
 	m.wg.Go(func() {
 		m.divide(todo, p.Floor)
-		m.mu.Lock()
-		m.dividing = false
-		m.mu.Unlock()
-		m.Kick()
+		m.kickAnd(func() { m.dividing = false })
 	})
 }
 

@@ -141,12 +141,13 @@ func (m *Manager) startLearning(images []Image) {
 	m.wg.Go(func() {
 		learned := m.learn(m.ctx, images)
 		m.mu.Lock()
-		m.learner.busy = false
-		again := m.learner.again
-		m.mu.Unlock()
-		if learned || again {
-			m.Kick()
+		if !learned && !m.learner.again {
+			m.learner.busy = false
+			m.mu.Unlock()
+			return
 		}
+		m.mu.Unlock()
+		m.kickAnd(func() { m.learner.busy = false })
 	})
 }
 

@@ -154,9 +154,14 @@ func (m *Manager) Close() error {
 }
 
 // Kick has the manager look at the store again: something has changed.
-func (m *Manager) Kick() {
+func (m *Manager) Kick() { m.kickAnd(func() {}) }
+
+// kickAnd is Kick, and changes with mu held what Settling looks at: work that ends
+// and the round that follows it must not leave a moment in which all seems done.
+func (m *Manager) kickAnd(change func()) {
 	m.mu.Lock()
 	m.kicks++
+	change()
 	m.mu.Unlock()
 	select {
 	case m.wake <- struct{}{}:
