@@ -31,8 +31,11 @@ type report struct {
 	AfterPull  usage  `json:"nvm_after_pull"`
 	AfterStart usage  `json:"nvm_after_start"`
 	First      result `json:"first_start"`
-	Files      int64  `json:"files"` // that starts opened
-	Second     result `json:"second_start"`
+	// Files that the start opened, their bytes, and how many of these it touched.
+	Files   int64  `json:"files"`
+	Opened  int64  `json:"opened"`
+	Touched int64  `json:"touched"`
+	Second  result `json:"second_start"`
 }
 
 type layer struct {
@@ -184,8 +187,8 @@ func (rep *report) printPull() {
 func (rep *report) printStarts() {
 	fmt.Printf("Its first output came %d ms after `ctr run` began; that of the first start after %d ms.\n", rep.Second.ReadyMS, rep.First.ReadyMS)
 	say("On NVM in the end: %s of %s", rep.share(rep.AfterStart.all()), placement.FormatBytes(rep.Stored))
-	fmt.Printf("The start opened %d files. NVM holds %s of whole files, %s of the parts of large ones, and the view of %s.\n",
-		rep.Files, placement.FormatBytes(rep.AfterStart.Files), placement.FormatBytes(rep.AfterStart.Parts), placement.FormatBytes(rep.AfterStart.Views))
+	fmt.Printf("The start opened %d files of %s and touched %s of them. NVM holds %s of whole files, %s of the parts of large ones and what is next to them, and the view of %s.\n",
+		rep.Files, rep.share(rep.Opened), rep.share(rep.Touched), placement.FormatBytes(rep.AfterStart.Files), placement.FormatBytes(rep.AfterStart.Parts), placement.FormatBytes(rep.AfterStart.Views))
 }
 
 func (rep *report) write(file string) error {

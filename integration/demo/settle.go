@@ -4,10 +4,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"time"
 
+	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/integration/rig"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
@@ -53,7 +57,7 @@ func (rep *report) settle(ctx context.Context, client control.Client, r *rig.Rig
 	if err != nil {
 		return fmt.Errorf("watch migration: %w", err)
 	}
-	for done := false; !done; {
+	for planned := false; ; {
 		s, err := top.Recv()
 		if err != nil {
 			return fmt.Errorf("wait for migration: %w", err)
@@ -61,19 +65,49 @@ func (rep *report) settle(ctx context.Context, client control.Client, r *rig.Rig
 		if s.GetTraceError() != "" {
 			return fmt.Errorf("starts are not traced here: %s", s.GetTraceError())
 		}
-		done = s.GetStartsTotal() > 0 && len(s.GetStarts()) == 0 && s.GetMigration().GetState() == "idle"
+		if planned && s.GetMigration().GetState() == "idle" {
+			break // parts are made, too
+		}
+		if !planned && s.GetStartsTotal() > 0 && len(s.GetStarts()) == 0 {
+			// It returns with a plan that knows of the start and of the whole packs: what is idle after it is done.
+			if _, err := client.MigrateNow(ctx, &control.MigrationRequest{}); err != nil {
+				return fmt.Errorf("migrate now: %w", err)
+			}
+			planned = true
+		}
 	}
 	if rep.AfterStart, err = onNVM(ctx, client, r); err != nil {
 		return err
 	}
-	profile, err := client.GetProfile(ctx, &control.ImageRequest{Image: r.Ref(imageName), Namespace: r.Namespace})
+	p, err := profileOf(ctx, client, r)
 	if err != nil {
 		return fmt.Errorf("ask for the profile: %w", err)
 	}
-	first, err := profile.Recv()
-	if err != nil {
-		return fmt.Errorf("ask for the profile: %w", err)
+	rep.Files = int64(len(p.Files))
+	for _, f := range p.Files {
+		rep.Opened += f.Size
+		if f.Touched < 0 {
+			f.Touched = f.Size
+		}
+		rep.Touched += f.Touched
 	}
-	rep.Files = first.GetInfo().GetFiles()
 	return nil
+}
+
+func profileOf(ctx context.Context, client control.Client, r *rig.Rig) (p profile.Profile, err error) {
+	stream, err := client.GetProfile(ctx, &control.ImageRequest{Image: r.Ref(imageName), Namespace: r.Namespace})
+	if err != nil {
+		return p, err
+	}
+	var data bytes.Buffer
+	for {
+		part, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return profile.Decode(&data)
+		}
+		if err != nil {
+			return p, err
+		}
+		data.Write(part.GetData())
+	}
 }
