@@ -25,13 +25,14 @@ import (
 // parts of the measurement, which --skip can leave out.
 const (
 	partImages = "images"
+	partSaved  = "saved"
 	partFirst  = "first"
 	partCrowds = "crowds"
 	partCosts  = "costs"
 	partCurve  = "curve"
 )
 
-var parts = []string{partImages, partFirst, partCrowds, partCosts, partCurve}
+var parts = []string{partImages, partSaved, partFirst, partCrowds, partCosts, partCurve}
 
 // options of the command.
 type options struct {
@@ -41,7 +42,6 @@ type options struct {
 	starts, hddStarts, containers int
 	idle                          time.Duration
 	quick, fresh, check           bool
-	warmFirst                     bool
 }
 
 // Command is the subcommand.
@@ -79,7 +79,6 @@ func Command() *cobra.Command {
 	f.StringVar(&o.link, "link", "200Mbit", "rate of the link of first starts with what is known; it decides which layers go to HDD")
 	f.IntVar(&o.starts, "starts", 5, "second cold starts of each image")
 	f.IntVar(&o.hddStarts, "hdd-starts", 1, "how many of them with overlayfs on HDD too")
-	f.BoolVar(&o.warmFirst, "warm-first", false, "first starts with nhybrid find what the pull has left in the caches")
 	f.DurationVar(&o.idle, "idle", time.Minute, "how long the idle daemon is watched")
 	f.StringSliceVar(&o.skip, "skip", nil, "parts to leave out: "+strings.Join(parts, ", "))
 	f.BoolVar(&o.quick, "quick", false, "three tiny images, fewer repetitions: to try the benchmark itself")

@@ -36,6 +36,7 @@ type row struct {
 	Setting string    `json:"setting"`
 	Begun   time.Time `json:"begun"`
 	Image   *imageRow `json:"image,omitempty"`
+	Saved   *savedRow `json:"saved,omitempty"`
 	First   *firstRow `json:"first,omitempty"`
 	Crowd   *crowdRow `json:"crowd,omitempty"`
 	Costs   *costRow  `json:"costs,omitempty"`
@@ -145,6 +146,14 @@ func (b *bench) jobs() (jobs []job, err error) {
 	if o.check {
 		return jobs, err
 	}
+	if o.does(partSaved) {
+		for _, name := range choose("images", o.images) {
+			jobs = append(jobs, job{partSaved, name, []string{name}, func(ctx context.Context, r *row) (err error) {
+				r.Saved, err = b.saved(ctx, b.known[name])
+				return err
+			}})
+		}
+	}
 	if o.does(partCurve) {
 		jobs = append(jobs, job{partCurve, o.curve, choose("curve", []string{o.curve}), func(ctx context.Context, r *row) (err error) {
 			r.Curve, err = b.curve(ctx, b.known[o.curve])
@@ -214,7 +223,7 @@ func (b *bench) fingerprint() (string, error) {
 		}
 	}
 	o := b.options
-	err := json.NewEncoder(h).Encode([]any{b.deviceSize, hddsim.HDD(), o.starts, o.hddStarts, o.link, o.idle, o.warmFirst})
+	err := json.NewEncoder(h).Encode([]any{b.deviceSize, hddsim.HDD(), o.starts, o.hddStarts, o.link, o.idle})
 	return hex.EncodeToString(h.Sum(nil))[:16], err
 }
 

@@ -62,7 +62,7 @@ func TestQuick(t *testing.T) {
 	r, err := result.Read(filepath.Join(out, "hif.json"))
 	require.NoError(t, err)
 	for _, figure := range []string{
-		"trace_missing_max", "nvm_saved_mean", "nvm_saved_min", "second_start_hdd_reads_max", "second_start_vs_nvm", "second_start_vs_hdd",
+		"trace_missing_max", "nvm_saved_mean", "nvm_saved_mean_warm", "nvm_saved_mean_default_readahead", "nvm_saved_min", "second_start_hdd_reads_max", "second_start_vs_nvm", "second_start_vs_hdd",
 		"first_start_profile_vs_nvm", "integrity_errors", "trace_overhead", "static_recall", "static_precision", "crowd_foreign_files",
 		"crowd_3_vs_nvm", "first_start_layers_vs_nvm", "link_rate_1g", "link_rate_three_1g", "daemon_idle_cpu_share", "trace_kb_per_1000_files",
 	} {
@@ -114,7 +114,7 @@ func (c cancelOn) Write(p []byte) (int, error) {
 
 func TestInterruptedMeasurementTellsWhatItHas(t *testing.T) {
 	out := t.TempDir()
-	args := []string{"--out=" + out, "--images=busybox,eclipse-mosquitto", "--hdd-starts=0", "--skip=first,crowds,costs,curve"}
+	args := []string{"--out=" + out, "--images=busybox,eclipse-mosquitto", "--hdd-starts=0", "--skip=saved,first,crowds,costs,curve"}
 	ctx, cancel := context.WithCancel(t.Context())
 	require.ErrorContains(t, execute(ctx, cancelOn{"1/2", cancel}, args...), "goes on where it was")
 	checkGone(t)

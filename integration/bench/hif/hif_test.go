@@ -94,11 +94,14 @@ func TestFigures(t *testing.T) {
 	all := rows{image("a", "x", 100, 10, 0), image("b", "y", 100, 30, 3, "lost"), {Part: partCosts, Costs: &costRow{
 		Watched: []float64{50}, Unwatched: []float64{100}, IdleCPUS: 1, IdleS: 60, MemoryBytes: 2e6, MemoryFiles: 1000,
 	}}}
+	all = append(all, row{Part: partSaved, Saved: &savedRow{Space: map[string]space{savedWarm: {AllNVM: 100, Migrated: 10}, savedReadAhead: {AllNVM: 50, Migrated: 20}}}},
+		row{Part: partSaved, Saved: &savedRow{Space: map[string]space{savedWarm: {AllNVM: 100, Migrated: 20}, savedReadAhead: {AllNVM: 50, Migrated: 30}}}})
 	got := map[string]float64{}
 	all.figures(func(name string, v float64) { got[name] = v })
 	for name, want := range map[string]float64{
 		"nvm_saved_mean": 0.8, "nvm_saved_min": 0.7, "nvm_saved_fixed_mean": 0.7, "nvm_saved.x": 0.9, "trace_missing_max": 1,
 		"second_start_hdd_reads_max": 3, "second_start_vs_nvm": 1.05, "second_start_vs_hdd": 0.25, "integrity_errors": 1,
+		"nvm_saved_mean_warm": 0.85, "nvm_saved_min_warm": 0.8, "nvm_saved_mean_default_readahead": 0.5,
 		"trace_overhead": 0.5, "trace_kb_per_1000_files": 2000,
 	} {
 		require.InDelta(t, want, got[name], 1e-9, name)

@@ -184,11 +184,7 @@ func (t *trial) firstStarts(ctx context.Context) error {
 		return err
 	}
 	for _, v := range variants {
-		begin := t.cold
-		if v == hybrid && t.options.warmFirst {
-			begin = t.warm
-		}
-		c, err := begin(ctx, t.stand, t.places[v], t.img, "first-"+t.img.Name)
+		c, err := t.cold(ctx, t.stand, t.places[v], t.img, "first-"+t.img.Name)
 		if err != nil {
 			return err
 		}

@@ -17,7 +17,7 @@ func fill(r *result.Result, all rows) {
 	all.figures(r.Set)
 	images := all.images()
 	r.Tables = append(r.Tables, spaceTable(images), categoryTable(images), startTable(images), traceTable(images), staticTable(images))
-	r.Tables = append(r.Tables, all.firstTable(), all.crowdTable(), all.mixedTable())
+	r.Tables = append(r.Tables, all.savedTable(), all.firstTable(), all.crowdTable(), all.mixedTable())
 }
 
 func mb(n int64) string               { return fmt.Sprintf("%.1f", float64(n)/1e6) }
@@ -198,6 +198,9 @@ func (r row) summary() string {
 		i := r.Image
 		return fmt.Sprintf("saved %s, second start %s s (NVM %s, HDD %s), %d reads, %d files missing, %d differences, took %.0f s", percent(i.Space.saved()),
 			ratio(i.median(hybrid)), ratio(i.median(overlayNVM)), ratio(i.median(overlayHDD)), i.reads(), len(i.Trace.Missing), i.Integrity.Errors, i.Seconds)
+	case r.Saved != nil:
+		return fmt.Sprintf("saved %s by a start right after the pull, %s with the kernel's read-ahead", percent(r.Saved.Space[savedWarm].saved()),
+			percent(r.Saved.Space[savedReadAhead].saved()))
 	case r.First != nil:
 		var parts []string
 		for _, mode := range knowledge {

@@ -25,10 +25,10 @@ type Loop struct {
 	file *os.File
 }
 
-// readAheadKiB is that of a real disk, fast or slow. A loop's own follows from its optimal I/O size, 2560 KiB here: it
+// ReadAheadKiB is that of a real disk, fast or slow. A loop's own follows from its optimal I/O size, 2560 KiB here: it
 // would hide most of a disk's seeks, and make all of a file look touched of which a start reads a part. Over some files the
 // kernel sets it back to this, its default, at the next change of the device.
-const readAheadKiB = 128
+const ReadAheadKiB = 128
 
 // Attach puts a loop device over a file. Its I/O passes the page cache of the file by, so that there is one cache, that
 // of the filesystem on top.
@@ -39,7 +39,7 @@ func Attach(file string) (*Loop, error) {
 	}
 	l := &Loop{file: f}
 	path := filepath.Join("/sys/block", filepath.Base(f.Name()), "queue/read_ahead_kb")
-	if err := os.WriteFile(path, []byte(strconv.Itoa(readAheadKiB)), 0o644); err != nil {
+	if err := os.WriteFile(path, []byte(strconv.Itoa(ReadAheadKiB)), 0o644); err != nil {
 		return nil, errors.Join(fmt.Errorf("set read-ahead of %q: %w", f.Name(), err), l.Close())
 	}
 	return l, nil
