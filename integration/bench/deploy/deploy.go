@@ -135,6 +135,11 @@ type rawRuns struct {
 func (raw rawRuns) fill(r *result.Result, policy string) error {
 	r.Runs = raw
 	raw.Pulls.figures(r.Set)
+	predictions, err := raw.Pulls.predicted(policy)
+	if err != nil {
+		return err
+	}
+	predictionFigures(predictions, r.Set)
 	prepareFigures(raw.Preparations, r.Set)
 	captureFigures(raw.Captures, r.Set)
 	hotFigures(raw.Hot, r.Set)
@@ -146,7 +151,7 @@ func (raw rawRuns) fill(r *result.Result, policy string) error {
 		return err
 	}
 	r.Tables = append(r.Tables, raw.Pulls.times("Seconds until the pull returned: median (range)", returned),
-		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.costs(), raw.Pulls.placed(), simulated, raw.Pulls.copied())
+		raw.Pulls.times("Seconds until all was durable: median (range)", durable), raw.Pulls.costs(), raw.Pulls.placed(), predictionTable(predictions), simulated, raw.Pulls.copied())
 	return nil
 }
 
@@ -181,7 +186,7 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 }
 
 // form is the version of what a run holds. Runs of another form are measured again.
-const form = 2
+const form = 3
 
 // fingerprints are equal for runs of an image that may be compared: the same programs, layers and devices. Each image has
 // its own, so that measurements of some images and of others add up.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"time"
 
@@ -100,6 +101,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	r.HDDSeeks = durable.seeks - before.seeks
 	r.ContainerdCPUS = (durable.containerd - before.containerd).Seconds()
 	r.DaemonCPUS = (durable.daemon - before.daemon).Seconds()
+	r.BusyCPUS, r.CPUs = (durable.busy - before.busy).Seconds(), runtime.NumCPU()
 	r.arrivals(b.layers[r.Image], b.data[r.Image], g.Link.Requests()[seen:], start)
 	return nil
 }
@@ -110,6 +112,7 @@ type observed struct {
 	seeks              int64
 	nvmUsed            int64
 	containerd, daemon time.Duration
+	busy               time.Duration // of all CPUs
 }
 
 func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
@@ -122,6 +125,9 @@ func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
 	}
 	o.seeks = model.Seeks
 	if o.nvmUsed, err = lab.UsedBytes(s.nvm.Mountpoint()); err != nil {
+		return o, err
+	}
+	if o.busy, err = lab.BusyCPU(); err != nil {
 		return o, err
 	}
 	if o.containerd, err = lab.CPUOf(g.Containerd.Pid()); err != nil || g.Daemon == nil {

@@ -56,6 +56,9 @@ type run struct {
 	// CPU seconds of the programs and of their children (igzip) until all was durable.
 	ContainerdCPUS float64 `json:"containerd_cpu_s"`
 	DaemonCPUS     float64 `json:"daemon_cpu_s,omitempty"`
+	// BusyCPUS are the seconds that all CPUs of the machine worked meanwhile, for whomever; there are CPUs of them.
+	BusyCPUS float64 `json:"busy_cpu_s"`
+	CPUs     int     `json:"cpus"`
 
 	// DaemonSettled is the daemon's memory when all was settled, DaemonIdle after a quiet time; nil for overlayfs.
 	DaemonSettled *lab.Memory `json:"daemon_settled,omitempty"`

@@ -139,6 +139,31 @@ func MemoryOf(pid int) (m Memory, err error) {
 // clockTick is USER_HZ, 100 a second on all architectures that Go runs on.
 const clockTick = 10 * time.Millisecond
 
+// BusyCPU is the time that all processors of the machine have worked, for whomever.
+func BusyCPU() (time.Duration, error) {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0, fmt.Errorf("read CPU time of the machine: %w", err)
+	}
+	first, _, _ := bytes.Cut(b, []byte("\n"))
+	words := strings.Fields(string(first))
+	if len(words) < 9 || words[0] != "cpu" {
+		return 0, fmt.Errorf("read CPU time of the machine: /proc/stat begins with %q", first)
+	}
+	// proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal. Time of guests is in user.
+	var ticks int64
+	for i, w := range words[1:9] {
+		n, err := strconv.ParseInt(w, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("read CPU time of the machine: %w", err)
+		}
+		if i != 3 && i != 4 {
+			ticks += n
+		}
+	}
+	return time.Duration(ticks) * clockTick, nil
+}
+
 // CPUOf is the processor time that a process has used, all its threads and all children that it has waited for.
 func CPUOf(pid int) (time.Duration, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
