@@ -354,7 +354,7 @@ func TestViewsOnADeviceThatFails(t *testing.T) {
 	d.fail(d.nvm, hddsim.Fault{})
 	d.uncache()
 
-	s = d.open(nil)
+	d.open(nil)
 	require.Zero(t, d.state(l.ID, Home).Repairs)
 	d.onDevice("a", data)
 }
