@@ -15,15 +15,12 @@ import (
 	"runtime/debug"
 	"time"
 
-	diffapi "github.com/containerd/containerd/api/services/diff/v1"
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/placement"
@@ -80,17 +77,33 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	// Garbage is mostly what merging a view leaves; give it back rather than grow.
 	debug.SetGCPercent(50)
 
+	passed, err := passedSockets(c.Address, c.ControlAddress, c.SCM.Address, c.MetricsAddress)
+	if err != nil {
+		return err
+	}
+	defer passed.close()
 	// Both sockets first: one that is in use must stop us before we touch the store.
-	snapshots, err := control.Listen(c.Address)
+	snapshots, err := passed.listen(c.Address)
 	if err != nil {
 		return err
 	}
 	defer snapshots.Close()
-	operator, err := control.Listen(c.ControlAddress)
+	operator, err := passed.listen(c.ControlAddress)
 	if err != nil {
 		return err
 	}
 	defer operator.Close()
+	failed := make(chan error, 3)
+	start := func(what string, serve func(net.Listener) error, l net.Listener) {
+		go func() {
+			if err := serve(l); err != nil && ctx.Err() == nil {
+				failed <- fmt.Errorf("serve %s on %q: %w", what, l.Addr(), err)
+			}
+		}()
+	}
+	srv := newEarly()
+	defer srv.Stop()
+	start("snapshots", srv.Serve, snapshots)
 
 	policy, err := placement.ParsePolicy(c.Placement.Policy)
 	if err != nil {
@@ -134,7 +147,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	defer stopFollowing()
 	go func() { _ = watcher.Run(following) }() // it ends with its context, by whose error
 
-	scm.begin(ctx, c, sn.PromisedNVM)
+	scm.begin(ctx, c, passed, sn.PromisedNVM)
 	defer scm.stop() // before the snapshotter, whose filesystem it is
 
 	text, err := c.Marshal()
@@ -142,25 +155,14 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		return err
 	}
 	ctl := control.NewServer(withRegions{sn.Control(), scm}, control.Info{Version: version, Address: c.Address, Config: text})
-	srv := grpc.NewServer(grpc.UnaryInterceptor(oneLineUnary), grpc.StreamInterceptor(oneLineStream))
-	snapshotsapi.RegisterSnapshotsServer(srv, snapshotservice.FromSnapshotter(sn))
-	// No comparer: containerd's walking differ makes diffs as well as ours would.
-	diffapi.RegisterDiffServer(srv, diffservice.FromApplierAndComparer(sn.Applier(), nil))
-	failed := make(chan error, 3)
-	start := func(what string, serve func(net.Listener) error, l net.Listener) {
-		go func() {
-			if err := serve(l); err != nil && ctx.Err() == nil {
-				failed <- fmt.Errorf("serve %s on %q: %w", what, l.Addr(), err)
-			}
-		}()
-	}
-	start("snapshots", srv.Serve, snapshots)
-	start("control", ctl.Serve, operator)
-	stopMetrics, err := serveMetrics(c.MetricsAddress, sn, failed)
+	stopMetrics, err := serveMetrics(c.MetricsAddress, passed, sn, failed)
 	if err != nil {
 		return err
 	}
 	defer stopMetrics()
+	// No comparer: containerd's walking differ makes diffs as well as ours would.
+	srv.open(snapshotservice.FromSnapshotter(sn), diffservice.FromApplierAndComparer(sn.Applier(), nil))
+	start("control", ctl.Serve, operator)
 	ctl.SetServing(true)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.G(ctx).WithError(err).Warn("could not tell systemd that the daemon is ready")

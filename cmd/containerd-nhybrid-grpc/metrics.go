@@ -17,18 +17,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/nhybrid/nhybrid/snapshotter"
-	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 // serveMetrics serves Prometheus metrics on "host:port" or the path of a unix
 // socket; on nothing if address is "".
-func serveMetrics(address string, sn *snapshotter.Snapshotter, failed chan<- error) (stop func(), err error) {
+func serveMetrics(address string, passed sockets, sn *snapshotter.Snapshotter, failed chan<- error) (stop func(), err error) {
 	if address == "" {
 		return func() {}, nil
 	}
 	var l net.Listener
 	if strings.HasPrefix(address, "/") {
-		l, err = control.Listen(address)
+		l, err = passed.listen(address)
 	} else {
 		l, err = net.Listen("tcp", address)
 	}

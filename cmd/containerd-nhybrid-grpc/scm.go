@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -47,13 +48,33 @@ type regions struct {
 const patience = 10 * time.Second
 
 // begin never fails: see warnings. layers tells what of NVM is promised to them.
-func (r *regions) begin(ctx context.Context, c config.Config, layers func() int64) {
-	if !c.SCM.Enabled {
+func (r *regions) begin(ctx context.Context, c config.Config, passed sockets, layers func() int64) {
+	if !c.SCM.Enabled && passed[c.SCM.Address] == nil {
 		return
 	}
-	if err := r.start(ctx, c, layers); err != nil {
+	l, err := passed.listen(c.SCM.Address)
+	if err != nil {
 		r.fail(ctx, err)
+		return
 	}
+	reason := errors.New("regions are turned off (scm.enabled)")
+	if c.SCM.Enabled {
+		if err := r.start(ctx, c, layers, l); err == nil {
+			return
+		} else {
+			r.fail(ctx, err)
+			reason = errors.New(api.NotServed + err.Error())
+		}
+	}
+	// The socket may stand whatever we do: who asks is answered.
+	running, cancel := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	work.Go(func() {
+		if err := region.Refusal(reason).Serve(running, l); err != nil && running.Err() == nil {
+			log.G(ctx).WithError(err).Warn("regions")
+		}
+	})
+	r.stop = sync.OnceFunc(func() { cancel(); work.Wait() })
 }
 
 // held is what layers have to leave to regions on an NVM of total bytes. It waits for nothing but a look at the books: see region.Options.Others.
@@ -74,7 +95,7 @@ func (r *regions) fail(ctx context.Context, err error) {
 	r.failed = err
 }
 
-func (r *regions) start(ctx context.Context, c config.Config, layers func() int64) (err error) {
+func (r *regions) start(ctx context.Context, c config.Config, layers func() int64, l net.Listener) (err error) {
 	connect := func() (*client.Client, error) { return r.containerd(c.Containerd.Address) }
 	o, err := options(c)
 	if err != nil {
@@ -95,13 +116,9 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 	if err != nil {
 		return err
 	}
-	l, err := control.Listen(c.SCM.Address)
-	if err != nil {
-		return err
-	}
 	store, err := region.Open(ctx, filepath.Join(c.NVMRoot, "r"), o)
 	if err != nil {
-		return errors.Join(err, l.Close())
+		return err
 	}
 	srv := region.NewServer(store)
 	srv.Handle(ctrd.OpCommit, ctrd.Handler(connect, store))

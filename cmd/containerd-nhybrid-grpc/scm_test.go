@@ -40,7 +40,7 @@ func node(t *testing.T) config.Config {
 func serveRegions(t *testing.T, c config.Config) *regions {
 	t.Helper()
 	r := &regions{stop: func() {}}
-	r.begin(t.Context(), c, func() int64 { return 0 })
+	r.begin(t.Context(), c, sockets{}, func() int64 { return 0 })
 	t.Cleanup(func() { r.stop() })
 	return r
 }

@@ -53,6 +53,9 @@ func (r *Rig) Close() error {
 			errs = append(errs, p.Stop())
 		}
 	}
+	for _, f := range r.sockets {
+		errs = append(errs, f.Close())
+	}
 	return errors.Join(append(errs, Remove(r.Dir))...)
 }
 

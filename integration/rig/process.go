@@ -27,6 +27,7 @@ type Process struct {
 	env     []string
 	logPath string
 	keep    bool
+	files   []*os.File                  // passed on as sd_listen_fds(3) says
 	ready   func(context.Context) error // asked until it answers nil
 
 	mu   sync.Mutex
@@ -78,8 +79,15 @@ func (p *Process) spawn() error {
 		return err
 	}
 	defer logFile.Close()
-	cmd := exec.Command(p.args[0], p.args[1:]...)
+	args := p.args
+	if len(p.files) > 0 { // who is meant is said by the process itself: its number is not known before
+		args = append([]string{"sh", "-c", `LISTEN_PID=$$ exec "$@"`, "sh"}, args...)
+	}
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), p.env...)
+	if cmd.ExtraFiles = p.files; len(p.files) > 0 {
+		cmd.Env = append(cmd.Env, fmt.Sprintf("LISTEN_FDS=%d", len(p.files)))
+	}
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if !p.keep {

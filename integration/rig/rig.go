@@ -70,6 +70,8 @@ type Options struct {
 	DiffService bool
 	// Capabilities of the proxy plugin. nil: "remap-ids", and "rebase" where ConcurrentUnpacks is above 1.
 	Capabilities []string
+	// Sockets holds the daemon's sockets in this process and passes them to the daemon, as systemd does for a socket unit.
+	Sockets bool
 	// CRI turns containerd's CRI plugin on.
 	CRI bool
 
@@ -105,6 +107,7 @@ type Rig struct {
 	linkServer *http.Server
 	linkAddr   string
 	nvm        *NVM
+	sockets    []*os.File // with Options.Sockets
 
 	mu     sync.Mutex
 	client *client.Client
@@ -180,6 +183,11 @@ func Start(ctx context.Context, o Options) (_ *Rig, err error) {
 	r.defineProcesses()
 	if err := errors.Join(r.writeContainerdConfig(), r.writeDaemonConfig()); err != nil {
 		return nil, fmt.Errorf("write configuration: %w", err)
+	}
+	if o.Sockets {
+		if err := r.holdSockets(); err != nil {
+			return nil, err
+		}
 	}
 	if r.Daemon != nil {
 		if err := r.Daemon.Start(ctx); err != nil {

@@ -26,6 +26,7 @@ type Handler func(ctx context.Context, args json.RawMessage, files []*os.File) (
 // Server answers hook and operator on a unix socket.
 type Server struct {
 	handlers map[string]Handler
+	refuse   error // of Refusal
 }
 
 // NewServer serves the operations of a store. More are added with Handle.
@@ -35,6 +36,9 @@ func NewServer(s *Store) *Server {
 	s.serveOperator(srv)
 	return srv
 }
+
+// Refusal answers every operation with an error: who asks where no regions are served is told why, rather than waiting at a socket that the service manager holds.
+func Refusal(err error) *Server { return &Server{refuse: err} }
 
 // Handle adds an operation. It must not be called once Serve runs.
 func (srv *Server) Handle(op string, h Handler) { srv.handlers[op] = h }
@@ -132,6 +136,9 @@ func (srv *Server) do(ctx context.Context, peer *unix.Ucred, q *api.Request, fil
 	}
 	if q.Version != api.Version {
 		return nil, nil, fmt.Errorf("version %d of the protocol, the daemon speaks %d: use hook and tool of its release: %w", q.Version, api.Version, errdefs.ErrNotImplemented)
+	}
+	if srv.refuse != nil {
+		return nil, nil, srv.refuse
 	}
 	h := srv.handlers[q.Op]
 	if h == nil {
