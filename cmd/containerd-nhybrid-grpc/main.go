@@ -160,6 +160,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		return err
 	}
 	defer stopMetrics()
+	scm.introduce(ctx)
 	// No comparer: containerd's walking differ makes diffs as well as ours would.
 	srv.open(snapshotservice.FromSnapshotter(sn), diffservice.FromApplierAndComparer(sn.Applier(), nil))
 	start("control", ctl.Serve, operator)

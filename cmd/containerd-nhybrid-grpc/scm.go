@@ -47,6 +47,9 @@ type regions struct {
 // patience is how long the daemon waits for work that was told to end.
 const patience = 10 * time.Second
 
+// introduction is how long containerd may take to hear of the plugin of NRI before its other calls are answered: as long as it waits for a plugin itself.
+const introduction = 2 * time.Second
+
 // begin never fails: see warnings. layers tells what of NVM is promised to them.
 func (r *regions) begin(ctx context.Context, c config.Config, passed sockets, layers func() int64) {
 	if !c.SCM.Enabled && passed[c.SCM.Address] == nil {
@@ -132,7 +135,7 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 			r.fail(ctx, err)
 		}
 	})
-	plugin := &nri.Plugin{Socket: c.SCM.NRISocket, Hook: c.SCM.HookPath(self), Daemon: c.SCM.Address, Foresee: store.Foresee}
+	plugin := nri.New(nri.Config{Socket: c.SCM.NRISocket, Hook: c.SCM.HookPath(self), Daemon: c.SCM.Address, Foresee: store.Foresee})
 	r.mu.Lock()
 	r.store = store
 	r.books.Store(store)
@@ -155,6 +158,23 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 		}
 	})
 	return nil
+}
+
+// introduce waits until containerd knows of the plugin, or cannot know: a container that is created before would have no region, and nobody to refuse it.
+func (r *regions) introduce(ctx context.Context) {
+	r.mu.Lock()
+	plugin := r.nri
+	r.mu.Unlock()
+	if plugin == nil {
+		return
+	}
+	late := time.NewTimer(introduction)
+	defer late.Stop()
+	select {
+	case <-plugin.Tried():
+	case <-late.C: // containerd may be waiting for us with another plugin
+	case <-ctx.Done():
+	}
 }
 
 // options are those of the store, on the NVM that there is.
@@ -246,6 +266,9 @@ func (r *regions) warnings() (all []string) {
 	if r.nri != nil {
 		if err := r.nri.Failed(); err != nil {
 			all = append(all, fmt.Sprintf("annotations of pods ask for regions in vain: %v", err))
+		}
+		if err := r.nri.Without(); err != nil {
+			all = append(all, err.Error())
 		}
 	}
 	if r.store != nil {

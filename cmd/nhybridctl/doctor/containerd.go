@@ -47,6 +47,7 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 	if cri(f, file, whole, name, first) {
 		cdi(f, file, whole, c)
 		nri(f, file, whole, c)
+		validator(f, file, whole, c)
 	}
 	address(f, file, whole, raw, c)
 	metadata(f, whole, sync)

@@ -32,6 +32,8 @@ const (
 	Device = "/dev/scm/region"
 	// Kind of the CDI devices.
 	Kind = "nhybrid.io/scm"
+	// Plugin is the name of the daemon among the plugins of containerd's NRI.
+	Plugin = "nhybrid-scm"
 	// NotServed begins the warning of a daemon that serves no regions. The reason follows.
 	NotServed = "regions are not served: "
 )

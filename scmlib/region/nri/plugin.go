@@ -15,16 +15,14 @@ import (
 	"time"
 
 	"github.com/containerd/log"
-	nriapi "github.com/containerd/nri/pkg/api"
 	"github.com/containerd/nri/pkg/stub"
 	"golang.org/x/sys/unix"
 
-	"github.com/nhybrid/nhybrid/scmlib/region"
 	"github.com/nhybrid/nhybrid/scmlib/region/api"
 )
 
 // Name of the plugin, by which NRI can be told to require it.
-const Name = "nhybrid-scm"
+const Name = api.Plugin
 
 const (
 	index = "50" // among other plugins; nothing depends on it
@@ -37,17 +35,35 @@ const (
 	patience = 15 * time.Second
 )
 
-// Plugin adds regions to containers.
-type Plugin struct {
+// Config says where the plugin is and what it adds.
+type Config struct {
 	Socket string // of NRI
 	Hook   string // absolute path of nhybrid-scm-hook
 	Daemon string // the socket that the hook asks
 	// Foresee tells early what the daemon would refuse; [region.Store.Foresee].
 	Foresee func(api.Attach) error
-
-	mu     sync.Mutex
-	failed error
 }
+
+// Plugin adds regions to containers. Its methods may be called concurrently.
+type Plugin struct {
+	Config
+
+	once  sync.Once
+	tried chan struct{} // see Tried
+
+	mu      sync.Mutex
+	failed  error
+	without map[string]string // containers that run without the region that their pod asks for, by id
+}
+
+// New makes a plugin.
+func New(c Config) *Plugin { return &Plugin{Config: c, tried: make(chan struct{})} }
+
+// Tried is closed when containerd has been asked for the first time to take the plugin, and does or cannot. From then on it lets no container start before the
+// plugin is told, which refuses one that was created without its region before.
+func (p *Plugin) Tried() <-chan struct{} { return p.tried }
+
+func (p *Plugin) introduced() { p.once.Do(func() { close(p.tried) }) }
 
 // Run serves containerd until ctx ends, and again whenever it comes back. That it is not there, or has no NRI, is no failure.
 func (p *Plugin) Run(ctx context.Context) {
@@ -55,6 +71,7 @@ func (p *Plugin) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		begun := time.Now()
 		err := p.serve(ctx)
+		p.introduced()
 		if ctx.Err() != nil {
 			return
 		}
@@ -109,6 +126,7 @@ func (p *Plugin) serve(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("register with NRI at %q: %w", p.Socket, err)
 	}
+	s.version = st.RuntimeNRIVersion
 	ended := make(chan error, 1)
 	go func() { ended <- st.Run(ctx) }()
 	late := time.NewTimer(patience)
@@ -131,50 +149,6 @@ func (p *Plugin) serve(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-}
-
-// session is what containerd calls, in one connection.
-type session struct {
-	p     *Plugin
-	once  sync.Once
-	known chan struct{} // closed when containerd knows the plugin
-}
-
-// Synchronize implements [stub.SynchronizeInterface]: containers that are there already stay as they are.
-func (s *session) Synchronize(context.Context, []*nriapi.PodSandbox, []*nriapi.Container) ([]*nriapi.ContainerUpdate, error) {
-	s.once.Do(func() { close(s.known) })
-	return nil, nil
-}
-
-// CreateContainer implements [stub.CreateContainerInterface]. An error fails the creation of the container, with its text.
-func (s *session) CreateContainer(ctx context.Context, pod *nriapi.PodSandbox, c *nriapi.Container) (*nriapi.ContainerAdjustment, []*nriapi.ContainerUpdate, error) {
-	adjust, err := s.p.adjust(pod.GetNamespace(), pod.GetAnnotations(), c.GetName())
-	if err != nil {
-		err = fmt.Errorf("region for container %s of pod %s/%s: %w", c.GetName(), pod.GetNamespace(), pod.GetName(), err)
-		log.G(ctx).WithError(err).Warn("pod is refused")
-	}
-	return adjust, nil, err
-}
-
-// adjust decides what a container gets; nil: nothing.
-func (p *Plugin) adjust(namespace string, annotations map[string]string, container string) (*nriapi.ContainerAdjustment, error) {
-	a, err := Ask(annotations, container)
-	if a == nil || err != nil {
-		return nil, err
-	}
-	a.Namespace, a.Tenant = Namespace, Tenant(namespace)
-	if err := p.Foresee(*a); err != nil {
-		return nil, err
-	}
-	if err := unix.Access(p.Hook, unix.X_OK); err != nil {
-		return nil, fmt.Errorf("the hook %q cannot be run: %w", p.Hook, err)
-	}
-	adjust := &nriapi.ContainerAdjustment{}
-	adjust.AddEnv("SCM_REGION", api.Device)
-	adjust.AddHooks(&nriapi.Hooks{CreateRuntime: []*nriapi.Hook{{
-		Path: p.Hook, Args: region.HookArgs(p.Hook, p.Daemon, *a), Timeout: nriapi.Int(region.HookTimeout),
-	}}})
-	return adjust, nil
 }
 
 // logger takes what NRI says of itself into the daemon's log, where only failures matter.

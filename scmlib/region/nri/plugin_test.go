@@ -23,13 +23,13 @@ func TestCreateContainer(t *testing.T) {
 	hook := filepath.Join(t.TempDir(), "nhybrid-scm-hook")
 	require.NoError(t, os.WriteFile(hook, []byte("#!/bin/sh\n"), 0o755))
 	var asked []api.Attach
-	p := &Plugin{Hook: hook, Daemon: "/run/scm.sock", Foresee: func(a api.Attach) error {
+	p := New(Config{Hook: hook, Daemon: "/run/scm.sock", Foresee: func(a api.Attach) error {
 		asked = append(asked, a)
 		if a.Size > 1<<20 {
 			return fmt.Errorf("quota is 1 MiB: %w", errdefs.ErrResourceExhausted)
 		}
 		return nil
-	}}
+	}})
 	s := &session{p: p}
 	create := func(annotations map[string]string) (*nriapi.ContainerAdjustment, error) {
 		adjust, updates, err := s.CreateContainer(t.Context(), &nriapi.PodSandbox{Namespace: "shop", Name: "web-0", Annotations: annotations},
