@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"unsafe"
 
 	"github.com/moby/sys/mountinfo"
@@ -43,8 +44,10 @@ func (o *overlay) wants(w *Watch) bool {
 	return o.tree != "" && (o.tree == w.start.Tree || o.tree == w.start.Upper)
 }
 
-// mountTable is our own mountinfo, read again only when it changed.
+// mountTable is our own mountinfo, read again only when it changed. A list that
+// was given out stays as it is.
 type mountTable struct {
+	mu   sync.Mutex
 	file *os.File
 	list []*overlay
 }
@@ -57,6 +60,8 @@ func (m *mountTable) close() {
 
 // overlays lists the overlays in our mount namespace, newest first.
 func (m *mountTable) overlays() ([]*overlay, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if m.file == nil {
 		// Not by os.Open: the runtime would put it into its epoll set, which
 		// asks for the state of the file and so takes the flag away from us.
@@ -161,7 +166,7 @@ func rootOf(pid int32) (*overlay, int, error) {
 // probe finds the private clone through which an overlay opens a file: it marks
 // the data file in a group of its own, opens the file through the overlay, and
 // looks at the event of that open. The answer is exact; 0 if the overlay has no
-// such file. dir is the root of the overlay, or -1 (see try), data a descriptor of the data file.
+// such file. dir is the root of the overlay, or -1 (see try), data a descriptor of the data file. t.mu is not held.
 func (t *Tracer) probe(o *overlay, dir, data int, path string) (uint64, error) {
 	if dir < 0 {
 		// A mount of our own of the same overlay: whoever wants to unmount the one at
@@ -172,7 +177,7 @@ func (t *Tracer) probe(o *overlay, dir, data int, path string) (uint64, error) {
 			return 0, nil // unmounted since
 		}
 		// Where it was unmounted meanwhile this ends the overlay, and overlayfs then
-		// syncs the filesystem of its upper directory: not with t.mu held.
+		// syncs the filesystem of its upper directory: nobody need wait for that.
 		defer t.wg.Go(func() { unix.Close(fd) })
 		var st unix.Statx_t
 		if err := statx(fd, &st); err != nil || devOf(&st) != o.dev {

@@ -128,6 +128,7 @@ func (t *Tracer) read() {
 				return
 			}
 		default:
+			t.resolving.Lock()
 			t.mu.Lock()
 			for b := buf[:n]; len(b) >= unix.FAN_EVENT_METADATA_LEN; {
 				ev := (*unix.FanotifyEventMetadata)(unsafe.Pointer(&b[0]))
@@ -138,6 +139,7 @@ func (t *Tracer) read() {
 				b = b[ev.Event_len:]
 			}
 			t.mu.Unlock()
+			t.resolving.Unlock()
 			if time.Since(last) > settle {
 				last = time.Now()
 				if _, done := t.tick(false); done {
@@ -157,7 +159,7 @@ func (t *Tracer) wait(fd int) {
 	})
 }
 
-// event takes one event. The caller holds t.mu.
+// event takes one event. The caller holds t.resolving and t.mu.
 func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 	t.stats.Events++
 	if ev.Mask&unix.FAN_Q_OVERFLOW != 0 {

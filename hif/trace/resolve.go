@@ -42,16 +42,20 @@ func (t *Tracer) first(c *clone, e *entry, data int, pid int32) {
 }
 
 // resolve ties a clone to the overlay that made it. pids are of processes that
-// may live in that overlay.
+// may live in that overlay. The caller holds resolving and mu, which is given up
+// while the kernel is asked.
 func (t *Tracer) resolve(c *clone, e *entry, data int, pids ...int32) {
 	if o := t.byClone[c.id]; o != nil {
 		t.give(c, o)
 		return
 	}
-	visible, err := t.own.overlays()
-	if err != nil {
-		log.L.WithError(err).Warn("cannot tell which container opens files")
-	}
+	var visible []*overlay
+	t.unlocked(func() {
+		var err error
+		if visible, err = t.own.overlays(); err != nil {
+			log.L.WithError(err).Warn("cannot tell which container opens files")
+		}
+	})
 	// The overlays of starts first: there are few. Then the one that the process
 	// lives in, which also finds overlays mounted where we cannot see them. Then
 	// all others, so that a container that has long been running is known as such.
@@ -61,7 +65,11 @@ func (t *Tracer) resolve(c *clone, e *entry, data int, pids ...int32) {
 		}
 	}
 	for _, pid := range pids {
-		if o, dir, err := rootOf(pid); err == nil {
+		var o *overlay
+		var dir int
+		var err error
+		t.unlocked(func() { o, dir, err = rootOf(pid) })
+		if err == nil {
 			ok := t.try(c, e, data, o, dir)
 			unix.Close(dir)
 			if ok {
@@ -90,11 +98,13 @@ func (t *Tracer) watched(o *overlay) bool {
 func (t *Tracer) try(c *clone, e *entry, data int, o *overlay, dir int) bool {
 	var st unix.Statx_t
 	var err error
-	if dir < 0 {
-		err = unix.Statx(unix.AT_FDCWD, o.point, unix.AT_SYMLINK_NOFOLLOW, statxMask, &st)
-	} else {
-		err = statx(dir, &st)
-	}
+	t.unlocked(func() {
+		if dir < 0 {
+			err = unix.Statx(unix.AT_FDCWD, o.point, unix.AT_SYMLINK_NOFOLLOW, statxMask, &st)
+		} else {
+			err = statx(dir, &st)
+		}
+	})
 	if err != nil || devOf(&st) != o.dev {
 		return false // unmounted since, or hidden by another mount
 	}
@@ -135,7 +145,9 @@ func (t *Tracer) cloneOf(o *overlay, dir, data int, ref pack.Ref) uint64 {
 				continue
 			}
 			tried = append(tried, path)
-			id, err := t.probe(o, dir, data, path)
+			var id uint64
+			var err error
+			t.unlocked(func() { id, err = t.probe(o, dir, data, path) })
 			if err != nil {
 				log.L.WithError(err).Debug("probe of an overlay failed")
 			}
@@ -150,8 +162,13 @@ func (t *Tracer) cloneOf(o *overlay, dir, data int, ref pack.Ref) uint64 {
 // Retry ties mounts to containers that could not be before, since Start.Path of
 // some watch did not know where their files are. It may be called at any time.
 func (t *Tracer) Retry() {
+	t.resolving.Lock()
+	defer t.resolving.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.closed {
+		return
+	}
 	for _, c := range t.mounts {
 		if len(c.owners) == 0 && !c.foreign {
 			t.resolveAgain(c)

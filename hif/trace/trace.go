@@ -197,7 +197,11 @@ type Tracer struct {
 
 	probing func(*overlay) // tests
 
-	mu      sync.Mutex // guards what follows
+	// resolving is held by whoever ties clones to overlays: the reader, or Retry. It is taken before mu. Whoever holds it may give up mu for a while
+	// (unlocked), in which watches begin but none ends, and clones and overlays stay as they are but for foreign clones that are forgotten.
+	resolving sync.Mutex
+
+	mu      sync.Mutex // guards what follows; [Tracer.Watch], and so every mount of a container, waits for it
 	stats   Stats
 	closed  bool
 	watches map[string]*Watch
@@ -314,6 +318,8 @@ func refused(what string, err error) error {
 
 // Stats returns the counters, between two batches of events.
 func (t *Tracer) Stats() Stats {
+	t.resolving.Lock()
+	defer t.resolving.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.stats
@@ -332,8 +338,17 @@ func (t *Tracer) Close() error {
 	t.wake()
 	t.mu.Unlock()
 	t.wg.Wait()
+	t.resolving.Lock() // Retry may still be at it
+	defer t.resolving.Unlock()
 	t.release()
 	return nil
+}
+
+// unlocked calls f without mu: what waits for the kernel or reads mount tables. The caller holds resolving and mu, and looks again afterwards at what mu guards.
+func (t *Tracer) unlocked(f func()) {
+	t.mu.Unlock()
+	defer t.mu.Lock()
+	f()
 }
 
 func (t *Tracer) release() {

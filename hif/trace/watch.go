@@ -157,6 +157,8 @@ func (w *Watch) Result() Trace {
 // Files is how many files the start has opened so far, those left out whose
 // mount is not tied to a container yet.
 func (w *Watch) Files() (n int) {
+	w.t.resolving.Lock()
+	defer w.t.resolving.Unlock()
 	w.t.mu.Lock()
 	defer w.t.mu.Unlock()
 	for _, c := range w.t.mounts {
@@ -200,6 +202,8 @@ func (w *Watch) due() (time.Duration, Reason) {
 // missing. It returns again if the queue must be asked once more, and done when
 // the tracer is closed and the last watch ended.
 func (t *Tracer) tick(drained bool) (again, done bool) {
+	t.resolving.Lock()
+	defer t.resolving.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := t.now()
@@ -233,7 +237,8 @@ func (t *Tracer) tick(drained bool) (again, done bool) {
 	return again, false
 }
 
-// finish takes a watch out and has its result measured. The caller holds t.mu.
+// finish takes a watch out and has its result measured. The caller holds
+// t.resolving and t.mu.
 func (t *Tracer) finish(w *Watch, why Reason) {
 	delete(t.watches, w.start.Snapshot)
 	found := map[pack.Ref]*File{}
