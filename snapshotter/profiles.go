@@ -35,29 +35,39 @@ func (p profiles) Get(image digest.Digest) (data []byte, err error) {
 	return data, err
 }
 
-// Update implements [profile.Store].
+// Update implements [profile.Store]. change runs outside of any transaction, since it decodes and encodes up to 32 MiB of JSON while Commit and Remove of
+// containerd would wait for the one write transaction. Where another change came in between it runs again, on what that one has left.
 func (p profiles) Update(image digest.Digest, change func([]byte) ([]byte, error)) error {
-	err := p.s.UpdateTx(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
-		b := store.Profiles(tx, p.bucket)
-		old := slices.Clone(b.Get([]byte(image)))
-		data, err := change(old)
-		switch {
-		case err != nil:
+	for {
+		old, err := p.Get(image)
+		if err != nil {
 			return err
-		case bytes.Equal(data, old):
-			return errUnchanged // a commit would sync the file
+		}
+		data, err := change(slices.Clone(old))
+		if err != nil || bytes.Equal(data, old) { // a commit would sync the file
+			return err
+		}
+		if err := p.swap(image, old, data); !errors.Is(err, errChanged) {
+			return err
+		}
+	}
+}
+
+var errChanged = errors.New("the profile was changed meanwhile")
+
+// swap writes data if old is what is there, nil for nothing. errChanged: it is not.
+func (p profiles) swap(image digest.Digest, old, data []byte) error {
+	return p.s.UpdateTx(context.Background(), func(_ context.Context, tx *bolt.Tx) error {
+		b := store.Profiles(tx, p.bucket)
+		switch {
+		case !bytes.Equal(b.Get([]byte(image)), old):
+			return errChanged
 		case data == nil:
 			return b.Delete([]byte(image))
 		}
 		return b.Put([]byte(image), data)
 	})
-	if errors.Is(err, errUnchanged) {
-		return nil
-	}
-	return err
 }
-
-var errUnchanged = errors.New("nothing to write")
 
 // Each implements [profile.Store].
 func (p profiles) Each(f func(digest.Digest, []byte) error) error {

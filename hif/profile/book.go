@@ -17,9 +17,10 @@ import (
 type Store interface {
 	// Get returns the profile of an image, nil if there is none.
 	Get(image digest.Digest) ([]byte, error)
-	// Update replaces the profile of an image by what change makes of it, as
-	// one transaction; old is nil if there is none, and a nil result deletes.
-	// An error of change leaves all as it was and is returned.
+	// Update replaces the profile of an image by what change makes of it; old is
+	// nil if there is none, and a nil result deletes. change may be called again,
+	// when another change came in between. An error of it leaves all as it was and
+	// is returned.
 	Update(image digest.Digest, change func(old []byte) ([]byte, error)) error
 	// Each calls f for every profile until it returns an error. The data is
 	// valid during the call only.

@@ -63,6 +63,9 @@ func openDatabase(ctx context.Context, nvm string) (*database, error) {
 	ms, err := storage.NewMetaStore(d.path, func(o *bolt.Options) error {
 		// Another daemon on the same root holds the file's lock for good.
 		o.Timeout = 3 * time.Second
+		// bbolt maps a file that outgrows its mapping anew, and waits for all read
+		// transactions before: the copy on HDD is one. This is address space only.
+		o.InitialMmapSize = databaseMapping
 		return nil
 	})
 	if err != nil {
@@ -158,6 +161,10 @@ func (d *database) copyTo(ctx context.Context, path string) error {
 	}
 	return nil
 }
+
+// databaseMapping is the size up to which the database grows without being mapped
+// anew, in bytes.
+const databaseMapping = 1 << 30
 
 // databaseBallast is the space on NVM that the database keeps for its growth,
 // in bytes: containers may fill the rest, and must still be removable then.
