@@ -264,7 +264,7 @@ func (m *Manager) Fetch(ctx context.Context, image Image, plainHTTP bool) (Accep
 // registry says how the registry of a reference is reached.
 func (m *Manager) registry(ref string, plainHTTP bool) profile.Registry {
 	host := registryOf(ref)
-	return profile.Registry{PlainHTTP: plainHTTP || host != "" && slices.Contains(m.config.PlainHTTP, host)}
+	return profile.Registry{Via: m.config.Via, PlainHTTP: plainHTTP || host != "" && slices.Contains(m.config.PlainHTTP, host)}
 }
 
 // Accepted is a profile from outside as it was stored, and what of it was left out.

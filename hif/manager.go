@@ -29,6 +29,7 @@ type Config struct {
 	Predict       Prediction
 	Fetch         bool     // ask registries for profiles
 	PlainHTTP     []string // registries to ask without TLS, as host:port
+	Via           profile.Via
 	// Migrate: files are moved, within these limits.
 	Migrate bool
 	Limits  plan.Limits

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/internal/hosts"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
@@ -136,7 +137,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		SyncRemove: c.Snapshot.SyncRemove,
 		Downloads:  watcher,
 		Reach:      host.NewReach(c.Containerd.Address, c.State).Check,
-		Hot:        hot(c.Hot, c.Root),
+		Hot:        hot(c.Hot, c.Root, hosts.New(c.Containerd.Hosts).For),
 	})
 	if err != nil {
 		return errors.Join(err, watcher.Close())

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/internal/hosts"
 	"github.com/nhybrid/nhybrid/scmlib/region"
 	"github.com/nhybrid/nhybrid/scmlib/region/api"
 	"github.com/nhybrid/nhybrid/scmlib/region/ctrd"
@@ -125,7 +126,7 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 	}
 	srv := region.NewServer(store)
 	srv.Handle(ctrd.OpCommit, ctrd.Handler(connect, store))
-	registry.Handle(srv, store, registry.Remote{Spool: spool})
+	registry.Handle(srv, store, registry.Remote{Spool: spool, Via: hosts.New(c.Containerd.Hosts).For})
 
 	running, cancel := context.WithCancel(ctx)
 	var work sync.WaitGroup

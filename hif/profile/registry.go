@@ -40,21 +40,25 @@ const (
 	maxTries = 8
 )
 
+// Via makes the transport of one push or pull, which knows mirrors, certificates
+// and credentials of registries; see package internal/hosts.
+type Via func(push, plainHTTP bool) http.RoundTripper
+
 // Registry says how to reach a registry. The zero value takes HTTPS, and the
 // credentials of docker's configuration.
 type Registry struct {
 	PlainHTTP bool
-	Keychain  authn.Keychain    // nil: [authn.DefaultKeychain]
-	Transport http.RoundTripper // nil: [remote.DefaultTransport]
+	Via       Via            // nil: [remote.DefaultTransport]
+	Keychain  authn.Keychain // without Via; nil: [authn.DefaultKeychain]
 }
 
-func (r Registry) options(ctx context.Context) []remote.Option {
-	keychain, base := r.Keychain, r.Transport
+func (r Registry) options(ctx context.Context, push bool) []remote.Option {
+	keychain, base := r.Keychain, remote.DefaultTransport
 	if keychain == nil {
 		keychain = authn.DefaultKeychain
 	}
-	if base == nil {
-		base = remote.DefaultTransport
+	if r.Via != nil {
+		keychain, base = authn.NewMultiKeychain(), r.Via(push, r.PlainHTTP) // of none
 	}
 	return []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(keychain), remote.WithTransport(bounded{base})}
 }
@@ -82,7 +86,7 @@ func (r Registry) Push(ctx context.Context, ref string, p Profile) (digest.Diges
 	if err != nil {
 		return "", err
 	}
-	opts := r.options(ctx)
+	opts := r.options(ctx, true)
 	p.Rules = nil
 	var data bytes.Buffer
 	if err := Encode(&data, p); err != nil {
@@ -161,7 +165,7 @@ func (r Registry) Pull(ctx context.Context, ref string, image digest.Digest) (p 
 	if err := checkDigest(image); err != nil {
 		return Profile{}, "", err
 	}
-	opts := r.options(ctx)
+	opts := r.options(ctx, false)
 	index, err := remote.Referrers(repo.Digest(image.String()), opts...)
 	if err != nil {
 		return Profile{}, "", classed(fmt.Errorf("list referrers of %s in %s: %w", image, repo, err))
@@ -244,15 +248,19 @@ func fetch(repo name.Repository, d v1.Descriptor, image digest.Digest, opts []re
 
 // classed gives an error of the registry its class.
 func classed(err error) error {
+	const cure = "give credentials of the registry to the daemon: by docker's configuration of its user (DOCKER_CONFIG in its environment), or by a header in hosts.toml"
 	var t *transport.Error
 	if !errors.As(err, &t) {
+		if errdefs.IsUnauthorized(err) { // by package internal/hosts
+			return fmt.Errorf("%w: %s", err, cure)
+		}
 		return err
 	}
 	switch t.StatusCode {
 	case http.StatusNotFound:
 		return fmt.Errorf("%w (%w)", err, errdefs.ErrNotFound)
 	case http.StatusUnauthorized:
-		return fmt.Errorf("%w (%w): give the credentials of the registry", err, errdefs.ErrUnauthenticated)
+		return fmt.Errorf("%w (%w): %s", err, errdefs.ErrUnauthenticated, cure)
 	case http.StatusForbidden:
 		return fmt.Errorf("%w (%w)", err, errdefs.ErrPermissionDenied)
 	}

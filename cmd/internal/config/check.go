@@ -57,6 +57,11 @@ func (c Config) Check() error {
 	if c.Address == c.ControlAddress || c.Address == c.Containerd.Address || c.ControlAddress == c.Containerd.Address {
 		return invalid("address, control_address and containerd.address must be three different sockets")
 	}
+	for _, dir := range filepath.SplitList(c.Containerd.Hosts) {
+		if !filepath.IsAbs(dir) {
+			return invalid("containerd.hosts: %q is relative; give absolute paths of directories, separated by colons", dir)
+		}
+	}
 	if err := checkMetrics(c.MetricsAddress); err != nil {
 		return err
 	}

@@ -53,6 +53,7 @@ type Config struct {
 type Containerd struct {
 	Address string   `toml:"address" comment:"containerd's own socket. Without it nothing is known of downloads: no layer is unpacked before it has arrived."`
 	Timeout Duration `toml:"timeout" comment:"Longest wait for one answer of containerd; files are placed without it when the time is over."`
+	Hosts   string   `toml:"hosts" comment:"Directories that describe registries, separated by colons, as in config_path of CRI and of the transfer service: mirrors,\ncertificates and headers of HOST in HOST/hosts.toml. They hold for the registries of profiles and of regions."`
 }
 
 // Placement says where layers go.
@@ -89,7 +90,7 @@ type Hot struct {
 	Quiet         Duration `toml:"quiet" comment:"A start is over when for so long no file was opened for the first time,"`
 	Window        Duration `toml:"window" comment:"or so long after its first open, or by nhybridctl profile ready."`
 	Predict       string   `toml:"predict" comment:"What an image without a profile is guessed to need: files (analysis of its command, libraries and language runtime),\nlayers (whole layers that hold an execution engine or application), off."`
-	FetchProfiles bool     `toml:"fetch_profiles" comment:"true: the registry of a new image is asked for a profile, with the credentials of docker's configuration of this user."`
+	FetchProfiles bool     `toml:"fetch_profiles" comment:"true: the registry of a new image is asked for a profile, by way of containerd.hosts and with the credentials of docker's\nconfiguration of this user."`
 	PlainHTTP     string   `toml:"plain_http" comment:"Registries that are asked over HTTP without TLS, as host:port, separated by commas. Those on localhost always are."`
 	Migrate       bool     `toml:"migrate" comment:"true: after the first start of an image its cold files leave NVM and hot files come up. Packs keep all of them."`
 	Rate          Rate     `toml:"rate" comment:"Most bytes a second that are read from the HDD for files that come up. \"0\": no limit."`
@@ -133,6 +134,7 @@ func Default() Config {
 		Containerd: Containerd{
 			Address: "/run/containerd/containerd.sock",
 			Timeout: Duration(defaultTimeout),
+			Hosts:   "/etc/containerd/certs.d:/etc/docker/certs.d",
 		},
 		Placement: Placement{
 			Policy:       "drain",

@@ -109,6 +109,7 @@ func TestBadFile(t *testing.T) {
 		"[snapshot]\nsync_remove = 'no'":                        "snapshot.sync_remove: the value is of type string and should be of type bool",
 		"[background]\nworkers = 0":                             "background.workers: 0 is too few",
 		"[scm]\naddress = 'scm.sock'":                           `scm.address: "scm.sock" is relative`,
+		"[containerd]\nhosts = '/etc/certs.d:certs.d'":          `containerd.hosts: "certs.d" is relative`,
 		"[scm]\naddress = '/run/nhybrid/control.sock'":          "scm.address: is the socket of control_address",
 		"[scm]\nlimit = 'all'":                                  `:2: scm.limit: size "all"`,
 		"[scm]\nregions = -1":                                   "scm.regions: -1 is negative",

@@ -48,6 +48,7 @@ func Containerd(file string, whole, raw Table, c config.Config, name string, syn
 		cdi(f, file, whole, c)
 		nri(f, file, whole, c)
 		validator(f, file, whole, c)
+		registries(f, whole, c)
 	}
 	address(f, file, whole, raw, c)
 	metadata(f, whole, sync)

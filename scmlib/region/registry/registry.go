@@ -53,9 +53,9 @@ const (
 // Remote says how to reach a registry. The zero value takes HTTPS, and the credentials of docker's configuration of the daemon's user.
 type Remote struct {
 	PlainHTTP bool
-	Keychain  authn.Keychain    // nil: [authn.DefaultKeychain]
-	Transport http.RoundTripper // nil: [remote.DefaultTransport]
-	Spool     string            // directory for streams on their way; "": that for temporary files
+	// Via makes the transport of one push or pull, which knows mirrors, certificates and credentials of registries. nil: [remote.DefaultTransport].
+	Via   func(push, plainHTTP bool) http.RoundTripper
+	Spool string // directory for streams on their way; "": that for temporary files
 }
 
 // Args of the operations.
@@ -104,13 +104,11 @@ func (r Remote) parse(ref string) (name.Reference, error) {
 	return n, nil
 }
 
-func (r Remote) options(ctx context.Context) []remote.Option {
-	keychain, base := r.Keychain, r.Transport
-	if keychain == nil {
-		keychain = authn.DefaultKeychain
-	}
-	if base == nil {
-		base = remote.DefaultTransport
+func (r Remote) options(ctx context.Context, push bool) []remote.Option {
+	var keychain authn.Keychain = authn.DefaultKeychain
+	base := remote.DefaultTransport
+	if r.Via != nil {
+		keychain, base = authn.NewMultiKeychain(), r.Via(push, r.PlainHTTP) // of none
 	}
 	return []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(keychain), remote.WithTransport(base)}
 }
@@ -135,7 +133,7 @@ func (r Remote) Push(ctx context.Context, store *region.Store, from region.Ref, 
 	}
 	defer layer.f.Close()
 	config := static.NewLayer([]byte("{}"), emptyType)
-	opts := r.options(ctx)
+	opts := r.options(ctx, true)
 	for _, l := range []v1.Layer{config, layer} {
 		if err := remote.WriteLayer(ref.Context(), l, opts...); err != nil {
 			return fail(err)
@@ -221,7 +219,7 @@ func (r Remote) Pull(ctx context.Context, store *region.Store, from, namespace, 
 	if err != nil {
 		return region.Record{}, err
 	}
-	opts := r.options(ctx)
+	opts := r.options(ctx, false)
 	got, err := remote.Get(ref, opts...)
 	if err != nil {
 		return fail(err)
