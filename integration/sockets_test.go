@@ -6,6 +6,9 @@
 package integration
 
 import (
+	"context"
+	"fmt"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -60,4 +63,41 @@ func TestCallsWaitAtStandingSockets(t *testing.T) {
 	require.FileExists(t, r.RegionSocket())
 	require.NoError(t, r.Daemon.Start(soon(t)))
 	require.Empty(t, warnings(t, r))
+}
+
+// A containerd that is started while the daemon is away finds no image unpacked, and CRI forgets all. The daemon makes it look again.
+func TestImagesThatCRIForgot(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, rig.Options{CRI: true})
+	_, err := r.PushBusybox(soon(t), "busybox:1")
+	require.NoError(t, err)
+	_, err = r.Crictl(soon(t), "pull", r.Ref("busybox:1"))
+	require.NoError(t, err)
+	require.NoError(t, r.Containerd.Stop())
+	require.NoError(t, r.Daemon.Kill())
+	require.NoError(t, r.Containerd.Start(soon(t)))
+	await(t, func(ctx context.Context) error { // CRI has begun
+		out, err := r.Crictl(ctx, "images", "-o", "json")
+		if err == nil && strings.Contains(out, r.Ref("busybox:1")) {
+			t.Error("CRI has not forgotten the image: the test shows nothing")
+		}
+		return err
+	})
+	require.NoError(t, r.Daemon.Start(soon(t)))
+	await(t, func(ctx context.Context) error {
+		out, err := r.Crictl(ctx, "images", "-o", "json")
+		if err == nil && !strings.Contains(out, r.Ref("busybox:1")) {
+			err = fmt.Errorf("CRI lists %s", out)
+		}
+		return err
+	})
+	await(t, reachable(r))
+	out, err := r.RunPod(soon(t), r.Ref("busybox:1"), "echo", "works")
+	require.NoError(t, err)
+	require.Equal(t, "works", out)
+	images, err := r.Crictl(soon(t), "images", "-q")
+	require.NoError(t, err)
+	require.Len(t, strings.Fields(images), 2, "the pause image is the other")
+	_, err = r.Crictl(soon(t), "rmi", r.Ref("busybox:1"))
+	require.NoError(t, err, "it can be collected, too")
 }

@@ -27,6 +27,7 @@ import (
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/cri"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
@@ -169,6 +170,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
 		log.G(ctx).WithError(err).Warn("could not tell systemd that the daemon is ready")
 	}
+	go cri.Remind(following, c.Containerd.Address)
 	log.G(ctx).WithFields(log.Fields{"version": version, "address": c.Address, "policy": policy.Name()}).Info("ready")
 
 	select {
