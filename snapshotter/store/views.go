@@ -34,6 +34,7 @@ type views struct {
 	s *Store
 	// slots bounds the merges at a time: after a loss of NVM each pod of a node asks for one.
 	slots chan struct{}
+	write func(context.Context, pack.Chain, map[uint64]uint32, string) error // writeView, but for tests
 
 	mu    sync.Mutex
 	parts parts // of large files, see parts.go
@@ -43,7 +44,7 @@ type views struct {
 }
 
 func newViews(s *Store) *views {
-	return &views{s: s, ahead: map[string]erofs.ReadAhead{}, slots: make(chan struct{}, s.config.Workers), parts: parts{unable: partsUnable(s.features)}}
+	return &views{s: s, ahead: map[string]erofs.ReadAhead{}, slots: make(chan struct{}, s.config.Workers), write: writeView, parts: parts{unable: partsUnable(s.features)}}
 }
 
 // Chain is the layers below and at a committed snapshot, bottom first.
@@ -193,7 +194,7 @@ func (v *views) image(ctx context.Context, id string, chain []LayerID) (string, 
 		images = images[1:] // NVM is full but for its reserve
 	}
 	for _, image := range images {
-		err = writeView(ctx, metas, blocks, image)
+		err = v.write(ctx, metas, blocks, image)
 		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 			return image, err
 		}
