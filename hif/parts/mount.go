@@ -29,24 +29,10 @@ func Mount(path, point string, packPath func(layer uint64) string) error {
 	if err := os.MkdirAll(point, 0o700); err != nil {
 		return fmt.Errorf("mount parts image: %w", err)
 	}
-	if err := attach(mnt, point); err != nil {
+	if err := erofs.Attach(mnt, point); err != nil {
 		return fmt.Errorf("mount parts image %q on %q: %w", path, point, err)
 	}
 	return nil
-}
-
-// attach puts a mount on point, or in place of what is mounted there.
-func attach(mnt int, point string) error {
-	if !Mounted(point) {
-		return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
-	}
-	// Beneath (Linux 6.5), so that no overlay is made on the bare directory meanwhile. Where that is refused the bare
-	// directory does no harm: an overlay without parts reads from the other layers.
-	beneath := unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH|moveMountBeneath)
-	if err := unix.Unmount(point, unix.MNT_DETACH); err != nil || beneath == nil {
-		return err
-	}
-	return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
 // Detach takes the mount on point away, if there is one. Overlays that have it keep it. The bare directory stays: a container
@@ -70,9 +56,6 @@ func Unmount(point string) error {
 	}
 	return nil
 }
-
-// moveMountBeneath is MOVE_MOUNT_BENEATH of linux/mount.h.
-const moveMountBeneath = 0x200
 
 // Mounted tells whether an EROFS image is mounted on point; the directory below is never on one.
 func Mounted(point string) bool { return erofs.Mounted(point) }

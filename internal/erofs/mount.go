@@ -94,6 +94,22 @@ func messages(fs int) string {
 	return " (" + strings.Join(all, "; ") + ")"
 }
 
+// Attach puts a mount on point, or in place of the EROFS image that is mounted there. Overlays that have the old one keep it.
+func Attach(mnt int, point string) error {
+	if !Mounted(point) {
+		return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	// Beneath (Linux 6.5), so that no overlay is made on the bare directory meanwhile.
+	beneath := unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH|moveMountBeneath)
+	if err := unix.Unmount(point, unix.MNT_DETACH); err != nil || beneath == nil {
+		return err
+	}
+	return unix.MoveMount(mnt, "", unix.AT_FDCWD, point, unix.MOVE_MOUNT_F_EMPTY_PATH)
+}
+
+// moveMountBeneath is MOVE_MOUNT_BENEATH of linux/mount.h.
+const moveMountBeneath = 0x200
+
 // Mounted reports whether an EROFS image is mounted on point; the directory below is never on one.
 func Mounted(point string) bool {
 	var st unix.Statfs_t

@@ -48,6 +48,22 @@ func MountView(path, point string, packs []string, useLoop bool) (erofs.ReadAhea
 	return ahead, nil
 }
 
+// RemountView puts a new mount of the view at path in place of the one on point, for
+// packs that have been replaced. There is no moment without a view, since a container
+// may have been told to mount it. Overlays that have the old one keep it. Errors:
+// those of [MountView].
+func RemountView(path, point string, packs []string, useLoop bool) (erofs.ReadAhead, error) {
+	mnt, ahead, err := openView(path, packs, useLoop)
+	if err != nil {
+		return ahead, fmt.Errorf("mount view %q anew: %w", path, err)
+	}
+	defer unix.Close(mnt)
+	if err := erofs.Attach(mnt, point); err != nil {
+		return ahead, fmt.Errorf("mount view %q anew on %q: %w", path, point, err)
+	}
+	return ahead, nil
+}
+
 // openView returns a mount that is attached nowhere.
 func openView(path string, packs []string, useLoop bool) (mnt int, ahead erofs.ReadAhead, err error) {
 	files := make([]*os.File, 0, 1+len(packs))

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/internal/erofs"
 	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
@@ -47,6 +48,12 @@ func (v *views) readAhead(ctx context.Context, id string, bytes int64) {
 	if err := ahead.Set(bytes); err != nil {
 		log.G(ctx).WithError(err).WithField("view", id).Debug("the kernel reads ahead on a view as before")
 	}
+}
+
+func (v *views) mounted(id string, ahead erofs.ReadAhead) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.ahead[id] = ahead
 }
 
 func (v *views) forgetReadAhead(id string) {

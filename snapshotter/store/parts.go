@@ -133,8 +133,10 @@ func (s *Store) PartsBytes(id string) map[string]int64 {
 	return out
 }
 
-// forget takes down every view and all parts that read from a layer, so that who
-// comes next sees its new pack. Running containers keep what they have mounted.
+// forget mounts every view of a layer anew and takes down all parts that read from
+// it, so that the next container sees its new pack. Running containers keep what
+// they have mounted. A container may have been told to mount the view or the parts
+// a moment ago: a view, or the bare mount point of parts, is there all the time.
 func (v *views) forget(ctx context.Context, id LayerID) error {
 	s := v.s
 	var err error
@@ -145,7 +147,12 @@ func (v *views) forget(ctx context.Context, id LayerID) error {
 			devices, e := pack.ViewDevices(image)
 			if e == nil && slices.Contains(devices, uint64(id)) {
 				log.G(ctx).WithField("view", view).Debug("a view is mounted anew for a layer that was unpacked anew")
-				err = errors.Join(err, unmount(point))
+				if e := v.remount(view, image, point); e != nil {
+					// The next container makes it anew; one that was told to mount it a moment ago fails.
+					log.G(ctx).WithError(e).WithField("view", view).Warn("a view cannot be mounted anew")
+					err = errors.Join(err, unmount(point))
+				}
+				break
 			}
 		}
 	}
@@ -158,6 +165,22 @@ func (v *views) forget(ctx context.Context, id LayerID) error {
 		}
 	}
 	return err
+}
+
+func (v *views) remount(id, image, point string) error {
+	if !pack.Mounted(point) {
+		return nil // the next container mounts it
+	}
+	packs, err := v.packs(image)
+	if err != nil {
+		return err
+	}
+	ahead, err := pack.RemountView(image, point, packs, v.s.features.UseLoop())
+	if err != nil {
+		return err
+	}
+	v.mounted(id, ahead)
+	return nil
 }
 
 // recoverParts unmounts what is not what stands on NVM: the daemon died between

@@ -5,6 +5,7 @@ package store
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -21,6 +22,50 @@ import (
 type packs struct{ *Store }
 
 func (p packs) PackPath(layer uint64) string { return p.Store.PackPath(LayerID(layer)) }
+
+// Between the answer that names a view and the mount by the container, a layer of
+// the view may have been unpacked anew: the container starts all the same, and
+// reads the new pack.
+func TestViewOfALayerThatIsReplacedBeforeItIsMounted(t *testing.T) {
+	b, nvm := onDisk(t)
+	s := b.open(func(c *Config) { c.NVMRoot = nvm })
+	data := large("a", 2<<20)
+	blob, diffID := layerOf(t, file{"large", data})
+	b.blobs.write(t, blob)
+	l := b.begin(spec(blob, diffID, unpack.ToPack))
+	id := b.commit("top", "", l.ID)
+	s.Release(l.ID)
+	b.state(l.ID, Home)
+	view, err := s.View(t.Context(), id, "top")
+	require.NoError(t, err)
+	old := damage(t, s.PackPath(l.ID), data)
+	require.NoError(t, s.views.forget(t.Context(), l.ID))
+	b.read(view, func(root string) {
+		got, err := os.ReadFile(filepath.Join(root, "large"))
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(data, got))
+	})
+	require.NoError(t, os.Remove(old))
+	b.remove("top")
+	b.gone(l.ID)
+	require.NoDirExists(t, view)
+}
+
+// damage makes the pack at path one with other data, and puts a good one in its place.
+func damage(t *testing.T, path string, data []byte) (old string) {
+	t.Helper()
+	good, err := os.ReadFile(path)
+	require.NoError(t, err)
+	old = path + ".old"
+	require.NoError(t, os.Rename(path, old))
+	at := bytes.Index(good, data[:4096])
+	require.GreaterOrEqual(t, at, 0)
+	f, err := os.OpenFile(old, os.O_RDWR, 0)
+	require.NoError(t, err)
+	_, err = f.WriteAt(make([]byte, len(data)), int64(at))
+	require.NoError(t, errors.Join(err, f.Close(), os.WriteFile(path, good, 0o600)))
+	return old
+}
 
 // Between the answer that names the parts of a chain and the mount by the
 // container, the parts may be dropped: the container starts all the same.

@@ -147,9 +147,7 @@ func (v *views) build(ctx context.Context, id, name string) error {
 	if err != nil {
 		return fmt.Errorf("mount view %q: %w", image, err)
 	}
-	v.mu.Lock()
-	v.ahead[id] = ahead
-	v.mu.Unlock()
+	v.mounted(id, ahead)
 	if _, err := s.Chain(ctx, name); errdefs.IsNotFound(err) { // removed meanwhile
 		return errors.Join(unmount(point), os.Remove(image), err)
 	}
