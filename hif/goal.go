@@ -113,6 +113,9 @@ func (m *Manager) apply(ctx context.Context, images []Image) error {
 	if in.Space, err = m.store.Space(); err != nil {
 		return err
 	}
+	m.mu.Lock()
+	in.Pressing = m.last.Plan.Pressure
+	m.mu.Unlock()
 	if m.engine != nil {
 		in.Space.Pinned = m.engine.Progress().Pinned
 	}
@@ -168,7 +171,8 @@ func (m *Manager) forPlan(w wanted, d *division, here map[string]int64) plan.Ima
 func (w *wanted) forKnowledge() plan.Knowledge { return w.Knowledge.forPlan(len(w.Hot)) }
 
 // startDividing has parts made that are wanted, unless that is under way. In a
-// store that is full old ones go instead, of the chain used longest ago.
+// store that is full, that is above the high watermark, old ones go instead, of the
+// chain used longest ago.
 func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -181,14 +185,14 @@ func (m *Manager) startDividing(divisions map[string]*division, p plan.Plan) {
 		switch {
 		case len(d.set.Files) == 0 && rested:
 			unwanted = append(unwanted, d)
-		case p.Pressure && len(d.have) > 0:
+		case p.Full && len(d.have) > 0:
 			todo = append(todo, d)
 		case !p.Pressure && !d.current && d.home && rested:
 			todo = append(todo, d)
 		}
 	}
 	slices.SortFunc(todo, func(a, b *division) int { return b.used.Compare(a.used) })
-	if p.Pressure && len(todo) > 0 {
+	if p.Full && len(todo) > 0 {
 		last := todo[len(todo)-1]
 		last.set = parts.Set{}
 		m.undivided[last.view] = undivided{at: time.Now()}

@@ -69,7 +69,8 @@ func Decide(in Input) Plan {
 			use -= s.cold[id]
 		}
 	}
-	pressure := max(use-s.Space.Pinned-high, use-usable) > 0
+	full := max(use-s.Space.Pinned-high, use-usable) > 0
+	pressure := full || s.Pressing && use-s.Space.Pinned > low
 	movable := func(id string) bool {
 		l := s.layers[id]
 		return l.Fixed == "" && (s.reduced(l) || pressure || s.stale(id))
@@ -97,7 +98,11 @@ func Decide(in Input) Plan {
 		f.lent = max(0, min(s.Space.Pinned, usable-low))
 	}
 	s.fill(f, items, layers, pressure)
-	return s.plan(items, layers, reduced, use, low, pressure)
+	leaves := func(it *item) bool { return it.here && !it.stays }
+	pressure = full || pressure && (slices.ContainsFunc(items, leaves) || slices.ContainsFunc(layers, leaves))
+	p := s.plan(items, layers, reduced, use, low)
+	p.Full, p.Pressure = full, pressure
+	return p
 }
 
 // gather puts the input in order, and leaves out what makes no sense.
@@ -300,8 +305,8 @@ func first(a, b bool) int {
 	return 0
 }
 
-func (s *state) plan(items, layers []*item, reduced []string, use, low int64, pressure bool) Plan {
-	p := Plan{Floor: s.Space.Total - low, Pressure: pressure, Use: use}
+func (s *state) plan(items, layers []*item, reduced []string, use, low int64) Plan {
+	p := Plan{Floor: s.Space.Total - low, Use: use}
 	down := map[string]*Reduction{}
 	for _, id := range reduced {
 		l := s.layers[id]

@@ -108,6 +108,8 @@ type Input struct {
 	Space  Space
 	Limits Limits
 	Disk   Disk
+	// Pressing is Pressure of the last plan: what it began goes on until the low watermark.
+	Pressing bool
 }
 
 // Plan is what the tiers shall look like.
@@ -118,8 +120,9 @@ type Plan struct {
 	Up []Promotion
 	// Floor is how much of NVM, in bytes, must be free after a promotion.
 	Floor int64
-	// Pressure tells that NVM was above the high watermark.
-	Pressure bool
+	// Full tells that NVM is above the high watermark. Pressure: it is, or it was since it was last at the low one and
+	// something can still leave.
+	Full, Pressure bool
 	// Denied are hot files that find no room.
 	Denied Sum
 	// Freed is what Down is expected to free, Use what is in use afterwards, Up included; bytes.

@@ -127,9 +127,10 @@ func TestProperties(t *testing.T) {
 	var ups, downs, pressures, denied int
 	for seed := range uint64(4000) {
 		w := random(rand.New(rand.NewPCG(seed, 1)))
-		fixed := false
+		fixed, pressing := false, false
 		for range 6 {
 			in := w.input()
+			in.Pressing = pressing
 			p := Decide(in)
 			require.Equal(t, p, Decide(in), "seed %d: not deterministic", seed)
 			check(t, seed, w, in, p)
@@ -137,6 +138,7 @@ func TestProperties(t *testing.T) {
 			if p.Pressure {
 				pressures++
 			}
+			pressing = p.Pressure
 			before := maps.Clone(w.onNVM)
 			w.apply(p)
 			require.Equal(t, p.Use, w.use(), "seed %d: the plan's use is not what came of it", seed)
@@ -302,6 +304,33 @@ func TestGain(t *testing.T) {
 		require.Equal(t, comes, len(p.Up) == 1, "%v", p)
 		require.Equal(t, comes, len(p.Down[0].Leave) == 1)
 	}
+}
+
+// Once above the high watermark things leave until the low one, however many plans
+// are made on the way; and no longer than anything can leave.
+func TestPressureLastsUntilTheLowWatermark(t *testing.T) {
+	const gib = 1 << 30
+	in := Input{Now: now, Space: Space{Free: 1 * gib, Total: 20 * gib}} // 19 in use, high is 18, low is 16
+	for i := range 15 {
+		in.Layers = append(in.Layers, Layer{ID: fmt.Sprint(i), NVM: gib, Tier: placement.NVM, Used: now.Add(time.Duration(i) * time.Hour)})
+	}
+	p := Decide(in)
+	require.True(t, p.Pressure)
+	require.Len(t, p.Down, 3)
+	// One has left; then an image comes, and a new plan is made.
+	in.Layers, in.Space.Free = in.Layers[1:], 2*gib
+	require.False(t, Decide(in).Pressure, "it was never above the high watermark")
+	in.Pressing = true
+	p = Decide(in)
+	require.True(t, p.Pressure)
+	require.Len(t, p.Down, 2, "the other two leave")
+	in.Layers, in.Space.Free = in.Layers[2:], 4*gib
+	p = Decide(in)
+	require.True(t, p.Empty(), "the low watermark is reached")
+	require.False(t, p.Pressure)
+	// What is left is not of images.
+	in.Layers, in.Space.Free = nil, 3*gib
+	require.False(t, Decide(in).Pressure, "nothing can leave: images that come may stay up to the high watermark")
 }
 
 func TestNonsenseIsHarmless(t *testing.T) {
