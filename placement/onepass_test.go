@@ -182,6 +182,28 @@ func TestOnePassHub(t *testing.T) {
 	}
 }
 
+// The daemon places files by what it takes rates for. How long things last follows from what they are.
+func TestTakenRatesPlaceFiles(t *testing.T) {
+	layers := []ImageLayer{{Digest: "a", Compressed: 100 * mb, Uncompressed: 300 * mb}}
+	o := Options{Bandwidth: 100 * mb, Unpack: 150 * mb, Cores: 2, HDDWrite: 100 * mb, Policy: "drain"}
+	predict := func(taken Taken) Prediction {
+		o.Taken = taken
+		p, err := Predict(layers, o)
+		require.NoError(t, err)
+		return p
+	}
+	exact := predict(Taken{})
+	assert.Equal(t, exact, predict(Taken{HDDWrite: o.HDDWrite, Unpack: 2 * o.Unpack}), "with the true rates nothing changes")
+	assert.Positive(t, exact.NVMBytes)
+	assert.Less(t, predict(Taken{HDDWrite: 10000 * mb}).NVMBytes, exact.NVMBytes/10, "the disk seems to be in time until the end")
+	assert.Greater(t, predict(Taken{HDDWrite: 50 * mb}).NVMBytes, exact.NVMBytes)
+	assert.Less(t, predict(Taken{Unpack: mb}).NVMBytes, exact.NVMBytes/10, "the pull seems to be long")
+	assert.Zero(t, predict(Taken{Commit: 100}).NVMBytes)
+	o.Taken = Taken{Commit: -1}
+	_, err := Predict(layers, o)
+	assert.True(t, errdefs.IsInvalidArgument(err))
+}
+
 // A report of the one-pass model has the form of the paper's: images, categories and all, each with nvm_saved.
 func TestOnePassReport(t *testing.T) {
 	images := []Image{

@@ -331,6 +331,15 @@ func (s *pass) fileInput(index int) FileInput {
 	if s.o.NVMSize > 0 {
 		in.NVMFree = s.o.NVMSize - s.taken
 	}
+	if t := s.o.Taken; t.HDDWrite > 0 {
+		in.HDDRate = t.HDDWrite
+	}
+	if t := s.o.Taken; t.Unpack > 0 {
+		in.UnpackRate = t.Unpack
+	}
+	if t := s.o.Taken; t.Commit > 0 {
+		in.Commit = t.Commit * float64(len(s.layers)-s.committed)
+	}
 	backlog := s.dirty
 	var blobs []Progress
 	for i, l := range s.layers {

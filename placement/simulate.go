@@ -29,8 +29,17 @@ type Options struct {
 	BlobCommit   float64 `json:"blob_commit"`    // seconds that containerd takes to commit a blob, beside other downloads
 	ContentOnHDD bool    `json:"content_on_hdd"` // containerd's blobs stand on the disk of the HDD tier
 	Hot          float64 `json:"hot"`            // share of the files of an image that are known to be hot, from 0 to 1
+	// Taken is what the daemon takes some of this for when it places files.
+	Taken Taken `json:"taken"`
 	// Policy decides for the columns sequential and parallel, "" for lass. The columns drain, nvm and hdd are always those policies.
 	Policy string `json:"policy"`
+}
+
+// Taken is what the daemon takes rates for that it has not measured yet, or measured at another time. 0: for what they are.
+type Taken struct {
+	HDDWrite float64 `json:"hdd_write"` // bytes/s
+	Unpack   float64 `json:"unpack"`    // bytes/s, of all unpackers together
+	Commit   float64 `json:"commit"`    // seconds, for each layer that is not committed
 }
 
 // DefaultOptions is containerd as it comes and the hardware of the paper: three downloads at a time, NVM at 1.3 GB/s, a disk
@@ -161,6 +170,11 @@ func (o Options) complete() (Options, error) {
 	}{{"commit of a layer", o.Commit}, {"commit of a blob", o.BlobCommit}} {
 		if !(f.v >= 0) || math.IsInf(f.v, 0) {
 			return o, fmt.Errorf("simulate: the seconds for the %s must not be negative: %w", f.name, errdefs.ErrInvalidArgument)
+		}
+	}
+	for _, v := range []float64{o.Taken.HDDWrite, o.Taken.Unpack, o.Taken.Commit} {
+		if !(v >= 0) || math.IsInf(v, 0) {
+			return o, fmt.Errorf("simulate: what the daemon takes rates for must not be negative: %w", errdefs.ErrInvalidArgument)
 		}
 	}
 	if !(o.Hot >= 0 && o.Hot <= 1) {

@@ -186,7 +186,7 @@ func (b *bench) pulls(ctx context.Context, keys []key) (done runs, err error) {
 }
 
 // form is the version of what a run holds. Runs of another form are measured again.
-const form = 3
+const form = 4
 
 // fingerprints are equal for runs of an image that may be compared: the same programs, layers and devices. Each image has
 // its own, so that measurements of some images and of others add up.

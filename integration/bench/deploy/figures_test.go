@@ -207,29 +207,40 @@ func modelled(variant, link string, durable float64, nvm int64) run {
 	r := pulled(1, top, variant, durable, durable, durable)
 	r.Link, r.LinkRate = link, lab.LinkRate{Nominal: 100, One: 100, Three: 100}
 	r.Layers = []layer{{Digest: "a", Compressed: 500, Data: 1000, ArrivedS: 5}}
-	r.DaemonCPUS, r.BusyCPUS, r.CPUs, r.NVMDataBytes = 1, 4, 2, nvm
+	r.DaemonCPUS, r.DaemonWaitS, r.CPUs, r.NVMDataBytes = 1, 3, 2, nvm
 	return r
 }
 
 func TestPredictionsAreHeldAgainstRuns(t *testing.T) {
-	rs := runs{modelled(hybrid, "1Gbit", 10, 0), modelled(allNVM, "1Gbit", 10, 700), modelled(allHDD, "1Gbit", 5.1, 100),
-		modelled(overlayNVM, "1Gbit", 10, 1000), pulled(1, top, lass, 1, 1, 1), modelled(allHDD, "100Mbit", 5.1, 250)}
+	rs := runs{modelled(hybrid, "1Gbit", 10, 0), modelled(allNVM, "1Gbit", 10, 700), modelled(allHDD, "1Gbit", 5.2, 100),
+		modelled(overlayNVM, "1Gbit", 10, 1000), pulled(1, top, lass, 1, 1, 1), modelled(allHDD, "100Mbit", 5.2, 250)}
 	all, err := rs.predicted("drain")
 	require.NoError(t, err)
 	require.Len(t, all, 4, "neither overlayfs nor a run without CPU time")
 	m, ok := machineOf(all[0].run)
 	require.True(t, ok)
-	require.Equal(t, machine{Unpack: 1000, Cores: 0.5}, m)
+	require.Equal(t, machine{Unpack: 250, Cores: 8}, m, "it ran a quarter of the time in which it could have")
 	for _, p := range all {
 		require.InDelta(t, 5, p.model.Downloaded, 1e-9)
-		require.InDelta(t, 5.1, p.model.Durable, 0.01, "and the commits of a blob and a layer")
+		require.InDelta(t, 5.2, p.model.Durable, 0.01, "and the commits of a blob and a layer")
 	}
 	require.EqualValues(t, 1000, all[1].model.NVMBytes)
 	var r result.Result
 	predictionFigures(all, r.Set)
-	require.InDelta(t, 0.49, r.Figures["predicted_time_error_1g"], 0.01, "of 10, 10 and 5.1 s")
+	require.InDelta(t, 0.48, r.Figures["predicted_time_error_1g"], 0.01, "of 10, 10 and 5.2 s")
 	require.InDelta(t, 0.1, r.Figures["predicted_nvm_error_1g"], 1e-9, "of 0, 0.3 and 0.1")
 	require.InDelta(t, 0, r.Figures["predicted_time_error_100m"], 0.01)
 	require.InDelta(t, 0.25, r.Figures["predicted_nvm_error_100m"], 1e-9)
 	require.Len(t, predictionTable(all).Rows, 4)
+
+	// The disk is as fast as it was for the pull that gave it most.
+	slow := modelled(allHDD, "1Gbit", 150, 0)
+	slow.HDDToDurable = lab.Counters{WrittenBytes: 1500, BusyMS: 150_000}
+	fast := modelled(allNVM, "1Gbit", 5.2, 1000)
+	fast.HDDToDurable = lab.Counters{WrittenBytes: 500, BusyMS: 1}
+	all, err = runs{fast, slow}.predicted("drain")
+	require.NoError(t, err)
+	require.InDelta(t, 10, all[0].disk, 1e-9)
+	require.InDelta(t, 10, all[1].disk, 1e-9)
+	require.InDelta(t, 150, all[1].model.Durable, 1)
 }

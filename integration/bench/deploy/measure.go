@@ -101,7 +101,7 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	r.HDDSeeks = durable.seeks - before.seeks
 	r.ContainerdCPUS = (durable.containerd - before.containerd).Seconds()
 	r.DaemonCPUS = (durable.daemon - before.daemon).Seconds()
-	r.BusyCPUS, r.CPUs = (durable.busy - before.busy).Seconds(), runtime.NumCPU()
+	r.DaemonWaitS, r.CPUs = (durable.waited - before.waited).Seconds(), runtime.NumCPU()
 	r.arrivals(b.layers[r.Image], b.data[r.Image], g.Link.Requests()[seen:], start)
 	return nil
 }
@@ -112,7 +112,7 @@ type observed struct {
 	seeks              int64
 	nvmUsed            int64
 	containerd, daemon time.Duration
-	busy               time.Duration // of all CPUs
+	waited             time.Duration // of the daemon for a CPU
 }
 
 func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
@@ -127,10 +127,10 @@ func (b *bench) look(g *rig.Rig, s *stand) (o observed, err error) {
 	if o.nvmUsed, err = lab.UsedBytes(s.nvm.Mountpoint()); err != nil {
 		return o, err
 	}
-	if o.busy, err = lab.BusyCPU(); err != nil {
+	if o.containerd, err = lab.CPUOf(g.Containerd.Pid()); err != nil || g.Daemon == nil {
 		return o, err
 	}
-	if o.containerd, err = lab.CPUOf(g.Containerd.Pid()); err != nil || g.Daemon == nil {
+	if _, o.waited, err = lab.Scheduled(g.Daemon.Pid()); err != nil {
 		return o, err
 	}
 	o.daemon, err = lab.CPUOf(g.Daemon.Pid())
@@ -171,6 +171,7 @@ func (r *run) describe(ctx context.Context, g *rig.Rig) (err error) {
 			return fmt.Errorf("inspect image: the daemon tells of %d layers, the image has %d", len(answer.GetLayers()), len(r.Layers))
 		}
 		m := &r.Layers[i]
+		m.HDDRate, m.UnpackRate = l.GetDecision().GetHddRate(), l.GetDecision().GetUnpackRate()
 		m.Tier, m.Reason = l.GetTier(), l.GetDecision().GetReason()
 		r.NVMDataBytes += l.GetNvmBytes()
 	}

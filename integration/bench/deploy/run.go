@@ -56,9 +56,9 @@ type run struct {
 	// CPU seconds of the programs and of their children (igzip) until all was durable.
 	ContainerdCPUS float64 `json:"containerd_cpu_s"`
 	DaemonCPUS     float64 `json:"daemon_cpu_s,omitempty"`
-	// BusyCPUS are the seconds that all CPUs of the machine worked meanwhile, for whomever; there are CPUs of them.
-	BusyCPUS float64 `json:"busy_cpu_s"`
-	CPUs     int     `json:"cpus"`
+	// DaemonWaitS are the seconds that threads of the daemon waited for one of the CPUs meanwhile.
+	DaemonWaitS float64 `json:"daemon_wait_s,omitempty"`
+	CPUs        int     `json:"cpus"`
 
 	// DaemonSettled is the daemon's memory when all was settled, DaemonIdle after a quiet time; nil for overlayfs.
 	DaemonSettled *lab.Memory `json:"daemon_settled,omitempty"`
@@ -79,6 +79,9 @@ type layer struct {
 	Tier       string  `json:"tier,omitempty"`
 	Reason     string  `json:"reason,omitempty"`
 	Swings     int32   `json:"swings,omitempty"`
+	// What the daemon took the rates for when it placed the layer's files.
+	HDDRate    float64 `json:"hdd_rate,omitempty"`
+	UnpackRate float64 `json:"unpack_rate,omitempty"`
 }
 
 // timeout bounds one run, in which something hangs.

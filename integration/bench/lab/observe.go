@@ -139,29 +139,31 @@ func MemoryOf(pid int) (m Memory, err error) {
 // clockTick is USER_HZ, 100 a second on all architectures that Go runs on.
 const clockTick = 10 * time.Millisecond
 
-// BusyCPU is the time that all processors of the machine have worked, for whomever.
-func BusyCPU() (time.Duration, error) {
-	b, err := os.ReadFile("/proc/stat")
+// Scheduled is how long the threads of a process have run, and how long they waited for a processor while they could have run.
+func Scheduled(pid int) (ran, waited time.Duration, err error) {
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if err == nil && len(threads) == 0 {
+		err = fs.ErrNotExist
+	}
 	if err != nil {
-		return 0, fmt.Errorf("read CPU time of the machine: %w", err)
+		return 0, 0, fmt.Errorf("read how process %d was scheduled: %w", pid, err)
 	}
-	first, _, _ := bytes.Cut(b, []byte("\n"))
-	words := strings.Fields(string(first))
-	if len(words) < 9 || words[0] != "cpu" {
-		return 0, fmt.Errorf("read CPU time of the machine: /proc/stat begins with %q", first)
-	}
-	// proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal. Time of guests is in user.
-	var ticks int64
-	for i, w := range words[1:9] {
-		n, err := strconv.ParseInt(w, 10, 64)
+	for _, t := range threads {
+		b, err := os.ReadFile(t)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // it has ended meanwhile
+		}
+		var r, w int64
+		if err == nil {
+			// Documentation/scheduler/sched-stats.rst: nanoseconds on a processor and in a queue for one.
+			_, err = fmt.Sscan(string(b), &r, &w)
+		}
 		if err != nil {
-			return 0, fmt.Errorf("read CPU time of the machine: %w", err)
+			return 0, 0, fmt.Errorf("read how process %d was scheduled: %w", pid, err)
 		}
-		if i != 3 && i != 4 {
-			ticks += n
-		}
+		ran, waited = ran+time.Duration(r), waited+time.Duration(w)
 	}
-	return time.Duration(ticks) * clockTick, nil
+	return ran, waited, nil
 }
 
 // CPUOf is the processor time that a process has used, all its threads and all children that it has waited for.

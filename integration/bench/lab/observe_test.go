@@ -4,6 +4,7 @@
 package lab
 
 import (
+	"io/fs"
 	"os"
 	"os/exec"
 	"testing"
@@ -27,13 +28,15 @@ func TestCPUOfCountsChildrenThatHaveEnded(t *testing.T) {
 	require.GreaterOrEqual(t, after-before, children-4*clockTick)
 }
 
-func TestBusyCPUIsAtLeastThatOfAProcess(t *testing.T) {
-	before, err := BusyCPU()
+func TestScheduled(t *testing.T) {
+	ran, waited, err := Scheduled(os.Getpid())
 	require.NoError(t, err)
-	child := exec.CommandContext(t.Context(), "sh", "-c", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done")
-	require.NoError(t, child.Run())
-	after, err := BusyCPU()
+	for begun := time.Now(); time.Since(begun) < 10*time.Millisecond; {
+	}
+	later, longer, err := Scheduled(os.Getpid())
 	require.NoError(t, err)
-	// Half of it: the kernel may find out by sampling.
-	require.GreaterOrEqual(t, after-before, (child.ProcessState.UserTime()+child.ProcessState.SystemTime())/2)
+	require.Greater(t, later+longer, ran+waited)
+	require.GreaterOrEqual(t, longer, waited)
+	_, _, err = Scheduled(1 << 30)
+	require.ErrorIs(t, err, fs.ErrNotExist)
 }
