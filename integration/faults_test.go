@@ -121,6 +121,9 @@ func TestFaults(t *testing.T) {
 		Name: "faults", Command: fmt.Sprintf("NHYBRID_SEED=%d make test-faults CYCLES=%d CUTS=%d", seed, kills, cuts),
 		Machine: result.ThisMachine(), Settings: map[string]any{"seed": seed},
 	}
+	var err error
+	res.Versions, err = result.Versions(t.Context(), filepath.Dir(program(t, "ctr")), "containerd", "containerd-nhybrid-grpc")
+	require.NoError(t, err)
 	trees := asBuilt(t)
 	killed, cut := tally{Moments: map[string]int{}}, tally{Moments: map[string]int{}}
 	for _, what := range []struct {
@@ -167,10 +170,6 @@ func report(t *testing.T, res *result.Result, killed, cut tally, dir string) {
 	res.Set("kill_cycles", float64(killed.Cycles))
 	res.Set("power_cuts", float64(cut.Cycles))
 	res.Machine.LoadAfter = result.Load()
-	bin, err := filepath.Abs(filepath.Dir(program(t, "ctr")))
-	require.NoError(t, err)
-	res.Versions, err = result.Versions(t.Context(), bin, "containerd", "containerd-nhybrid-grpc")
-	require.NoError(t, err)
 	path, err := res.Write(dir)
 	require.NoError(t, err)
 	fmt.Printf("faults: wrote %s\n", path)

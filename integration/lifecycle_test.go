@@ -185,7 +185,13 @@ func TestDaemonDiesInAPull(t *testing.T) {
 // contentSum is what sha256sum says of the files of all layers of a small image, in the shell's order.
 func contentSum(t *testing.T, seed uint64, n int) string {
 	t.Helper()
-	img, err := image.Tiny(small(seed, n))
+	return sumOf(t, small(seed, n))
+}
+
+// sumOf is the same of any generated image.
+func sumOf(t *testing.T, spec image.TinySpec) string {
+	t.Helper()
+	img, err := image.Tiny(spec)
 	require.NoError(t, err)
 	layers, err := img.Layers()
 	require.NoError(t, err)

@@ -11,11 +11,13 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
@@ -52,15 +54,39 @@ var (
 // database is containerd's snapshot metastore and our own buckets in one bolt
 // file on NVM, where an fsync costs microseconds.
 type database struct {
-	ms   *storage.MetaStore
 	path string
+	// writing is held by the transaction that writes, of which bolt has one at a time,
+	// and until the file is opened anew if that fails.
+	writing sync.Mutex
+	// mu is held for reading by each transaction, and for writing while the file is
+	// opened anew. Nobody waits for the latter by Lock, which would keep readers from
+	// beginning: they may hold what a transaction under way wants.
+	mu sync.RWMutex
+	ms *storage.MetaStore
 }
 
 // openDatabase opens or creates the database. A file of another schema is
 // refused untouched with ErrFailedPrecondition.
 func openDatabase(ctx context.Context, nvm string) (*database, error) {
 	d := &database{path: filepath.Join(nvm, databaseFile)}
-	ms, err := storage.NewMetaStore(d.path, func(o *bolt.Options) error {
+	if err := d.open(); err != nil {
+		return nil, err
+	}
+	if err := d.checkSchema(ctx); err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// open has the next transaction open the file, as the device has it. Pages that could
+// not be written must not be written over in the page cache (see fill).
+func (d *database) open() (err error) {
+	if f, err := os.Open(d.path); err == nil {
+		forget(f, 0, 0)
+		f.Close()
+	}
+	d.ms, err = storage.NewMetaStore(d.path, func(o *bolt.Options) error {
 		// Another daemon on the same root holds the file's lock for good.
 		o.Timeout = 3 * time.Second
 		// bbolt maps a file that outgrows its mapping anew, and waits for all read
@@ -68,15 +94,23 @@ func openDatabase(ctx context.Context, nvm string) (*database, error) {
 		o.InitialMmapSize = databaseMapping
 		return nil
 	})
-	if err != nil {
-		return nil, err
+	return err
+}
+
+// reopen goes back to what the device has after a transaction could not be written.
+// Called with writing held.
+func (d *database) reopen() error {
+	for !d.mu.TryLock() {
+		time.Sleep(time.Millisecond) // transactions that read are short
 	}
-	d.ms = ms
-	if err := d.checkSchema(ctx); err != nil {
-		ms.Close()
-		return nil, err
-	}
-	return d, nil
+	defer d.mu.Unlock()
+	return errors.Join(d.ms.Close(), d.open())
+}
+
+func (d *database) close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.ms.Close()
 }
 
 func (d *database) checkSchema(ctx context.Context) error {
@@ -124,6 +158,8 @@ func (d *database) checkSchema(ctx context.Context) error {
 }
 
 func (d *database) view(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
 	ctx, t, err := d.ms.TransactionContext(ctx, false)
 	if err != nil {
 		return err
@@ -137,6 +173,19 @@ func (d *database) view(ctx context.Context, fn func(context.Context, *bolt.Tx) 
 func boltTx(t storage.Transactor) *bolt.Tx { return t.(*bolt.Tx) } //nolint:forcetypeassert // see above
 
 func (d *database) update(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	err := d.transact(ctx, fn)
+	if errors.Is(err, unix.EIO) {
+		log.G(ctx).WithError(err).WithField("database", d.path).Error("the database could not be written; it is opened anew")
+		err = errors.Join(err, d.reopen())
+	}
+	return err
+}
+
+func (d *database) transact(ctx context.Context, fn func(context.Context, *bolt.Tx) error) error {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
 	ctx, t, err := d.ms.TransactionContext(ctx, true)
 	if err != nil {
 		return err

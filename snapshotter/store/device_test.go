@@ -5,6 +5,7 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/integration/hddsim"
@@ -421,6 +423,47 @@ func TestSyncErrorThatAKilledDaemonWasTold(t *testing.T) {
 			s.TrafficChanged()
 			require.Equal(t, 1, d.state(l.ID, Home).Repairs)
 			d.onDevice("a", data)
+		})
+	}
+}
+
+// A write of the database fails. What was committed before and after stands on the device.
+func TestDatabaseOnADeviceThatFails(t *testing.T) {
+	for name, fault := range map[string]hddsim.Fault{
+		"writes": {Ops: hddsim.Writes}, "flushes": {Ops: hddsim.Flushes},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newDevices(t)
+			s := d.open(nil)
+			put := func(from, to int) (err error) {
+				for i := from; i < to && err == nil; i++ {
+					err = s.UpdateTx(t.Context(), func(_ context.Context, tx *bolt.Tx) error {
+						return own(tx, BucketOrigins).Put(fmt.Appendf(nil, "key-%04d", i), large(fmt.Sprint(i), 3000))
+					})
+				}
+				return err
+			}
+			require.NoError(t, put(0, 50))
+			d.fail(d.nvm, fault)
+			require.ErrorIs(t, put(50, 51), unix.EIO)
+			require.ErrorIs(t, put(50, 51), unix.EIO)
+			d.fail(d.nvm, hddsim.Fault{})
+			require.NoError(t, put(51, 150))
+			require.NoError(t, s.Close())
+			d.uncache()
+			s = d.open(nil)
+			require.NoError(t, s.ViewTx(t.Context(), func(_ context.Context, tx *bolt.Tx) error {
+				for i := range 150 {
+					got := own(tx, BucketOrigins).Get(fmt.Appendf(nil, "key-%04d", i))
+					if i != 50 || got != nil {
+						require.Equal(t, large(fmt.Sprint(i), 3000), got, "key %d", i)
+					}
+				}
+				for err := range tx.Check() {
+					require.NoError(t, err)
+				}
+				return nil
+			}))
 		})
 	}
 }

@@ -157,7 +157,7 @@ func Open(ctx context.Context, c Config, changed func(LayerID, Layer)) (_ *Store
 		}
 	}
 	if s.Rates, err = loadRates(ctx, s.db, c.HDDRate); err != nil {
-		return nil, errors.Join(err, s.db.ms.Close())
+		return nil, errors.Join(err, s.db.close())
 	}
 	s.jobs = newJobs(c.Workers)
 	s.Quota = newQuotas(ctx, s.Tiers)
@@ -310,7 +310,7 @@ func (s *Store) Close() error {
 	s.flusher.close()
 	s.closePacks()
 	s.Rates.save(context.Background())
-	return errors.Join(s.mirror.close(), s.db.ms.Close(), s.Tiers.Close())
+	return errors.Join(s.mirror.close(), s.db.close(), s.Tiers.Close())
 }
 
 func descriptor(l Layer) ocispec.Descriptor {

@@ -1,0 +1,99 @@
+//go:build integration
+
+// Copyright The nhybrid Authors.
+// SPDX-License-Identifier: Apache-2.0
+
+package integration
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/nhybrid/nhybrid/integration/hddsim"
+	"github.com/nhybrid/nhybrid/integration/image"
+	"github.com/nhybrid/nhybrid/integration/rig"
+)
+
+// A device fails in a pull, and is well again. The pull fails in one line, or it does not; whatever was stored before can be
+// used, nothing that is torn is served, and the same pull succeeds afterwards.
+func TestDeviceThatFails(t *testing.T) {
+	t.Parallel()
+	const hdd, nvm = 0, 1
+	const large = 64 << 10 // data: ext4 writes metadata in smaller requests
+	for name, c := range map[string]struct {
+		disk   int
+		policy string
+		fault  hddsim.Fault
+	}{
+		"HDD writes":      {hdd, "hdd", hddsim.Fault{Ops: hddsim.Writes, Least: large}},
+		"HDD writes once": {hdd, "hdd", hddsim.Fault{Ops: hddsim.Writes, Least: large, Times: 1}},
+		"HDD flushes":     {hdd, "hdd", hddsim.Fault{Ops: hddsim.Flushes}},
+		"NVM writes":      {nvm, "nvm", hddsim.Fault{Ops: hddsim.Writes, Least: large}},
+		"NVM writes once": {nvm, "nvm", hddsim.Fault{Ops: hddsim.Writes, Least: large, Times: 1}},
+		"NVM flushes":     {nvm, "nvm", hddsim.Fault{Ops: hddsim.Flushes}},
+		"NVM flush once":  {nvm, "nvm", hddsim.Fault{Ops: hddsim.Flushes, Skip: 3, Times: 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			var disks [2]*hddsim.Disk
+			for i, name := range []string{"hdd", "nvm"} {
+				disk, err := hddsim.Start(ctx, hddsim.Options{
+					Dir: filepath.Join(t.TempDir(), name), Size: 128 << 20, Model: &hddsim.Model{}, NoJournal: true,
+				})
+				require.NoError(t, err)
+				t.Cleanup(func() { require.NoError(t, disk.Close()) })
+				disks[i] = disk
+			}
+			r := newRig(t, rig.Options{
+				HDD: filepath.Join(disks[hdd].Mountpoint(), "nhybrid"), NVM: filepath.Join(disks[nvm].Mountpoint(), "nhybrid"),
+				DaemonArgs: append([]string{"--set", "placement.policy=" + c.policy}, calm...),
+			})
+			_, err := r.PushTiny(ctx, "other:1", app(1))
+			require.NoError(t, err)
+			require.NoError(t, r.Pull(ctx, "other:1"))
+			inOrder(t, r)
+			spec := image.TinySpec{Seed: 2, Runnable: true, Layers: []int64{1 << 20, 1 << 20, 1 << 20}}
+			_, err = r.PushTiny(ctx, "app:1", spec)
+			require.NoError(t, err)
+
+			require.NoError(t, disks[c.disk].SetFault(c.fault))
+			_, err = r.Ctr(ctx, "images", "pull", "--plain-http", r.Ref("app:1"))
+			if err != nil {
+				require.Equal(t, 1, strings.Count(err.Error(), "ctr: "), "%v", err)
+				require.NotContains(t, said(err), "\n")
+				require.Contains(t, said(err), "input/output error")
+			}
+			await(t, func(context.Context) error {
+				n, err := disks[c.disk].Counters()
+				if err == nil && n.Struck == 0 {
+					err = errors.New("nothing has failed yet")
+				}
+				return err
+			})
+			require.NoError(t, disks[c.disk].SetFault(hddsim.Fault{}))
+
+			require.Equal(t, contentSum(t, 1, 3), run(t, r, "other:1", "sh", "-c", allContent))
+			require.NoError(t, r.Pull(ctx, "app:1"))
+			want := sumOf(t, spec)
+			for range 2 {
+				require.Equal(t, want, run(t, r, "app:1", "sh", "-c", allContent))
+				inOrder(t, r)
+				// From the devices, and by a daemon that has seen nothing.
+				require.NoError(t, r.Daemon.Stop())
+				reboot(t, r)
+				uncache(t, r)
+				require.NoError(t, r.Daemon.Start(ctx))
+				await(t, reachable(r))
+			}
+			removeImage(t, r, "other:1")
+			removeImage(t, r, "app:1")
+			collect(t, r, "app:1")
+		})
+	}
+}
