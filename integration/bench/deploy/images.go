@@ -29,6 +29,9 @@ var imageNames = []string{bottom, middle, top}
 
 const large = "openjdk-17-jre-headless"
 
+// Images are what the benchmark measures by default, for tests of what else is to be right of them.
+func Images() []image.Spec { return fullImages() }
+
 // fullImages are of 7 layers and about 150 MB each. Packages bring what they depend on, and dpkg's database anew.
 func fullImages() []image.Spec {
 	base := []string{"ca-certificates"}
