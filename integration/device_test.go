@@ -8,11 +8,14 @@ package integration
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/integration/hddsim"
 	"github.com/nhybrid/nhybrid/integration/image"
@@ -94,6 +97,71 @@ func TestDeviceThatFails(t *testing.T) {
 			removeImage(t, r, "other:1")
 			removeImage(t, r, "app:1")
 			collect(t, r, "app:1")
+		})
+	}
+}
+
+// NVM gets full in the middle of a layer that is decided for it: the rest goes to the HDD, and the pull succeeds.
+func TestNVMFullInALayer(t *testing.T) {
+	t.Parallel()
+	for name, fill := range map[string]func(t *testing.T, dir string) error{
+		"bytes": func(t *testing.T, dir string) error {
+			f, err := os.Create(filepath.Join(dir, "ballast"))
+			require.NoError(t, err)
+			defer f.Close()
+			for size := 1 << 20; ; { // down to single blocks
+				if _, err = f.Write(make([]byte, size)); err == nil {
+					continue
+				}
+				if size /= 16; size < 4096 {
+					return err
+				}
+			}
+		},
+		"inodes": func(_ *testing.T, dir string) error {
+			for i := 0; ; i++ {
+				f, err := os.Create(filepath.Join(dir, fmt.Sprint(i)))
+				if err != nil {
+					return err
+				}
+				f.Close()
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := soon(t)
+			r := newRig(t, rig.Options{NVMSize: 256 << 20, DaemonArgs: append([]string{
+				"--set", "placement.policy=boundary=0", "--set", "placement.nvm_reserve=0",
+			}, calm...)})
+			spec := image.TinySpec{Seed: 3, Runnable: true, Layers: []int64{half, 8 << 20}}
+			img, err := r.PushTiny(ctx, "app:1", spec)
+			require.NoError(t, err)
+			digest := blobs(t, img)[2]
+			release := r.Link.Hold(digest, 4<<20)
+			defer release()
+			wait := start(func() error { return r.Pull(ctx, "app:1") })
+			awaitStored(t, r, but(blobs(t, img), 2)...)
+			await(t, func(context.Context) error { // what has arrived of the layer stands on NVM
+				files, err := filepath.Glob(filepath.Join(r.NVM, "d", "*", "*", "*"))
+				if err == nil && len(files) < 3+9+3 { // of busybox, of the small layer, of this one
+					err = fmt.Errorf("%d files", len(files))
+				}
+				return err
+			})
+			ballast := filepath.Join(filepath.Dir(r.NVM), "ballast")
+			require.NoError(t, os.Mkdir(ballast, 0o700))
+			require.ErrorIs(t, fill(t, ballast), unix.ENOSPC)
+			release()
+			require.NoError(t, wait())
+			require.Equal(t, sumOf(t, spec), run(t, r, "app:1", "sh", "-c", allContent))
+			layers := inspect(t, r, "app:1")
+			require.Positive(t, layers[2].NVMBytes)
+			require.Less(t, layers[2].NVMBytes, int64(8<<20))
+			require.NoError(t, os.RemoveAll(ballast))
+			inOrder(t, r)
+			removeImage(t, r, "app:1")
+			awaitEmpty(t, r)
 		})
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -156,6 +157,64 @@ func TestUnpackedWhileItArrives(t *testing.T) {
 	l, err = s.Await(t.Context(), id)
 	require.NoError(t, err)
 	require.Equal(t, diffID, l.DiffID)
+}
+
+// A download that is cut short, replaced or too long is read anew, and what becomes of it is right.
+func TestDownloadThatBeginsAnew(t *testing.T) {
+	for name, spoil := range map[string]func(t *testing.T, b *bench, w content.Writer, ref string){
+		"truncated": func(t *testing.T, _ *bench, w content.Writer, _ string) { require.NoError(t, w.Truncate(0)) },
+		"replaced": func(t *testing.T, b *bench, w content.Writer, ref string) {
+			require.NoError(t, w.Close())
+			require.NoError(t, b.blobs.Abort(t.Context(), ref))
+		},
+		"too long": func(t *testing.T, b *bench, w content.Writer, ref string) {
+			_, err := w.Write(make([]byte, 1<<20))
+			require.NoError(t, err)
+			require.NoError(t, w.Close())
+			require.NoError(t, b.blobs.Abort(t.Context(), ref))
+		},
+	} {
+		for _, to := range []unpack.Placement{unpack.ToPack, unpack.ToNVM} {
+			t.Run(fmt.Sprint(name, " ", to), func(t *testing.T) {
+				b := newBench(t)
+				s := b.open(nil)
+				data := large("a", 300_000)
+				blob, diffID := layerOf(t, file{"a", data}, file{"b", large("b", 300_000)})
+				sp := spec(blob, diffID, to)
+				first := make(chan struct{}, 100)
+				sp.Place = func(unpack.File) unpack.Placement { first <- struct{}{}; return to }
+				id, _, err := s.Begin(t.Context(), sp)
+				require.NoError(t, err)
+				ref := "default/1/layer-" + sp.Blob.String()
+				w, err := b.blobs.Writer(t.Context(), content.WithRef(ref), content.WithDescriptor(desc(blob)))
+				require.NoError(t, err)
+				_, err = w.Write(blob[:len(blob)*3/4])
+				require.NoError(t, err)
+				<-first
+				spoil(t, b, w, ref)
+				require.NoError(t, w.Close())
+				w, err = b.blobs.Writer(t.Context(), content.WithRef(ref), content.WithDescriptor(desc(blob)))
+				require.NoError(t, err)
+				_, err = w.Write(blob)
+				require.NoError(t, err)
+				require.NoError(t, w.Commit(t.Context(), sp.Size, sp.Blob))
+				l, err := s.Await(t.Context(), id)
+				require.NoError(t, err)
+				require.Equal(t, diffID, l.DiffID)
+				snapshot := b.commit("top", "", id)
+				s.Release(id)
+				view, err := s.View(t.Context(), snapshot, "top")
+				require.NoError(t, err)
+				b.read(view, func(root string) {
+					got, err := os.ReadFile(filepath.Join(root, "a"))
+					require.NoError(t, err)
+					require.True(t, bytes.Equal(data, got))
+				})
+				b.remove("top")
+				b.gone(id)
+			})
+		}
+	}
 }
 
 func TestCancelledPullLeavesNothing(t *testing.T) {
