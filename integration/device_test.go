@@ -101,6 +101,45 @@ func TestDeviceThatFails(t *testing.T) {
 	}
 }
 
+// The HDD cannot be read for a while. Containers get the error, nothing is taken for damaged, and all is as it was afterwards,
+// though the content store has no blob any more.
+func TestHDDThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	ctx := soon(t)
+	disk, err := hddsim.Start(ctx, hddsim.Options{Dir: filepath.Join(t.TempDir(), "disk"), Size: 128 << 20, Model: &hddsim.Model{}})
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, disk.Close()) })
+	r := newRig(t, rig.Options{
+		HDD: filepath.Join(disk.Mountpoint(), "nhybrid"), DaemonArgs: append([]string{"--set", "placement.policy=hdd"}, calm...),
+	})
+	spec := image.TinySpec{Seed: 4, Runnable: true, Layers: []int64{1 << 20, 1 << 20}}
+	img, err := r.PushTiny(ctx, "app:1", spec)
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(ctx, "app:1"))
+	inOrder(t, r)
+	forgetBlobs(t, r, blobs(t, img)...)
+	for _, viewGone := range []bool{false, true} {
+		require.NoError(t, r.Daemon.Stop())
+		reboot(t, r)
+		if viewGone {
+			require.NoError(t, os.Remove(oneView(t, r)))
+		}
+		require.NoError(t, r.Daemon.Start(ctx))
+		await(t, reachable(r))
+		uncache(t, r)
+		require.NoError(t, disk.SetFault(hddsim.Fault{Ops: hddsim.Reads}))
+		_, err = r.RunContainer(ctx, "app:1", "c", "sh", "-c", allContent)
+		require.Error(t, err)
+		require.Contains(t, strings.ToLower(err.Error()), "input/output error")
+		require.NoError(t, disk.SetFault(hddsim.Fault{}))
+		require.Equal(t, sumOf(t, spec), run(t, r, "app:1", "sh", "-c", allContent))
+		inOrder(t, r)
+	}
+	require.False(t, inLog(r, "is damaged"))
+	removeImage(t, r, "app:1")
+	awaitEmpty(t, r)
+}
+
 // NVM gets full in the middle of a layer that is decided for it: the rest goes to the HDD, and the pull succeeds.
 func TestNVMFullInALayer(t *testing.T) {
 	t.Parallel()
