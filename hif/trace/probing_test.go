@@ -94,8 +94,8 @@ func TestCloseWaitsForProbes(t *testing.T) {
 		return tr.closed
 	}, 20*time.Second, time.Millisecond)
 	select {
-	case <-closed:
-		t.Fatal("closed under a probe")
+	case err := <-closed:
+		t.Fatal("closed under a probe", err)
 	default:
 	}
 	close(goOn)

@@ -43,7 +43,7 @@ type server struct {
 // guarded begins a registry behind a handler.
 func guarded(t *testing.T, wrap func(http.Handler) http.Handler) *server {
 	t.Helper()
-	h := http.Handler(registry.New(registry.WithReferrersSupport(true), registry.Logger(log.New(io.Discard, "", 0))))
+	h := registry.New(registry.WithReferrersSupport(true), registry.Logger(log.New(io.Discard, "", 0)))
 	if wrap != nil {
 		h = wrap(h)
 	}
