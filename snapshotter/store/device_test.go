@@ -280,6 +280,7 @@ func TestHolesAreFilledInSpiteOfErrors(t *testing.T) {
 			s := d.open(func(c *Config) { c.WriteBack = false })
 			l, data := d.store("a", unpack.ToNVM)
 			d.state(l.ID, Durable)
+			require.NoError(t, s.FlushDatabase(t.Context()), "or its copy meets the error")
 			d.fail(d.hdd, fault)
 			err := s.AwaitHome(t.Context(), l.ID)
 			require.ErrorIs(t, err, unix.EIO)
