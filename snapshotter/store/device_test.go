@@ -248,13 +248,13 @@ func TestSyncErrorOfNVMWhileOthersAreWritten(t *testing.T) {
 		d.pulling.Store(true)
 		s := d.open(nil)
 		first, _ := d.store("first", unpack.ToNVM)
+		d.fail(d.nvm, largeWrites(0)) // the kernel may write at any time
 		d.stage("work", "", placement.NVM, func(dir string) {
 			require.NoError(t, os.WriteFile(filepath.Join(dir, "new"), large("new", 1<<20), 0o640))
 		})
 		// It is committed, and its packing waits for the layer's turn.
 		layer := d.commitPath("work", "top")
 		require.Equal(t, Stored, d.state(layer, Stored).State)
-		d.fail(d.nvm, largeWrites(0))
 		require.NoError(t, s.sync(t.Context()))
 		d.fail(d.nvm, hddsim.Fault{})
 		d.eventually("it is refused: there is no blob to unpack anew", func() bool {
