@@ -27,9 +27,11 @@ const (
 // that must read the disk does: with the short read-ahead it makes twice as many requests.
 func (s *Store) StartBegins(ctx context.Context, view string, chain []LayerID) {
 	bytes := int64(pack.ViewReadAhead)
-	if s.packsCached(chain) {
+	held, cached := s.packsCached(chain)
+	if float64(cached) >= warmShare*float64(held) {
 		bytes = learningAhead
 	}
+	log.G(ctx).WithFields(log.Fields{"view": view, "held": held, "cached": cached, "read_ahead": bytes}).Debug("a start begins")
 	s.views.readAhead(ctx, view, bytes)
 }
 
@@ -62,18 +64,17 @@ func (v *views) forgetReadAhead(id string) {
 	delete(v.ahead, id)
 }
 
-// packsCached reports whether nearly all that the packs of some layers hold is in the page cache. Their mount keeps their inodes
-// in memory, so that asking reads nothing.
-func (s *Store) packsCached(chain []LayerID) bool {
-	var all, in int64
+// packsCached is how many bytes the packs of some layers hold, and how many of them are in the page cache: none where one cannot
+// be read. Their mount keeps their inodes in memory, so that asking reads nothing.
+func (s *Store) packsCached(chain []LayerID) (held, cached int64) {
 	for _, id := range chain {
-		bytes, cached, err := cachedOf(s.PackPath(id))
+		h, c, err := cachedOf(s.PackPath(id))
 		if err != nil {
-			return false
+			return 1, 0
 		}
-		all, in = all+bytes, in+cached
+		held, cached = held+h, cached+c
 	}
-	return float64(in) >= warmShare*float64(all)
+	return held, cached
 }
 
 // cachedOf is how many bytes a file has, without its holes, and how many of them are in the page cache.

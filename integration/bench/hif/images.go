@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -173,8 +174,16 @@ func (b *bench) cold(ctx context.Context, s *stand, p *place, img catalog.Image,
 	return p.start(ctx, img, id, nil)
 }
 
-// warm starts a container with all in the caches that pulls have left there.
+// warm starts a container with all in the caches that pulls have left there. Another benchmark on this machine may have emptied
+// them.
 func (b *bench) warm(ctx context.Context, _ *stand, p *place, img catalog.Image, id string) (*started, error) {
+	packs, err := filepath.Glob(filepath.Join(p.disk.Mountpoint(), "nhybrid", "p", "*.erofs"))
+	if err != nil {
+		return nil, err
+	}
+	if share, err := lab.CachedShare(packs); err != nil || share < 0.9 {
+		return nil, errors.Join(fmt.Errorf("%.0f %% of %d packs are cached after the pull: the caches are not warm", 100*share, len(packs)), err)
+	}
 	return p.start(ctx, img, id, nil)
 }
 

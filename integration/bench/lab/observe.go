@@ -91,6 +91,25 @@ func FileBytes(dir string) (sum int64, err error) {
 	return sum, err
 }
 
+// CachedShare is what share of the bytes of some files, without holes, is in the page cache.
+func CachedShare(paths []string) (float64, error) {
+	var held, cached int64
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if err != nil {
+			return 0, err
+		}
+		var st unix.Stat_t
+		var c unix.Cachestat_t
+		err = errors.Join(unix.Fstat(int(f.Fd()), &st), unix.Cachestat(uint(f.Fd()), &unix.CachestatRange{}, &c, 0), f.Close())
+		if err != nil {
+			return 0, fmt.Errorf("ask what is cached of %q: %w", path, err)
+		}
+		held, cached = held+st.Blocks*512, cached+int64(c.Cache)*int64(os.Getpagesize())
+	}
+	return float64(cached) / float64(max(held, 1)), nil
+}
+
 // SyncFS brings what is dirty on the filesystem of a directory to its device.
 func SyncFS(dir string) error {
 	f, err := os.Open(dir)
