@@ -120,6 +120,7 @@ func (t *transport) of(registry, path string) (able []docker.RegistryHost, err e
 		if all, err = t.hosts(registry); err != nil {
 			return nil, fmt.Errorf("read hosts of registry %q: %w", registry, err)
 		}
+		share(all)
 		t.known[registry] = all
 	}
 	for _, need := range needs(t.push, path) {
@@ -137,6 +138,17 @@ func (t *transport) of(registry, path string) (able []docker.RegistryHost, err e
 		what = "push"
 	}
 	return nil, fmt.Errorf("no host of registry %q in its hosts.toml has the capability %q: %w", registry, what, errdefs.ErrFailedPrecondition)
+}
+
+// share gives entries of one address the certificates and headers of the first: many files name the registry itself as a host that serves pulls, with its
+// certificate, and again as the server, without.
+func share(all []docker.RegistryHost) {
+	for i := range all {
+		first := slices.IndexFunc(all[:i], func(h docker.RegistryHost) bool { return h.Scheme == all[i].Scheme && h.Host == all[i].Host && h.Path == all[i].Path })
+		if first >= 0 {
+			all[i].Client, all[i].Authorizer, all[i].Header = all[first].Client, all[first].Authorizer, all[first].Header
+		}
+	}
 }
 
 // needs are the capabilities that a host must have for a request, the better one first.

@@ -202,6 +202,19 @@ func TestPrivateCertificateAndPassword(t *testing.T) {
 	}
 }
 
+// Many hosts files name the registry itself as a host that serves pulls, with its certificate there. It is the same registry for pushes and referrers.
+func TestCertificateInTheTableOfAHost(t *testing.T) {
+	t.Parallel()
+	s := guarded(t, nil)
+	ref := registryName + "/app/web:1"
+	h := New(hostsFile(t, registryName, fmt.Sprintf("server = 'https://%s'\n[host.'https://%[1]s']\ncapabilities = ['pull', 'resolve']\nca = %q\n", s.addr, s.ca)))
+	img, err := push(t, h, ref)
+	require.NoError(t, err)
+	got, err := pull(t, h, ref)
+	require.NoError(t, err)
+	requireSame(t, img, got)
+}
+
 func TestMirror(t *testing.T) {
 	t.Parallel()
 	origin, mirror := guarded(t, nil), guarded(t, nil)
