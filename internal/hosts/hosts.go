@@ -144,7 +144,9 @@ func (t *transport) of(registry, path string) (able []docker.RegistryHost, err e
 // certificate, and again as the server, without.
 func share(all []docker.RegistryHost) {
 	for i := range all {
-		first := slices.IndexFunc(all[:i], func(h docker.RegistryHost) bool { return h.Scheme == all[i].Scheme && h.Host == all[i].Host && h.Path == all[i].Path })
+		first := slices.IndexFunc(all[:i], func(h docker.RegistryHost) bool {
+			return h.Scheme == all[i].Scheme && h.Host == all[i].Host && h.Path == all[i].Path
+		})
 		if first >= 0 {
 			all[i].Client, all[i].Authorizer, all[i].Header = all[first].Client, all[first].Authorizer, all[first].Header
 		}
