@@ -67,18 +67,20 @@ func (r *Rates) Get() (hdd, unpack float64) {
 	return r.HDD, r.Unpack
 }
 
-func (r *Rates) sawHDD(bytes int64, took time.Duration) { r.saw(&r.HDD, bytes, took) }
+// sawHDD takes in a piece of a pack. Pieces are small, and what brings one to the disk may bring the next along, as a
+// commit of the journal does: the next takes no time then.
+func (r *Rates) sawHDD(bytes int64, took time.Duration) { r.saw(&r.HDD, 0.1, bytes, took) }
 
-func (r *Rates) SawUnpack(bytes int64, took time.Duration) { r.saw(&r.Unpack, bytes, took) }
+func (r *Rates) SawUnpack(bytes int64, took time.Duration) { r.saw(&r.Unpack, 0.3, bytes, took) }
 
-// saw takes a measurement in.
-func (r *Rates) saw(rate *float64, bytes int64, took time.Duration) {
-	if bytes < leastToRate || took <= 0 {
+// saw takes in a measurement with a weight. Times are averaged, not rates: a piece that took no time has an endless rate.
+func (r *Rates) saw(rate *float64, weight float64, bytes int64, took time.Duration) {
+	if bytes < leastToRate || took < 0 {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	*rate = 0.7**rate + 0.3*float64(bytes)/took.Seconds()
+	*rate = 1 / ((1-weight) / *rate + weight*took.Seconds()/float64(bytes))
 	r.changed = true
 }
 

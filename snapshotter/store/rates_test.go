@@ -18,7 +18,7 @@ func TestRatesOutliveTheDaemon(t *testing.T) {
 	hdd, unpack := s.Rates.Get()
 	require.Equal(t, []float64{priorHDD, priorUnpack}, []float64{hdd, unpack})
 	s.Rates.sawHDD(1<<20, time.Second) // too little to tell anything
-	for range 50 {
+	for range 100 {
 		s.Rates.sawHDD(200<<20, time.Second)
 		s.Rates.SawUnpack(300<<20, time.Second)
 	}
@@ -36,6 +36,24 @@ func TestRatesOutliveTheDaemon(t *testing.T) {
 	s = b.open(nil)
 	hdd, unpack = s.Rates.Get()
 	require.Equal(t, []float64{priorHDD, priorUnpack}, []float64{hdd, unpack}, "nonsense was believed")
+}
+
+// What brings one piece to the disk may bring its neighbours along.
+func TestRateOfTheDiskIsOfBytesAndTime(t *testing.T) {
+	s := newBench(t).open(nil)
+	for i := range 300 {
+		took := 3 * time.Microsecond
+		if i%3 == 0 {
+			took = 90 * time.Millisecond
+		}
+		s.Rates.sawHDD(4<<20, took)
+		if hdd, _ := s.Rates.Get(); i > 60 {
+			require.InEpsilon(t, 140e6, hdd, 0.2)
+		}
+	}
+	s.Rates.sawHDD(4<<20, 0)
+	hdd, _ := s.Rates.Get()
+	require.Less(t, hdd, 180e6)
 }
 
 func TestConfiguredRate(t *testing.T) {
