@@ -278,9 +278,14 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 		if e.Path != file {
 			continue
 		}
-		f := &control.File{Path: []byte(file), Type: fileType(e.Inode.Mode), Size: e.Inode.Size, Target: []byte(e.Inode.Target)}
+		f := &control.File{Path: []byte(file), Type: fileType(e.Inode.Mode), Size: e.Inode.Size}
 		layer := store.LayerID(e.Layer)
-		if e.Inode.HasData() {
+		switch {
+		case e.Inode.Mode&unix.S_IFMT == unix.S_IFLNK:
+			f.Target = []byte(e.Inode.Inline)
+		case e.Inode.Inline != "":
+			s.whereInline(f, sub.topID())
+		case e.Inode.HasData():
 			// The data of a file whose attributes alone were changed stand in a lower layer.
 			layer = store.LayerID(e.Inode.Data.Layer)
 			s.whereIs(f, sub.topID(), e.Inode.Data)
@@ -296,6 +301,13 @@ func (sub *subject) topID() string {
 		return sub.layers[n-1].ID
 	}
 	return ""
+}
+
+// whereInline tells where a small file stands, and why.
+func (s backend) whereInline(f *control.File, top string) {
+	image, tier := s.store.ViewImage(top)
+	f.Tier, f.DataPath = tier.String(), []byte(image)
+	f.Reason = fmt.Sprintf("it has no more than %d bytes and stands in the metadata", pack.InlineMax)
 }
 
 // whereIs tells where the kernel finds the data of a file, in the order in which it looks, and why they stand there.

@@ -48,11 +48,16 @@ func checkInode(i *Inode) error {
 	typ := i.Mode & unix.S_IFMT
 	switch typ {
 	case unix.S_IFREG:
-		if i.Size < 0 || i.Size > 0 && i.Data.Number == 0 {
+		switch {
+		case i.Size < 0 || i.HasData() && i.Data.Number == 0:
 			return fmt.Errorf("has %d bytes in no data file", i.Size)
+		case i.Inline != "" && (i.Size != int64(len(i.Inline)) || i.Data != Ref{}):
+			return fmt.Errorf("has %d bytes, %d of them inline, and data file %d", i.Size, len(i.Inline), i.Data.Number)
+		case len(i.Inline) > InlineMax:
+			return fmt.Errorf("has %d bytes inline, the limit is %d", i.Size, InlineMax)
 		}
 	case unix.S_IFLNK:
-		if i.Target == "" || len(i.Target) > targetMax || strings.IndexByte(i.Target, 0) >= 0 {
+		if i.Inline == "" || len(i.Inline) > targetMax || strings.IndexByte(i.Inline, 0) >= 0 {
 			return errors.New("is a symlink with an impossible target")
 		}
 	case unix.S_IFCHR, unix.S_IFBLK:
@@ -62,6 +67,9 @@ func checkInode(i *Inode) error {
 	case unix.S_IFDIR, unix.S_IFIFO, unix.S_IFSOCK:
 	default:
 		return fmt.Errorf("has the unknown type %#o", i.Mode)
+	}
+	if i.Inline != "" && typ != unix.S_IFREG && typ != unix.S_IFLNK {
+		return errors.New("has bytes and is neither a file nor a symlink")
 	}
 	if i.Mode > 0xffff || i.Nsec > 999999999 {
 		return errors.New("has an impossible mode or time")

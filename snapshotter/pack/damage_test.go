@@ -135,7 +135,7 @@ func TestDamage(t *testing.T) {
 		copy(other[erofs.SuperOffset+64:], append([]byte(volume), make([]byte, 16-len(volume))...))
 		return reseal(other)
 	}
-	check("another version", rename("nhybrid-pack-2"), errdefs.IsFailedPrecondition)
+	check("another version", rename("nhybrid-pack-1"), errdefs.IsFailedPrecondition)
 	check("another kind", rename("nhybrid-view-1")[:p.t.footer], errdefs.IsInvalidArgument)
 	version := slices.Clone(good)
 	version[len(good)-trailerSize+8]++

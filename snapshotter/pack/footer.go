@@ -22,7 +22,7 @@ import (
 // trailer. All numbers are little endian.
 const (
 	// volumeName tells packs from other images, and its last digit the version of what we expect of one.
-	volumeName = "nhybrid-pack-1"
+	volumeName = "nhybrid-pack-2"
 
 	footerMagic   = "nhybpack"
 	footerVersion = 1
@@ -51,9 +51,9 @@ type Identity struct {
 	Compressed   int64         `json:"compressed,omitempty"`   // bytes of the blob
 	Uncompressed int64         `json:"uncompressed,omitempty"` // bytes of the tar
 	// What the layer holds is counted by [Writer.Finish].
-	Files     int64 `json:"files"`     // data files that have an inode
+	Files     int64 `json:"files"`     // regular files with bytes of their own
 	Entries   int64 `json:"entries"`   // names, with the root and with whiteouts
-	DataBytes int64 `json:"dataBytes"` // of those data files
+	DataBytes int64 `json:"dataBytes"` // of those files
 }
 
 // Extent is the place of a data file in a pack.

@@ -137,8 +137,10 @@ func (g *gen) file(path string) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	noError(g.t, err)
 	defer f.Close()
-	switch g.IntN(5) {
+	switch g.IntN(6) {
 	case 0: // empty
+	case 5: // inline, or almost
+		_, err = f.Write(bytes.Repeat([]byte{byte(g.IntN(256))}, g.IntN(InlineMax+2)))
 	case 1: // sparse
 		_, err = f.WriteAt([]byte("end"), g.Int64N(1<<20))
 	default:

@@ -4,6 +4,7 @@
 package pack
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
 	"path/filepath"
@@ -64,8 +65,9 @@ func TestHostile(t *testing.T) {
 	dir(root, "large2", 100)
 	m.add(root, "file", m.file([]byte("12345"), false))
 	m.add(root, "file2", m.file([]byte("12345"), false))
-	m.add(root, "long", &Inode{Mode: unix.S_IFLNK, Target: strings.Repeat("t", 4000), Nlink: 1})
+	m.add(root, "long", &Inode{Mode: unix.S_IFLNK, Inline: strings.Repeat("t", 4000), Nlink: 1})
 	m.add(root, "ref", &Inode{Mode: unix.S_IFREG, Size: 5, Data: Ref{2, 1}, Nlink: 1})
+	m.add(root, "small", inlineFile(bytes.Repeat([]byte{0xff}, InlineMax)))
 	m.add(root, "white", nil)
 	m.add(root, "xattr", &Inode{Mode: unix.S_IFREG, Nlink: 1, Xattrs: []Xattr{{"user.a", "v"}, {"user.b", "v"}}})
 	p := m.finish()
@@ -136,6 +138,18 @@ func TestHostile(t *testing.T) {
 		"reference with data": func(f *forged) {
 			i, _ := f.find(t, "ref")
 			le.PutUint32(i[strings.Index(string(i), "\xff\xff\xff\xff"):], 1)
+		},
+		"inline, too large":    set64("small", offSize, InlineMax+1),
+		"inline, empty":        set64("small", offSize, 0),
+		"inline of 2^32":       set64("small", offSize, 1<<32+InlineMax),
+		"inline, with a block": set32("small", offU, 1),
+		"inline, plain":        set16("small", offFormat, 1|erofs.LayoutPlain<<1),
+		"inline, a data file":  set16("file", offFormat, 1|erofs.LayoutInline<<1),
+		"inline across a block": func(f *forged) {
+			i, e := f.find(t, "small")
+			nid := uint64(BlockSize/erofs.SlotSize - 3) // a slot before the end of the block is left for the bytes
+			copy(f.inode(nid), i[:erofs.InodeSize])
+			le.PutUint64(e, nid)
 		},
 		"number":                set32("file", offIno, 2),
 		"number 0":              set32("file", offIno, 0),

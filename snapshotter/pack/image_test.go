@@ -130,7 +130,10 @@ func (m *maker) compare(dir string) {
 			return
 		}
 		in := n.Inode
-		size := in.Size + int64(len(in.Target))
+		size := in.Size
+		if in.Mode&unix.S_IFMT == unix.S_IFLNK {
+			size = int64(len(in.Inline))
+		}
 		if n.Dir() {
 			size = st.Size
 		} else if st.Nlink != uint64(in.Nlink) {
@@ -153,11 +156,14 @@ func (m *maker) compare(dir string) {
 		}
 		switch in.Mode & unix.S_IFMT {
 		case unix.S_IFLNK:
-			if target, err := os.Readlink(self); err != nil || target != in.Target {
-				t.Fatalf("%q leads to %q (%v), want %q", path, target, err, in.Target)
+			if target, err := os.Readlink(self); err != nil || target != in.Inline {
+				t.Fatalf("%q leads to %q (%v), want %q", path, target, err, in.Inline)
 			}
 		case unix.S_IFREG:
 			want := m.data[in.Data.Number]
+			if in.Inline != "" {
+				want = []byte(in.Inline)
+			}
 			// A hole that is read stays zero in the page cache of the mount.
 			if m.hole[in.Data.Number] || in.Size > 1<<20 || in.Data.Layer != m.meta.Layer {
 				break

@@ -34,14 +34,14 @@ func TestExtremes(t *testing.T) {
 		"device":                    {Mode: unix.S_IFBLK | 0o600, Rdev: unix.Mkdev(4095, 1<<20-1)},
 		"null":                      {Mode: unix.S_IFCHR | 0o600, Rdev: unix.Mkdev(1, 3)},
 		"block 0:0":                 {Mode: unix.S_IFBLK | 0o600},
-		"longest":                   {Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("x/", 2047) + "y"},
-		strings.Repeat("\xff", 255): {Mode: unix.S_IFLNK | 0o777, Target: "\xff"},
+		"longest":                   {Mode: unix.S_IFLNK | 0o777, Inline: strings.Repeat("x/", 2047) + "y"},
+		strings.Repeat("\xff", 255): {Mode: unix.S_IFLNK | 0o777, Inline: "\xff"},
 		"\x01":                      {Mode: unix.S_IFIFO},
 	} {
 		m.add(root, name, i)
 	}
 	for n := 3000; n < 3200; n += 9 {
-		m.add(root, fmt.Sprint("link-", n), &Inode{Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("z", n)})
+		m.add(root, fmt.Sprint("link-", n), &Inode{Mode: unix.S_IFLNK | 0o777, Inline: strings.Repeat("z", n)})
 	}
 	for i, size := range []int{0, 1, 3900, 3990, 4000, 4096, 20000, 1<<16 - 1} {
 		m.add(root, fmt.Sprint("xattr", i), reg(func(i *Inode) {
@@ -156,13 +156,17 @@ func TestFinishRefuses(t *testing.T) {
 		"nanoseconds":       {{Name: "a", Inode: &Inode{Mode: reg, Nsec: 1e9}}},
 		"negative size":     {{Name: "a", Inode: &Inode{Mode: reg, Size: -1}}},
 		"no data":           {{Name: "a", Inode: &Inode{Mode: reg, Size: 1}}},
+		"inline, too large": {{Name: "a", Inode: inlineFile(make([]byte, InlineMax+1))}},
+		"inline and data":   {{Name: "a", Inode: &Inode{Mode: reg, Size: 5, Inline: "12345", Data: Ref{1, 1}}}},
+		"inline, too short": {{Name: "a", Inode: &Inode{Mode: reg, Size: 5, Inline: "1234"}}},
+		"inline of none":    {{Name: "a", Inode: &Inode{Mode: unix.S_IFIFO, Inline: "1"}}},
 		"unknown number":    {{Name: "a", Inode: &Inode{Mode: reg, Size: 5, Data: Ref{1, 2}}}},
 		"another size":      {{Name: "a", Inode: &Inode{Mode: reg, Size: 6, Data: Ref{1, 1}}}},
 		"number twice":      {{Name: "a", Inode: &Inode{Mode: reg, Size: 5, Data: Ref{1, 1}}}, {Name: "b", Inode: &Inode{Mode: reg, Size: 5, Data: Ref{1, 1}}}},
 		"reference to 0":    {{Name: "a", Inode: &Inode{Mode: reg, Size: 5, Data: Ref{2, 0}}}},
 		"no target":         {{Name: "a", Inode: &Inode{Mode: unix.S_IFLNK}}},
-		"long target":       {{Name: "a", Inode: &Inode{Mode: unix.S_IFLNK, Target: strings.Repeat("t", 4096)}}},
-		"nul in target":     {{Name: "a", Inode: &Inode{Mode: unix.S_IFLNK, Target: "a\x00"}}},
+		"long target":       {{Name: "a", Inode: &Inode{Mode: unix.S_IFLNK, Inline: strings.Repeat("t", 4096)}}},
+		"nul in target":     {{Name: "a", Inode: &Inode{Mode: unix.S_IFLNK, Inline: "a\x00"}}},
 		"device number":     {{Name: "a", Inode: &Inode{Mode: unix.S_IFBLK, Rdev: unix.Mkdev(1<<12, 0)}}},
 		"names in a file":   {{Name: "a", Inode: &Inode{Mode: reg}, Children: []*Node{{Name: "b"}}}},
 		"names in whiteout": {{Name: "a", Children: []*Node{{Name: "b"}}}},

@@ -4,6 +4,7 @@
 package pack
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -49,7 +50,7 @@ func TestManyLayers(t *testing.T) {
 	for i := range 127 {
 		dir := t.TempDir()
 		g.layer(dir)
-		noError(t, os.WriteFile(filepath.Join(dir, fmt.Sprint("only-in-", i)), []byte("x"), 0o644))
+		noError(t, os.WriteFile(filepath.Join(dir, fmt.Sprint("only-in-", i)), bytes.Repeat([]byte("x"), InlineMax+1), 0o644))
 		l, _ := store(t, dir, uint64(1000-i), nil, nvm, func() bool { return g.IntN(2) == 0 })
 		layers, dirs = append(layers, l), append(dirs, dir)
 	}
@@ -183,7 +184,7 @@ func TestChainRefuses(t *testing.T) {
 		"no block":             {with(func(i *Inode) { i.Block = 0 })},
 		"beyond its pack":      {with(func(i *Inode) { i.Size = 8*BlockSize + 1 })},
 		"an empty symlink":     {inode(Inode{Mode: unix.S_IFLNK})},
-		"a long symlink":       {inode(Inode{Mode: unix.S_IFLNK, Target: strings.Repeat("x", 4096)})},
+		"a long symlink":       {inode(Inode{Mode: unix.S_IFLNK, Inline: strings.Repeat("x", 4096)})},
 		"an impossible device": {inode(Inode{Mode: unix.S_IFBLK, Rdev: 1 << 62})},
 		"a long value":         {inode(Inode{Mode: unix.S_IFREG, Xattrs: []Xattr{{"user.x", strings.Repeat("v", 1<<16)}}})},
 	} {

@@ -26,7 +26,7 @@ type entry struct {
 	node   *Node
 	nid    uint32
 	xsize  uint32 // xattrs
-	tail   uint32 // bytes of a directory, of the target of a symlink, of the chunk indexes of a reference
+	tail   uint32 // bytes of a directory, of [Inode.Inline], of the chunk indexes of a reference
 	block  uint32 // first block of its own, counted from the first behind the inodes
 	first  uint32 // directories: their first name; others: the first name of the inode
 	parent uint32
@@ -170,10 +170,14 @@ func (m *metaWriter) add(i uint32) error {
 	case unix.S_IFDIR:
 		return m.addNames(i)
 	case unix.S_IFLNK:
-		e.tail = uint32(len(in.Target))
+		e.tail = uint32(len(in.Inline))
 	case unix.S_IFREG:
 		if in.HasData() {
 			return m.addData(e, in)
+		}
+		if e.tail = uint32(len(in.Inline)); e.tail > 0 {
+			m.stats.Files++
+			m.stats.DataBytes += in.Size
 		}
 	}
 	return nil
@@ -260,8 +264,7 @@ func (m *metaWriter) path(i uint32) string {
 // inlineTail tells how much of the tail stands in blocks of its own and how much behind the inode; whole says that the
 // latter must not cross a block.
 func (e *entry) inlineTail() (blocks uint32, inline int, whole bool) {
-	switch e.inode().Mode & unix.S_IFMT {
-	case unix.S_IFDIR, unix.S_IFLNK:
+	if in := e.inode(); in.Mode&unix.S_IFMT == unix.S_IFDIR || in.Inline != "" {
 		if t := e.tail % BlockSize; t <= erofs.TailMax {
 			return e.tail / BlockSize, int(t), true
 		}

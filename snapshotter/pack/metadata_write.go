@@ -83,8 +83,8 @@ func (m *metaWriter) write(w io.Writer) error {
 		switch {
 		case e.dir() && inline > 0:
 			buf = m.appendDir(buf, uint32(i), int(blocks), 1<<32)
-		case in.Mode&unix.S_IFMT == unix.S_IFLNK && inline > 0:
-			buf = append(buf, in.Target[len(in.Target)-inline:]...)
+		case whole && inline > 0:
+			buf = append(buf, in.Inline[len(in.Inline)-inline:]...)
 		case d.Layout == erofs.LayoutChunk:
 			for range e.tail / 4 {
 				buf = binary.LittleEndian.AppendUint32(buf, erofs.NullAddr)
@@ -104,7 +104,7 @@ func (m *metaWriter) write(w io.Writer) error {
 		if e.dir() {
 			out.Write(m.appendDir(buf[:0], uint32(i), 0, int(blocks)))
 		} else {
-			out.Write([]byte(e.node.Inode.Target)[:min(len(e.node.Inode.Target), int(blocks)*BlockSize)])
+			out.Write([]byte(e.node.Inode.Inline)[:min(len(e.node.Inode.Inline), int(blocks)*BlockSize)])
 		}
 	}
 	out.Pad(base + int64(m.inodes+m.blocks)*BlockSize)

@@ -18,15 +18,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// twoLayers are layers with data files of all sizes around a block, of which some
-// are on NVM.
+// twoLayers are layers with files of all sizes around the limit of inline ones and around a block. Some of the data
+// files are on NVM.
 func twoLayers(t *testing.T) (*stack, map[string][]byte) {
 	i := 0
 	s := newStack(t, func() bool { i++; return i%3 == 0 })
 	want := map[string][]byte{}
 	for layer := range 2 {
 		dir := t.TempDir()
-		for _, size := range []int{0, 1, 4095, 4096, 4097, 70000, 3 << 20} {
+		for _, size := range []int{0, 1, InlineMax - 1, InlineMax, InlineMax + 1, 4095, 4096, 4097, 70000, 3 << 20} {
 			name := fmt.Sprintf("d%d/f%d", layer, size)
 			want[name] = bytes.Repeat([]byte{byte(size), byte(layer + 1), 3}, size/3+1)[:size]
 			noError(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
@@ -121,7 +121,7 @@ func TestLoopsAreShared(t *testing.T) {
 	s.loop = true
 	first := s.mount()
 	dir := t.TempDir()
-	noError(t, os.WriteFile(filepath.Join(dir, "top"), []byte("top"), 0o644))
+	noError(t, os.WriteFile(filepath.Join(dir, "top"), bytes.Repeat([]byte("top"), InlineMax), 0o644))
 	s.add(dir)
 	second := s.mount()
 	for _, l := range s.layers {

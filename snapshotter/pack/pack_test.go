@@ -75,6 +75,11 @@ func (m *maker) file(data []byte, hole bool) *Inode {
 	return in
 }
 
+// inlineFile is the inode of a small file.
+func inlineFile(data []byte) *Inode {
+	return &Inode{Mode: unix.S_IFREG | 0o644, Nlink: 1, Size: int64(len(data)), Inline: string(data)}
+}
+
 // add puts a name below dir, in order.
 func (m *maker) add(dir *Node, name string, in *Inode) *Node {
 	n := &Node{Name: name, Inode: in}
@@ -134,12 +139,14 @@ func (m *maker) random(r *rand.Rand, names int) {
 			continue
 		}
 		var in *Inode
-		switch r.IntN(10) {
+		switch r.IntN(11) {
 		case 0:
+		case 10:
+			in = inlineFile(randomBytes(r, 1+r.IntN(InlineMax)))
 		case 1, 2:
 			in = &Inode{Mode: unix.S_IFDIR, Opaque: r.IntN(3) == 0, Implied: r.IntN(3) == 0}
 		case 3:
-			in = &Inode{Mode: unix.S_IFLNK, Target: strings.Repeat("t/", r.IntN(2047)) + "x"}
+			in = &Inode{Mode: unix.S_IFLNK, Inline: strings.Repeat("t/", r.IntN(2047)) + "x"}
 		case 4:
 			mode := []uint32{unix.S_IFCHR, unix.S_IFBLK}[r.IntN(2)]
 			in = &Inode{Mode: mode, Rdev: unix.Mkdev(r.Uint32N(1<<12), r.Uint32N(1<<20)|1)}

@@ -43,6 +43,8 @@ func (p *parser) inode(raw *erofs.Inode, off int64) (*Inode, error) {
 		switch {
 		case ref.Number > 0:
 			err = p.reference(in, raw, ref, off)
+		case raw.Layout == erofs.LayoutInline:
+			err = p.inline(in, raw, off)
 		case in.Size > 0:
 			err = p.ownData(in, raw)
 		}
@@ -52,7 +54,7 @@ func (p *parser) inode(raw *erofs.Inode, off int64) (*Inode, error) {
 		}
 		var t tail
 		if t, err = p.tail(raw, off); err == nil {
-			err = p.eachBlock(&t, &p.inodes, func(b []byte) error { in.Target += string(b); return nil })
+			err = p.eachBlock(&t, &p.inodes, func(b []byte) error { in.Inline += string(b); return nil })
 		}
 	case unix.S_IFCHR, unix.S_IFBLK:
 		in.Rdev = erofs.DecodeDev(raw.U)
@@ -86,6 +88,20 @@ func (p *parser) reference(in *Inode, raw *erofs.Inode, ref Ref, off int64) erro
 	}
 	in.Data = ref
 	return nil
+}
+
+// inline completes a file whose bytes stand behind the inode, at off.
+func (p *parser) inline(in *Inode, raw *erofs.Inode, off int64) error {
+	if raw.Size == 0 || raw.Size > InlineMax || raw.U != 0 {
+		return fmt.Errorf("has %d bytes inline and block %d", raw.Size, raw.U)
+	}
+	t, err := p.tail(raw, off)
+	if err != nil {
+		return err
+	}
+	b, err := p.inodes.get(t.inline, t.inlineSize)
+	in.Inline = string(b)
+	return err
 }
 
 // ownData completes an inode whose data are in this pack.

@@ -49,7 +49,7 @@ type readError struct{ error }
 
 func (e *readError) Unwrap() error { return e.error }
 
-// tail says where the bytes of a directory or symlink are, by offsets in the metadata.
+// tail says where the bytes of an inode are that stand in the metadata, by offsets there.
 type tail struct {
 	blocks, blocksSize int64 // in blocks of their own
 	inline, inlineSize int64 // behind the inode
@@ -64,7 +64,9 @@ func (p *parser) tail(raw *erofs.Inode, off int64) (t tail, err error) {
 	switch raw.Layout {
 	case erofs.LayoutInline:
 		t.inlineSize = t.blocksSize % BlockSize
-		t.blocksSize -= t.inlineSize
+		if t.blocksSize -= t.inlineSize; t.inlineSize > 0 && off%BlockSize+t.inlineSize > BlockSize {
+			return t, errors.New("has a tail that crosses a block")
+		}
 	case erofs.LayoutPlain:
 	default:
 		return t, fmt.Errorf("has the unknown layout %d", raw.Layout)

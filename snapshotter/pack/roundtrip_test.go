@@ -58,14 +58,19 @@ func (m *maker) checkData(p *Pack) {
 	if index.Len() != uint32(len(m.data)) {
 		t.Fatalf("%d numbers, want %d", index.Len(), len(m.data))
 	}
+	var files, bytesUsed, bytesHoles int64
+	inline := map[*Inode]bool{}
 	used := map[uint32]bool{}
 	for todo := []*Node{m.meta.Root}; len(todo) > 0; todo = todo[1:] {
 		if in := todo[0].Inode; in != nil && in.HasData() && in.Data.Layer == m.meta.Layer {
 			used[in.Data.Number] = true
+		} else if in != nil && isRegular(in.Mode) && in.Inline != "" && !inline[in] {
+			inline[in] = true
+			files++
+			bytesUsed += in.Size
 		}
 		todo = append(todo, todo[0].Children...)
 	}
-	var files, bytesUsed, bytesHoles int64
 	for n := range used {
 		files++
 		bytesUsed += int64(len(m.data[n]))

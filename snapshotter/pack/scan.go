@@ -19,7 +19,7 @@ type ScanStats struct {
 	// Bytes is the disk usage, 512 times st_blocks over the distinct inodes, as
 	// continuity's fs.DiskUsage counts it.
 	Bytes     int64
-	DataBytes int64 // sum of the sizes of the data files
+	DataBytes int64 // sum of the sizes of the files that have bytes of their own, inline or in a data file
 }
 
 // Scan reads the metadata of the layer in dir, an upper directory of overlayfs or
@@ -142,8 +142,8 @@ func (s *scan) file(d *scanDir, l *later) error {
 	if !l.metacopy {
 		return nil
 	}
-	ref, err := s.reference(d, l)
-	l.node.Inode.Data = ref
+	lower, err := s.lower(d, l)
+	l.node.Inode.Data, l.node.Inode.Inline = lower.Data, lower.Inline
 	return err
 }
 
@@ -155,6 +155,7 @@ func (s *scan) number(m *Meta) error {
 		path int // length of the path of the directory
 	}
 	s.stats.Entries, s.stats.Dirs = 1, 1
+	counted := map[*Inode]bool{} // inline files with several names
 	var path []byte
 	frames := []frame{{dir: m.Root}}
 	for n := 0; len(frames) > 0; n++ {
@@ -180,7 +181,14 @@ func (s *scan) number(m *Meta) error {
 			frames = append(frames, frame{dir: node, path: len(path)})
 		case isRegular(node.Inode.Mode):
 			s.stats.Files++
-			if in := node.Inode; in.HasData() && in.Data.Number == 0 {
+			in := node.Inode
+			if in.Inline != "" && !counted[in] {
+				s.stats.DataBytes += in.Size
+				if in.Nlink > 1 {
+					counted[in] = true
+				}
+			}
+			if in.HasData() && in.Data.Number == 0 {
 				if m.Numbers == 1<<32-1 {
 					return fmt.Errorf("it has more than 2^32 data files: %w", errdefs.ErrInvalidArgument)
 				}

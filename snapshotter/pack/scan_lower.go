@@ -51,20 +51,20 @@ func (s *scan) find(from []part, redirect string) (v *visible, parts []part) {
 	return v, parts
 }
 
-// reference returns the data file of a file without data.
-func (s *scan) reference(d *scanDir, l *later) (Ref, error) {
+// lower returns Data and Inline of a file without data: those of the lower file.
+func (s *scan) lower(d *scanDir, l *later) (Inode, error) {
 	at := l.redirect
 	if at == "" {
 		at = l.node.Name
 	}
-	if v, _ := s.find(d.below, at); v != nil && v.inode.HasData() {
-		return v.inode.Data, nil
+	if v, _ := s.find(d.below, at); v != nil && isRegular(v.inode.Mode) && v.inode.Size == l.node.Inode.Size {
+		return Inode{Data: v.inode.Data, Inline: v.inode.Inline}, nil
 	}
 	// The redirect may also be that of a view, handed up by the kernel.
 	if ref, err := ParseRedirect(l.redirect); err == nil && s.hasData(ref) {
-		return ref, nil
+		return Inode{Data: ref}, nil
 	}
-	return Ref{}, fmt.Errorf("%q has its data in the lower layers at %q, and no file with data is there: %w",
+	return Inode{}, fmt.Errorf("%q has its data in the lower layers at %q, and no file with data is there: %w",
 		"/"+d.path(l.node.Name), at, errdefs.ErrFailedPrecondition)
 }
 

@@ -50,7 +50,7 @@ func TestScanStats(t *testing.T) {
 				count.Files++
 				if !seen[st.Ino] {
 					count.DataBytes += st.Size
-					if st.Size > 0 {
+					if st.Size > InlineMax {
 						files = append(files, p[len(dir)+1:])
 					}
 				}

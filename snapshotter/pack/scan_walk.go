@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -280,12 +281,17 @@ func (t *scanThread) entry(d *scanDir, node *Node, in *Inode, s *ScanStats) (loo
 	switch kind {
 	case unix.S_IFREG:
 		l.metacopy, l.redirect = o.metacopy && st.Size > 0, o.redirect
+		if !l.metacopy && st.Size > 0 && st.Size <= InlineMax {
+			if in.Inline, err = t.content(node.Name, st.Size); err != nil {
+				return false, err
+			}
+		}
 	case unix.S_IFLNK:
 		n, err := unix.Readlink(node.Name, t.buf)
 		if err != nil {
 			return false, fmt.Errorf("read symlink: %w", err)
 		}
-		in.Target = string(t.buf[:n])
+		in.Inline = string(t.buf[:n])
 	case unix.S_IFDIR:
 		l.sub = &scanDir{node: node, attr: o.dir(), parent: d}
 		// A renamed directory brings all its lower content along: nothing of what
@@ -296,6 +302,23 @@ func (t *scanThread) entry(d *scanDir, node *Node, in *Inode, s *ScanStats) (loo
 		d.later = append(d.later, l)
 	}
 	return l.metacopy || l.sub != nil && l.sub.attr.redirect != "", nil
+}
+
+// content reads a small file in the working directory.
+func (t *scanThread) content(name string, size int64) (string, error) {
+	fd, err := unix.Openat(unix.AT_FDCWD, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("open: %w", err)
+	}
+	defer unix.Close(fd)
+	n, err := unix.Pread(fd, t.buf[:InlineMax+1], 0)
+	if err != nil {
+		return "", fmt.Errorf("read: %w", err)
+	}
+	if int64(n) != size {
+		return "", fmt.Errorf("it has %d bytes now and had %d: %w", n, size, errdefs.ErrAborted)
+	}
+	return string(t.buf[:n]), nil
 }
 
 // OpenBeneath opens a path of any length below a directory, piece by piece, and

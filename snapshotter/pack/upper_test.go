@@ -4,9 +4,11 @@
 package pack
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -73,11 +75,17 @@ func unlinked(files map[string]file) map[string]file {
 // the layer shows what the container showed.
 func TestUpperTrial(t *testing.T) {
 	asRoot(t)
+	for what, size := range map[string]int{"inline": 0, "data files": InlineMax} {
+		t.Run(what, func(t *testing.T) { upperTrial(t, strings.Repeat("x", size)) })
+	}
+}
+
+func upperTrial(t *testing.T, more string) {
 	s := newStack(t, func() bool { return false })
 	base := t.TempDir()
 	for _, name := range []string{"changed", "moved", "linked", "dir/a", "dir/sub/b", "dir/sub/deep/c", "other/x", "far/y/z", "whole", "gone"} {
 		noError(t, os.MkdirAll(filepath.Dir(filepath.Join(base, name)), 0o755))
-		noError(t, os.WriteFile(filepath.Join(base, name), []byte("data of "+name), 0o644))
+		noError(t, os.WriteFile(filepath.Join(base, name), []byte("data of "+name+more), 0o644))
 	}
 	noError(t, os.WriteFile(filepath.Join(base, "empty"), nil, 0o644))
 	noError(t, os.Link(filepath.Join(base, "dir/a"), filepath.Join(base, "dir/a2")))
@@ -141,12 +149,12 @@ func TestUpperDataRedirect(t *testing.T) {
 	asRoot(t)
 	s := newStack(t, func() bool { return true })
 	base := t.TempDir()
-	noError(t, os.WriteFile(filepath.Join(base, "f"), []byte("data"), 0o644))
+	noError(t, os.WriteFile(filepath.Join(base, "f"), bytes.Repeat([]byte("data"), InlineMax), 0o644))
 	s.add(base)
 	upper := t.TempDir()
 	f := filepath.Join(upper, "g")
 	noError(t, os.WriteFile(f, nil, 0o600))
-	noError(t, os.Truncate(f, 4))
+	noError(t, os.Truncate(f, 4*InlineMax))
 	noError(t, unix.Setxattr(f, XattrMetacopy, nil, 0))
 	noError(t, unix.Setxattr(f, XattrRedirect, []byte("/10/01/1"), 0))
 	s.add(upper)

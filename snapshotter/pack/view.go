@@ -79,7 +79,7 @@ type viewNode struct {
 	parent uint32 // directory
 	next   uint32 // next name in the same directory, 0 at the end
 	child  uint32 // of a directory the first name, 0 if empty; of a further name of an inode the node of its first name
-	tail   uint32 // bytes of chunk indexes, symlink target, or entries of a directory
+	tail   uint32 // bytes of chunk indexes, of [Inode.Inline], or of a directory
 	block  uint32 // first data block, counted from the first of all
 	xattrs uint32 // bytes of the xattr area
 	typ    byte   // erofs.FileType
@@ -198,8 +198,8 @@ func (v *viewWriter) measure(n *viewNode, e *visible) error {
 		redirect = len(v.redirect)
 		n.tail = uint32((i.Size-1)>>holeChunkBits+1) * 4
 		v.home.add(i, e.layer)
-	case i.Target != "":
-		n.tail = uint32(len(i.Target))
+	case i.Inline != "":
+		n.tail = uint32(len(i.Inline))
 	}
 	x := xattrArea(i, redirect)
 	if x > erofs.XattrAreaMax {

@@ -41,7 +41,7 @@ func largeLayer(layer uint64, files int) *Meta {
 		for j := 0; j < 20 && int(m.Numbers) < files; j++ {
 			in := &Inode{Mode: unix.S_IFREG | 0o644, Nlink: 1, Sec: int64(i)}
 			if m.Numbers++; j == 19 && i%2 == 0 {
-				in.Mode, in.Target = unix.S_IFLNK|0o777, "../file"
+				in.Mode, in.Inline = unix.S_IFLNK|0o777, "../file"
 			} else {
 				in.Size, in.Data, in.Block = 1000, Ref{layer, m.Numbers}, m.Numbers
 			}

@@ -51,7 +51,7 @@ func fuzzChain(data []byte) (c Chain) {
 			case 7:
 				n.Inode = inodes[int(next())%len(inodes)]
 			case 8:
-				n.Inode.Mode, n.Inode.Target = unix.S_IFLNK, strings.Repeat("t", 20*int(next()))
+				n.Inode.Mode, n.Inode.Inline = unix.S_IFLNK, strings.Repeat("t", 20*int(next()))
 			case 9:
 				n.Inode.Mode = uint32(next()) << 8
 			case 10:

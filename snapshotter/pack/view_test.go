@@ -199,11 +199,11 @@ func TestViewExtremes(t *testing.T) {
 		"device":     {Mode: unix.S_IFBLK | 0o600, Rdev: unix.Mkdev(4095, 1<<20-1)},
 		"null":       {Mode: unix.S_IFCHR | 0o600, Rdev: unix.Mkdev(1, 3)},
 		"block 0:0":  {Mode: unix.S_IFBLK | 0o600},
-		"longest":    {Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("x/", 2047) + "y"},
-		"short link": {Mode: unix.S_IFLNK | 0o777, Target: "y"},
+		"longest":    {Mode: unix.S_IFLNK | 0o777, Inline: strings.Repeat("x/", 2047) + "y"},
+		"short link": {Mode: unix.S_IFLNK | 0o777, Inline: "y"},
 	}
 	for n := 3000; n < 3200; n += 9 {
-		files[fmt.Sprint("link-", n)] = Inode{Mode: unix.S_IFLNK | 0o777, Target: strings.Repeat("z", n)}
+		files[fmt.Sprint("link-", n)] = Inode{Mode: unix.S_IFLNK | 0o777, Inline: strings.Repeat("z", n)}
 	}
 	for i, size := range []int64{1, 4096, 4097, 1<<32 - 1, 1 << 32, 1<<32 + 1, 8 << 40, 8<<40 + 1} {
 		files[fmt.Sprint("size-", size)] = reg(func(in *Inode) { in.Size, in.Data, in.Block = size, Ref{1, uint32(i + 1)}, 1 })
@@ -222,9 +222,9 @@ func TestViewExtremes(t *testing.T) {
 	for name, i := range files {
 		var st unix.Stat_t
 		noError(t, unix.Lstat(filepath.Join(view, "t", name), &st))
-		size := i.Size + int64(len(i.Target))
-		if i.Target != "" {
-			if target, err := os.Readlink(filepath.Join(view, "t", name)); target != i.Target {
+		size := i.Size + int64(len(i.Inline))
+		if i.Inline != "" {
+			if target, err := os.Readlink(filepath.Join(view, "t", name)); target != i.Inline {
 				t.Errorf("%s: target has %d bytes, %v", name, len(target), err)
 			}
 		}

@@ -54,8 +54,7 @@ func split(size uint64) (blocks uint32, inline int) {
 // inlineTail is the part of the tail that follows the xattrs, and must not cross
 // a block.
 func (n *viewNode) inlineTail() (blocks uint32, inline int, whole bool) {
-	switch n.typ {
-	case erofs.FileType(unix.S_IFDIR), erofs.FileType(unix.S_IFLNK):
+	if n.typ == typeDir || n.inode.Inline != "" {
 		blocks, inline = split(uint64(n.tail))
 		return blocks, inline, true
 	}
@@ -217,7 +216,7 @@ func (v *viewWriter) appendInode(b []byte, i uint32) []byte {
 	case n.typ == typeDir && inline > 0:
 		b = v.appendDir(b, i, int(blocks), 1<<32)
 	case whole && inline > 0:
-		b = append(b, in.Target[len(in.Target)-inline:]...)
+		b = append(b, in.Inline[len(in.Inline)-inline:]...)
 	case d.Layout == erofs.LayoutChunk:
 		for range n.tail / 4 {
 			b = binary.LittleEndian.AppendUint32(b, erofs.NullAddr)
@@ -279,7 +278,7 @@ func (v *viewWriter) writeData() error {
 		if n.typ == typeDir {
 			data = v.appendDir(data[:0], uint32(i), 0, int(blocks))
 		} else {
-			data = append(data[:0], n.inode.Target[:min(len(n.inode.Target), int(blocks)*erofs.BlockSize)]...)
+			data = append(data[:0], n.inode.Inline[:min(len(n.inode.Inline), int(blocks)*erofs.BlockSize)]...)
 		}
 		if err := put(data, n.block, blocks); err != nil {
 			return err

@@ -33,9 +33,9 @@ type WriterOptions struct {
 type Stats struct {
 	Size      int64 // bytes of the pack, holes included
 	MetaBytes int64 // of the EROFS metadata
-	DataBytes int64 // of data files that have an inode
+	Files     int64 // regular files with bytes of their own, inline or in a data file that has an inode
+	DataBytes int64 // of these files
 	HoleBytes int64 // of those, what was left as holes
-	Files     int64 // data files that have an inode
 	Entries   int64 // names, with the root and with whiteouts
 	Inodes    int64
 }

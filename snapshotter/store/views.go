@@ -225,6 +225,17 @@ func writeView(ctx context.Context, c pack.Chain, blocks map[uint64]uint32, path
 	return nil
 }
 
+// ViewImage is the image of a view and its tier. Where it is yet to be made, that is where it will stand if there is room.
+func (s *Store) ViewImage(id string) (string, placement.Tier) {
+	images := s.viewImages(id)
+	if _, err := os.Stat(images[0]); err != nil {
+		if _, err := os.Stat(images[1]); err == nil {
+			return images[1], placement.HDD
+		}
+	}
+	return images[0], placement.NVM
+}
+
 // ViewBytes is the size of the image of a view by tier, 0 for none.
 func (s *Store) ViewBytes(id string) (out [2]int64) {
 	for i, t := range []placement.Tier{placement.NVM, placement.HDD} {

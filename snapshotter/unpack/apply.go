@@ -212,6 +212,9 @@ func (a *applier) create(dir *pack.Node, base, p string, hdr *tar.Header, r io.R
 		if err := a.data.write(i, p, hdr, r); err != nil {
 			return nil, err
 		}
+		if err := a.spend(len(i.Inline)); err != nil {
+			return nil, err
+		}
 	case tar.TypeSymlink:
 		switch {
 		case hdr.Linkname == "":
@@ -219,8 +222,8 @@ func (a *applier) create(dir *pack.Node, base, p string, hdr *tar.Header, r io.R
 		case len(hdr.Linkname) > maxPath:
 			return nil, bad(fmt.Errorf("symlink: %w", unix.ENAMETOOLONG))
 		}
-		i.Mode, i.Target = unix.S_IFLNK|0o777, strings.Clone(hdr.Linkname)
-		if err := a.spend(len(i.Target)); err != nil {
+		i.Mode, i.Inline = unix.S_IFLNK|0o777, strings.Clone(hdr.Linkname)
+		if err := a.spend(len(i.Inline)); err != nil {
 			return nil, err
 		}
 	case tar.TypeFifo:

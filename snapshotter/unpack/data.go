@@ -17,7 +17,7 @@ import (
 	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
-// dataWriter writes the data files of one layer to the pack and to NVM.
+// dataWriter writes the data files of one layer to the pack and to NVM. Small files stand in the metadata.
 type dataWriter struct {
 	ctx    context.Context
 	pack   Pack
@@ -58,6 +58,16 @@ func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Rea
 		}
 		return nil
 	}
+	if size <= pack.InlineMax {
+		err := w.copy(size, r, func(p []byte) error { i.Inline = string(p); return nil }) // one piece
+		if err != nil {
+			return err
+		}
+		i.Size = size
+		w.files++
+		w.bytes += size
+		return nil
+	}
 	number, block, err := w.pack.Begin(size)
 	if err != nil {
 		return fmt.Errorf("begin a file of %d bytes in the pack: %w", size, err)
@@ -71,7 +81,7 @@ func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Rea
 		}
 	}
 	defer f.close()
-	if err := w.copy(&f, size, r); err != nil {
+	if err := w.copy(size, r, f.write); err != nil {
 		return err
 	}
 	sum, err := f.end()
@@ -84,25 +94,27 @@ func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Rea
 	return nil
 }
 
-func (w *dataWriter) copy(f *file, size int64, r io.Reader) error {
-	for f.written < size {
+// copy passes the bytes of an entry to write, in pieces as large as the buffer.
+func (w *dataWriter) copy(size int64, r io.Reader, write func([]byte) error) error {
+	for written := int64(0); written < size; {
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
-		n, err := readFull(r, w.buffer[:min(size-f.written, int64(len(w.buffer)))])
+		n, err := readFull(r, w.buffer[:min(size-written, int64(len(w.buffer)))])
+		written += int64(n)
 		if n > 0 {
-			if err := f.write(w.buffer[:n]); err != nil {
+			if err := write(w.buffer[:n]); err != nil {
 				return err
 			}
 		}
-		if errors.Is(err, io.EOF) && f.written == size {
+		if errors.Is(err, io.EOF) && written == size {
 			break
 		}
 		if err != nil {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return bad(fmt.Errorf("data ends after %d of %d bytes: %w", f.written, size, err))
+			return bad(fmt.Errorf("data ends after %d of %d bytes: %w", written, size, err))
 		}
 	}
 	// Where the entry has more data than its size says, r fails now.

@@ -93,7 +93,7 @@ func layerOfFiles(t *testing.T) (map[string]string, []byte) {
 	files := map[string]string{}
 	var entries []entry
 	rnd := rand.NewChaCha8([32]byte{1})
-	for k, size := range []int{1, 4095, 4096, 4097, chunkSize - 1, chunkSize, chunkSize + 1, 3*chunkSize + 5, 2, 100_000, 0} {
+	for k, size := range []int{1, 4095, 4096, 4097, chunkSize - 1, chunkSize, chunkSize + 1, 3*chunkSize + 5, pack.InlineMax, 100_000, 0, pack.InlineMax + 1} {
 		b := make([]byte, size)
 		_, err := rnd.Read(b)
 		must(t, err)
@@ -168,7 +168,7 @@ func TestNVMAlone(t *testing.T) {
 			t.Errorf("file %d is in the pack", k+1)
 		}
 	}
-	if len(asked) != 10 || res.Holes != 10 || res.NVMBytes != res.DataBytes || nvm.closed != 10 {
+	if len(asked) != 9 || res.Holes != 9 || res.NVMBytes != res.DataBytes-pack.InlineMax-1 || nvm.closed != 9 {
 		t.Errorf("result is %+v, %d asked, %d closed", res, len(asked), nvm.closed)
 	}
 }
@@ -190,29 +190,34 @@ func TestNVMBroken(t *testing.T) {
 	}
 }
 
+// large is a file that is just too large to stand in the metadata.
+func large(name, data string) entry {
+	return reg(name, strings.Repeat(" ", pack.InlineMax+1-len(data))+data)
+}
+
 // Files that the layer replaces leave NVM, but for those with another name.
 func TestReplacedLeaveNVM(t *testing.T) {
 	dir := func(name string) entry { return entry{Header: tar.Header{Typeflag: tar.TypeDir, Name: name}} }
 	layer := tarOf(t,
-		reg("a", "1"), reg("a", "two"), // 1 is replaced
-		reg("d/x", "3"), reg("d/y", "4"), reg("d/e/z", "5"), // with their directory
+		large("a", "1"), large("a", "2"), reg("a", "small"), large("a", "3"), // 1 and 2 are replaced
+		large("d/x", "4"), large("d/y", "5"), large("d/e/z", "6"), reg("d/small", "x"), // with their directory
 		entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: "kept", Linkname: "d/y"}},
-		reg("d", "6"), dir("d"), // and that file again
-		reg("l", "7"), entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: "l2", Linkname: "l"}}, reg("l", "8"), reg("l2", "9"),
+		large("d", "7"), dir("d"), // and that file again
+		large("l", "8"), entry{Header: tar.Header{Typeflag: tar.TypeLink, Name: "l2", Linkname: "l"}}, large("l", "9"), large("l2", "10"),
 	)
 	nvm := newNVM(t, -1)
 	m, res, _, err := unpackBytes(t.Context(), layer, Options{NVM: nvm, Place: func(f File) Placement {
-		if f.Number == 3 {
+		if f.Number == 4 {
 			return ToPack
 		}
 		return ToNVM
 	}})
 	must(t, err)
-	want := []uint32{2, 4, 8, 9}
+	want := []uint32{3, 5, 9, 10}
 	if got := slices.Sorted(maps.Keys(nvm.live)); !slices.Equal(got, want) {
 		t.Errorf("on NVM are %v, want %v", got, want)
 	}
-	if res.NVMBytes != 6 || res.Holes != 4 || res.Files != 9 || m.Numbers != 9 {
+	if res.NVMBytes != 4*(pack.InlineMax+1) || res.Holes != 4 || res.Files != 12 || m.Numbers != 10 {
 		t.Errorf("result is %+v", res)
 	}
 	got := ofMeta(t, m, func(n uint32) string {
@@ -220,7 +225,7 @@ func TestReplacedLeaveNVM(t *testing.T) {
 		must(t, err)
 		return string(b)
 	})
-	if got["/kept"].data != "4" || got["/kept"].nlink != 1 {
+	if got["/kept"].data != large("", "5").data || got["/kept"].nlink != 1 {
 		t.Errorf("kept is %+v", got["/kept"])
 	}
 }

@@ -90,7 +90,7 @@ func (g *generator) entry() entry {
 	switch k := g.IntN(100); {
 	case k < 25:
 		e.Typeflag = tar.TypeReg
-		e.data = strings.Repeat(g.one("data", "x", "\x00", "12345"), []int{0, 1, 3, 100, 900, 1024, 5000, 70000}[g.IntN(8)])
+		e.data = strings.Repeat(g.one("data", "x", "\x00", "12345"), []int{0, 1, 3, 51, 100, 255, 256, 257, 900, 1024, 5000, 70000}[g.IntN(12)])
 	case k < 50:
 		e.Typeflag = tar.TypeDir
 		e.Name += g.one("", "/", "/.", "//")

@@ -151,13 +151,18 @@ func ofMeta(t testing.TB, m *pack.Meta, data func(uint32) string) map[string]att
 			return
 		}
 		i := n.Inode
-		a := attrs{mode: i.Mode, uid: i.UID, gid: i.GID, sec: i.Sec, nsec: i.Nsec, size: i.Size, target: i.Target, rdev: i.Rdev,
+		a := attrs{mode: i.Mode, uid: i.UID, gid: i.GID, sec: i.Sec, nsec: i.Nsec, size: i.Size, rdev: i.Rdev,
 			xattrs: map[string]string{}, opaque: i.Opaque, implied: i.Implied}
 		for k, x := range i.Xattrs {
 			if k > 0 && i.Xattrs[k-1].Name >= x.Name {
 				t.Errorf("%q: xattrs are not sorted: %v", p, i.Xattrs)
 			}
 			a.xattrs[x.Name] = x.Value
+		}
+		if i.Mode&unix.S_IFMT == unix.S_IFLNK {
+			a.target = i.Inline
+		} else {
+			a.data = i.Inline
 		}
 		if i.HasData() {
 			a.data = data(i.Data.Number)

@@ -79,10 +79,10 @@ func (t *tree) lstat(p string) (*pack.Node, error) {
 		if links++; links > 40 {
 			return nil, unix.ELOOP
 		}
-		if strings.HasPrefix(n.Inode.Target, "/") {
+		if strings.HasPrefix(n.Inode.Inline, "/") {
 			return nil, unix.ENOENT // leaves the layer
 		}
-		p = n.Inode.Target + "/" + p
+		p = n.Inode.Inline + "/" + p
 	}
 }
 
@@ -158,7 +158,7 @@ func (t *tree) walkLink(p string, links *int) (string, bool, error) {
 		return p, false, nil
 	}
 	*links++
-	return n.Inode.Target, true, nil
+	return n.Inode.Inline, true, nil
 }
 
 func (t *tree) walkLinks(p string, links *int) (string, error) {

@@ -91,7 +91,7 @@ type Want struct {
 type Options struct {
 	// Layer is the number of the layer, for [pack.Inode.Data].
 	Layer uint64
-	// Place is asked for each data file, in the order of the tar, in the
+	// Place is asked for each data file, which is above [pack.InlineMax], in the order of the tar, in the
 	// goroutine of Layer, and may block. nil stands for ToPack, as does a nil NVM.
 	Place func(File) Placement
 	// NVM takes what Place sends there. After its first error it gets no more
@@ -133,9 +133,9 @@ type Result struct {
 	Compressed   int64         // bytes of the blob
 	Uncompressed int64         // bytes of the tar with all that follows its end
 	Entries      int64         // entries of the tar
-	Files        uint32        // data files, the replaced ones included
+	Files        uint32        // files that are not empty, the replaced ones included
 	DataBytes    int64         // bytes of these files
-	NVMBytes     int64         // bytes of those of them that stand on NVM
+	NVMBytes     int64         // bytes of data files that stand on NVM
 	Holes        uint32        // those of them that stand on NVM alone
 	NVMError     error         // why NVM got no more files, if it failed
 }

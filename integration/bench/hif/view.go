@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/integration/image/catalog"
+	"github.com/nhybrid/nhybrid/snapshotter/pack"
 )
 
 // view is an image as its containers see it, mounted read-only.
@@ -150,7 +151,8 @@ func (v *view) inode(layer int, path string) uint64 {
 	return st.Ino
 }
 
-// used are the files of the image that a log of strace tells of, sorted.
+// used are the files of the image that a log of strace tells of, sorted. Those that stand in the metadata are left out:
+// they are nobody's to plan.
 func (v *view) used(o *opened, files map[string]file) ([]string, error) {
 	seen := map[string]bool{}
 	for _, path := range o.files {
@@ -165,7 +167,9 @@ func (v *view) used(o *opened, files map[string]file) ([]string, error) {
 	}
 	var names []string
 	for name := range seen {
-		names = append(names, name)
+		if files[name].size > pack.InlineMax {
+			names = append(names, name)
+		}
 	}
 	slices.Sort(names)
 	return names, nil
