@@ -64,6 +64,11 @@ type FileInput struct {
 	// Tier is that of the layer's Decision. Policies that place whole layers follow it; the others do not look at it.
 	Tier Tier `json:"tier"`
 
+	// Hole says that the file before this one in the pack is a hole, Followers how many files below LeastLate went there since the last
+	// larger one.
+	Hole      bool `json:"hole,omitempty"`
+	Followers int  `json:"followers,omitempty"`
+
 	NVMFree    int64 `json:"nvm_free"`    // bytes free on NVM
 	NVMReserve int64 `json:"nvm_reserve"` // bytes of it that are never taken
 	// NVMPromised is bytes of it that are promised and not written yet, but for what a policy for whole layers promised to this layer.
@@ -94,6 +99,7 @@ const (
 	RuleHot     Rule = "hot"      // the file is hot and NVM has room
 	RuleInTime  Rule = "in-time"  // the disk has the file before the pull can end
 	RuleLate    Rule = "late"     // the disk would have it later, and NVM has room
+	RuleSmall   Rule = "small"    // the disk would have it later, but the file costs more on NVM than it spares the disk
 	RuleNoRoom  Rule = "no-room"  // NVM is wanted and has no room in bytes
 	RuleNoInode Rule = "no-inode" // NVM is wanted and has too few inodes
 	RuleUnknown Rule = "unknown"  // a rate is not known yet, so the file goes to the pack
@@ -117,6 +123,16 @@ func (d FileDecision) NVMBytes() int64 {
 	}
 	return 0
 }
+
+const (
+	// LeastLate is the size in bytes from which a file goes to NVM because the disk would have it late. To make a file on NVM, fill its
+	// hole and unlink it again takes some 150 µs of CPU, an inode and a block of 4 KiB; a disk of 140 MB/s takes 16 KiB in 117 µs. In
+	// Debian's /usr 86 % of the files are smaller, with 6 % of the bytes.
+	LeastLate = 16 << 10
+	// MostFollowers is how many smaller files follow a larger one to NVM. In the pack, the disk would have to pass its hole for the first
+	// of them, in 4 ms or so, which is what NVM costs for that many.
+	MostFollowers = 32
+)
 
 const (
 	block = 4096
@@ -208,15 +224,20 @@ func (in FileInput) inTime(size int64) bool {
 //	NVM    is the file hot, or would the disk be late with it? Then NVM takes it if it has room.
 //	pack   does the disk have it before the pull can end, (B + size)/R <= T, or does NVM not take it? Then the pack takes it.
 //
-// So a hot file that the disk takes in time stands on NVM and needs no filling later. Without the rates the disk counts as in time: a
-// pull neither fails nor waits for lack of knowledge.
+// So a hot file that the disk takes in time stands on NVM and needs no filling later. Files below [LeastLate] are late only where they
+// would stand behind a hole: a layer of small files stays in its pack. Without the rates the disk counts as in time: a pull neither
+// fails nor waits for lack of knowledge.
 func byFile(f File, in FileInput) (Place, Rule) {
 	late := !in.inTime(f.Size)
 	blind := late && in.unknown() != "" // it may be in time all the same
 	late = late && !blind
+	small := late && f.Size < LeastLate && (!in.Hole || in.Followers >= MostFollowers)
+	late = late && !small
 	switch wanted := f.Hot || late; {
 	case blind && !wanted:
 		return PlacePack, RuleUnknown
+	case small && !wanted:
+		return PlacePack, RuleSmall
 	case !wanted:
 		return PlacePack, RuleInTime
 	case !in.fits(f.Size):
@@ -239,6 +260,16 @@ func byLayer(f File, in FileInput) (Place, Rule) {
 		return PlacePack, in.shortage(f.Size)
 	default:
 		return PlaceNVM, RuleLayer
+	}
+}
+
+// After updates Hole and Followers by a decision, for the next file of the same layer.
+func (in *FileInput) After(d FileDecision) {
+	switch in.Hole = d.Place == PlaceNVM; {
+	case !in.Hole || d.File.Size >= LeastLate:
+		in.Followers = 0
+	default:
+		in.Followers++
 	}
 }
 

@@ -41,6 +41,15 @@ func TestPlaceFile(t *testing.T) {
 		{"hot, nobody says why", File{Size: 1, Hot: true}, nil, PlaceBoth, RuleHot, "it is hot; the disk"},
 		{"cold, disk in time", cold, nil, PlacePack, RuleInTime, "to the pack on HDD: the disk has it in 0.51 s"},
 		{"cold, disk late", cold, []func(*FileInput){late}, PlaceNVM, RuleLate, "(901 MB to write at 100 MB/s), and the pull may end in 8.00 s"},
+		{"cold, disk late, just large enough", File{Size: LeastLate}, []func(*FileInput){late}, PlaceNVM, RuleLate, ""},
+		{"cold, disk late, small", File{Size: LeastLate - 1}, []func(*FileInput){late}, PlacePack, RuleSmall,
+			"and the pull may end in 8.00 s, but a file below 16.4 kB costs more on NVM than it spares the disk"},
+		{"cold, disk late, small, NVM full", File{Size: 1}, []func(*FileInput){late, full}, PlacePack, RuleSmall, ""},
+		{"cold, disk late, small, behind a hole", File{Size: 1}, []func(*FileInput){late, func(in *FileInput) { in.Hole = true }}, PlaceNVM, RuleLate, ""},
+		{"the last follower", File{Size: 1}, []func(*FileInput){late, func(in *FileInput) { in.Hole, in.Followers = true, MostFollowers-1 }}, PlaceNVM, RuleLate, ""},
+		{"enough followers", File{Size: 1}, []func(*FileInput){late, func(in *FileInput) { in.Hole, in.Followers = true, MostFollowers }}, PlacePack, RuleSmall, ""},
+		{"hot, disk late, small, behind a hole", File{Size: 1, Hot: true}, []func(*FileInput){late, func(in *FileInput) { in.Hole = true }}, PlaceNVM, RuleHot, ""},
+		{"hot, disk late, small", File{Size: LeastLate - 1, Hot: true}, []func(*FileInput){late}, PlaceBoth, RuleHot, ""},
 		{"cold, disk late, NVM full", cold, []func(*FileInput){late, full}, PlacePack, RuleNoRoom, "it would go to NVM (the disk has it in 9.01 s"},
 		{"cold, disk late, no inodes", cold, []func(*FileInput){late, func(in *FileInput) { in.NVMInodesFree = 2 }}, PlacePack, RuleNoInode, "needs up to 3 inodes there and 2 are left"},
 		{"three inodes are enough", cold, []func(*FileInput){late, func(in *FileInput) { in.NVMInodesFree = 3 }}, PlaceNVM, RuleLate, ""},
@@ -70,6 +79,35 @@ func TestPlaceFile(t *testing.T) {
 			assert.Equal(t, d.Place.OnNVM(), d.NVMBytes() > 0)
 		})
 	}
+}
+
+// A layer of small files does not leave the pack, and behind a large one that does only so many follow.
+func TestSmallFilesStayInThePack(t *testing.T) {
+	in := pulling()
+	in.Backlog = 900 * mb
+	p := parse(t, "drain")
+	place := func(size int64) Place {
+		d := p.PlaceFile(File{Size: size}, in)
+		in.After(d)
+		return d.Place
+	}
+	for range 1000 {
+		require.Equal(t, PlacePack, place(LeastLate-1))
+	}
+	for range 3 {
+		require.Equal(t, PlaceNVM, place(LeastLate))
+		for range MostFollowers {
+			require.Equal(t, PlaceNVM, place(300))
+		}
+		for range 1000 {
+			require.Equal(t, PlacePack, place(300))
+		}
+	}
+	require.Equal(t, PlaceNVM, place(mb))
+	in.Backlog = 0
+	require.Equal(t, PlacePack, place(mb))
+	in.Backlog = 900 * mb
+	require.Equal(t, PlacePack, place(300), "the file before it is in the pack")
 }
 
 func TestWholeLayerPoliciesFollowTheirDecision(t *testing.T) {
@@ -284,9 +322,9 @@ func TestSummary(t *testing.T) {
 	assert.Equal(t, int64(30*mb), s.Bytes(PlacePack))
 	assert.Equal(t, int64(6*mb), s.NVMBytes())
 	in.NVMFree = 0
-	s.Add(p.PlaceFile(File{Size: 1}, in))
+	s.Add(p.PlaceFile(File{Size: mb}, in))
 	assert.False(t, s.Decision(p, world(0, 0)).Admitted)
-	assert.True(t, strings.HasSuffix(s.Decision(p, world(0, 0)).Reason, "1 B in 1 file to the pack (NVM has no room)"))
+	assert.True(t, strings.HasSuffix(s.Decision(p, world(0, 0)).Reason, "1.00 MB in 1 file to the pack (NVM has no room)"))
 
 	b, err := json.Marshal(d)
 	require.NoError(t, err)

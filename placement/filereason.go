@@ -27,6 +27,8 @@ func (d FileDecision) because() string {
 		return fmt.Sprintf("it is %s; %s", d.heat(), d.deadline())
 	case RuleInTime, RuleLate:
 		return d.deadline()
+	case RuleSmall:
+		return fmt.Sprintf("%s, but a file below %s costs more on NVM than it spares the disk", d.deadline(), FormatBytes(LeastLate))
 	case RuleUnknown:
 		return in.unknown() + " is not known yet, and the pull does not wait for it"
 	case RuleLayer:

@@ -53,6 +53,8 @@ type passing struct {
 	rest                int64   // uncompressed bytes in files that have not begun
 	file                float64 // bytes of the current file that are not unpacked
 	place               Place   // of the current file
+	hole                bool    // it is one in the pack
+	followers           int     // as in FileInput
 	nvmBytes            int64   // footprint on NVM
 	ready               float64 // uncompressed bytes that could be unpacked; not kept once all have arrived
 	rate                float64 // uncompressed bytes/s of unpacking, until the next event
@@ -185,7 +187,11 @@ func (s *pass) files() (changed bool) {
 			s.hot--
 			f.Hot = true
 		}
-		d := s.policy.PlaceFile(f, s.fileInput(i))
+		in := s.fileInput(i)
+		in.Hole, in.Followers = l.hole, l.followers
+		d := s.policy.PlaceFile(f, in)
+		in.After(d)
+		l.hole, l.followers = in.Hole, in.Followers
 		l.rest -= f.Size
 		l.file, l.place = float64(f.Size), d.Place
 		s.taken += d.NVMBytes()

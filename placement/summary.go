@@ -76,7 +76,7 @@ func (s Summary) Decision(p Policy, in Input) Decision {
 func (h Share) Clause() string {
 	to := map[Place]string{PlacePack: "to the pack", PlaceNVM: "to NVM alone", PlaceBoth: "to NVM and the pack"}[h.Place]
 	because := map[Rule]string{
-		RuleHot: h.HotBy, RuleInTime: "the disk keeps up", RuleLate: "the disk would be late", RuleNoRoom: "NVM has no room", RuleNoInode: "NVM has too few inodes",
+		RuleHot: h.HotBy, RuleInTime: "the disk keeps up", RuleLate: "the disk would be late", RuleSmall: "too small for NVM", RuleNoRoom: "NVM has no room", RuleNoInode: "NVM has too few inodes",
 		RuleUnknown: "a rate is not known yet", RuleLayer: "as the whole layer",
 	}[h.Rule]
 	return fmt.Sprintf("%s in %s %s (%s)", FormatBytes(h.Bytes), count(int(h.Files), "file", "files"), to, because)

@@ -37,13 +37,16 @@ type placing struct {
 	fresh time.Time // when in was made
 	nvm   int64     // bytes placed on NVM since
 	files int64     // files placed there since
-	began time.Time
-	known bool          // what is hot is known
-	early []unpack.File // placed before it was
-	whole bool          // the blob was there when unpacking began: its rate is that of unpacking
-	mu    sync.Mutex
-	read  int64 // compressed bytes that were read
-	tar   int64 // uncompressed bytes that came of them
+
+	hole      bool // the last file is a hole in the pack
+	followers int  // as in placement.FileInput
+	began     time.Time
+	known     bool          // what is hot is known
+	early     []unpack.File // placed before it was
+	whole     bool          // the blob was there when unpacking began: its rate is that of unpacking
+	mu        sync.Mutex
+	read      int64 // compressed bytes that were read
+	tar       int64 // uncompressed bytes that came of them
 }
 
 // stale is how old the view of a pull may be by which files are placed, and
@@ -139,11 +142,14 @@ func (j *placing) place(f unpack.File) unpack.Placement {
 		j.in, j.fresh, j.nvm, j.files = j.p.fileInput(j), now, 0, 0
 	}
 	in := j.in
+	in.Hole, in.Followers = j.hole, j.followers
 	in.NVMPromised += j.nvm
 	if in.NVMInodesFree >= 0 {
 		in.NVMInodesFree = max(0, in.NVMInodesFree-j.files)
 	}
 	d := j.p.s.config.Policy.PlaceFile(placement.File{Path: f.Path, Size: f.Size, Hot: hot, HotBy: heat(j.pl.hot.How)}, in)
+	in.After(d)
+	j.hole, j.followers = in.Hole, in.Followers
 	j.sum.Add(d)
 	if d.Place.OnNVM() {
 		j.nvm += d.NVMBytes()
