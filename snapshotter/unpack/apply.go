@@ -35,12 +35,22 @@ type applier struct {
 	ctx  context.Context
 	opts Options
 	tree *tree
-	data dataWriter
+	data *dataWriter
 	// dirs are the directories that were listed, in order: their times are set
 	// at the end, by name.
 	dirs    []dirTime
+	last    lastDir
 	entries int64
 	cost    int64 // estimated bytes of memory, see Options.MaxMetadata
+}
+
+// lastDir is the directory of the last entry: most entries stand in that of the one before them. It holds until
+// something is removed from the tree: all of its path exists, and what is added changes nothing of that.
+type lastDir struct {
+	name    string // as the tar has it
+	path    string // symlinks resolved
+	node    *pack.Node
+	removed int // tree.removed then
 }
 
 type dirTime struct {
@@ -51,12 +61,13 @@ type dirTime struct {
 func newApplier(ctx context.Context, p Pack, opts Options) *applier {
 	a := &applier{ctx: ctx, opts: opts, data: newDataWriter(ctx, p, opts)}
 	a.tree = newTree(func(i *pack.Inode) { a.data.drop(i.Data.Number) })
+	a.data.text = &a.tree.text
 	return a
 }
 
 // run reads a tar to its end.
 func (a *applier) run(r io.Reader) error {
-	tr := tar.NewReader(r)
+	tr := newTarReader(r)
 	for {
 		if err := a.ctx.Err(); err != nil {
 			return err
@@ -83,7 +94,7 @@ func (a *applier) run(r io.Reader) error {
 
 // result is valid after run.
 func (a *applier) result() (*pack.Meta, Result) {
-	d := &a.data
+	d := a.data
 	return &pack.Meta{Layer: a.opts.Layer, Root: a.tree.finish(), Numbers: d.numbers},
 		Result{Entries: a.entries, Files: d.files, DataBytes: d.bytes, NVMBytes: d.nvmBytes, Holes: d.holes, NVMError: d.nvmErr}
 }
@@ -102,33 +113,20 @@ func (a *applier) spend(n int) error {
 func (a *applier) entry(hdr *tar.Header, r io.Reader) error {
 	name := path.Clean(hdr.Name)
 	dirName, base := path.Split(name)
-	dirPath, err := a.tree.rootPath(dirName)
-	if err != nil {
-		return bad(err)
+	// The base is joined to the root: of "." and ".." nothing is left.
+	if base == "." || base == ".." {
+		base = ""
 	}
-	// The base is joined to the root first: it may be "." or "..".
-	base = strings.TrimPrefix(path.Join("/", base), "/")
-	if base == "" {
-		if dirPath == "/" {
-			return nil // the root
-		}
-		return bad(errors.New("no name"))
-	}
-	// The directories above it that do not exist yet, at most.
-	if err := a.spend(nodeCost + len(dirPath) + len(base) + nodeCost*a.missing(dirPath)); err != nil {
+	dir, dirPath, err := a.parent(dirName, base)
+	if dir == nil || err != nil {
 		return err
-	}
-	dir, err := a.tree.mkparent(dirPath)
-	if err != nil {
-		return bad(fmt.Errorf("make directory %.300q: %w", dirPath, err))
 	}
 	if base == whiteoutOpaque {
 		dir.Inode.Opaque = true
 		return nil
 	}
 	hidden, whiteout := strings.CutPrefix(base, whiteoutPrefix)
-	p := path.Join(dirPath, base)
-	if len(p)-len(base)+len(hidden) > maxPath || len(hidden) > maxName {
+	if len(strings.TrimSuffix(dirPath, "/"))+1+len(hidden) > maxPath || len(hidden) > maxName {
 		return bad(unix.ENAMETOOLONG)
 	}
 	if whiteout {
@@ -137,14 +135,14 @@ func (a *applier) entry(hdr *tar.Header, r io.Reader) error {
 		}
 		return nil
 	}
-	base = strings.Clone(base)
+	base = a.tree.text.clone(base)
 	if n := a.tree.child(dir, base); n != nil && (!n.Dir() || hdr.Typeflag != tar.TypeDir) {
 		a.tree.remove(dir, n)
 	}
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
-	n, err := a.create(dir, base, p, hdr, r)
+	n, err := a.create(dir, base, dirPath, hdr, r)
 	if err != nil {
 		return err
 	}
@@ -160,6 +158,35 @@ func (a *applier) entry(hdr *tar.Header, r io.Reader) error {
 		return a.spend(len(name) + 64)
 	}
 	return nil
+}
+
+// parent returns the directory of an entry called base, made where it does not exist, and its path. It is nil for the
+// root, which is in no directory.
+func (a *applier) parent(name, base string) (*pack.Node, string, error) {
+	l := &a.last
+	if l.node != nil && l.name == name && l.removed == a.tree.removed && base != "" {
+		return l.node, l.path, a.spend(nodeCost + len(l.path) + len(base))
+	}
+	dirPath, err := a.tree.rootPath(name)
+	if err != nil {
+		return nil, "", bad(err)
+	}
+	if base == "" {
+		if dirPath == "/" {
+			return nil, "", nil
+		}
+		return nil, "", bad(errors.New("no name"))
+	}
+	// The directories above it that do not exist yet, at most.
+	if err := a.spend(nodeCost + len(dirPath) + len(base) + nodeCost*a.missing(dirPath)); err != nil {
+		return nil, "", err
+	}
+	dir, err := a.tree.mkparent(dirPath)
+	if err != nil {
+		return nil, "", bad(fmt.Errorf("make directory %.300q: %w", dirPath, err))
+	}
+	*l = lastDir{strings.Clone(name), dirPath, dir, a.tree.removed}
+	return dir, dirPath, nil
 }
 
 // missing returns how many directories mkparent would make.
@@ -181,19 +208,22 @@ func (a *applier) whiteout(dir *pack.Node, name string) error {
 	case a.tree.child(dir, name) != nil:
 		return fmt.Errorf("whiteout of a name of the layer itself: %w", unix.EEXIST)
 	}
-	a.tree.add(dir, &pack.Node{Name: strings.Clone(name)})
+	n := a.tree.nodes.take()
+	n.Name = a.tree.text.clone(name)
+	a.tree.add(dir, n)
 	return nil
 }
 
 // create makes the name, and its inode where that is a new one.
-func (a *applier) create(dir *pack.Node, base, p string, hdr *tar.Header, r io.Reader) (*pack.Node, error) {
+func (a *applier) create(dir *pack.Node, base, dirPath string, hdr *tar.Header, r io.Reader) (*pack.Node, error) {
 	if hdr.Typeflag == tar.TypeDir {
 		if n := a.tree.child(dir, base); n != nil {
 			n.Inode.Implied = false
 			return n, nil
 		}
 	}
-	n := &pack.Node{Name: base}
+	n := a.tree.nodes.take()
+	n.Name = base
 	if hdr.Typeflag == tar.TypeLink {
 		target, err := a.linkTarget(hdr.Linkname)
 		if err != nil {
@@ -203,13 +233,13 @@ func (a *applier) create(dir *pack.Node, base, p string, hdr *tar.Header, r io.R
 		a.tree.add(dir, n)
 		return n, nil
 	}
-	i := &pack.Inode{}
+	i := a.tree.inodes.take()
 	switch hdr.Typeflag {
 	case tar.TypeDir:
 		i.Mode = unix.S_IFDIR
 	case tar.TypeReg:
 		i.Mode = unix.S_IFREG
-		if err := a.data.write(i, p, hdr, r); err != nil {
+		if err := a.data.write(i, dirPath, base, hdr, r); err != nil {
 			return nil, err
 		}
 		if err := a.spend(len(i.Inline)); err != nil {
@@ -222,7 +252,7 @@ func (a *applier) create(dir *pack.Node, base, p string, hdr *tar.Header, r io.R
 		case len(hdr.Linkname) > maxPath:
 			return nil, bad(fmt.Errorf("symlink: %w", unix.ENAMETOOLONG))
 		}
-		i.Mode, i.Inline = unix.S_IFLNK|0o777, strings.Clone(hdr.Linkname)
+		i.Mode, i.Inline = unix.S_IFLNK|0o777, a.tree.text.clone(hdr.Linkname)
 		if err := a.spend(len(i.Inline)); err != nil {
 			return nil, err
 		}

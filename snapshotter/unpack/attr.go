@@ -106,6 +106,9 @@ func inherit(dir, i *pack.Inode) {
 
 // setXattrs sets the xattrs among the PAX records of an entry.
 func setXattrs(i *pack.Inode, records map[string]string) error {
+	if len(records) == 0 {
+		return nil
+	}
 	changed := false
 	set := map[string]string{}
 	for _, key := range slices.Sorted(maps.Keys(records)) {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -23,6 +24,9 @@ type dataWriter struct {
 	pack   Pack
 	opts   Options
 	buffer []byte
+	text   *text
+	inline []byte             // of the small file in question
+	keep   func([]byte) error // appends to inline
 
 	numbers  uint32 // the highest number
 	files    uint32
@@ -38,12 +42,14 @@ type onNVM struct {
 	hole bool
 }
 
-func newDataWriter(ctx context.Context, p Pack, opts Options) dataWriter {
-	return dataWriter{ctx: ctx, pack: p, opts: opts, onNVM: map[uint32]onNVM{}}
+func newDataWriter(ctx context.Context, p Pack, opts Options) *dataWriter {
+	w := &dataWriter{ctx: ctx, pack: p, opts: opts, onNVM: map[uint32]onNVM{}}
+	w.keep = func(p []byte) error { w.inline = append(w.inline, p...); return nil }
+	return w
 }
 
 // write stores the data of the entry that r stands at and sets where it is in i.
-func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Reader) error {
+func (w *dataWriter) write(i *pack.Inode, dir, base string, hdr *tar.Header, r io.Reader) error {
 	if w.buffer == nil {
 		w.buffer = getChunk()
 	}
@@ -59,11 +65,11 @@ func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Rea
 		return nil
 	}
 	if size <= pack.InlineMax {
-		err := w.copy(size, r, func(p []byte) error { i.Inline = string(p); return nil }) // one piece
-		if err != nil {
+		w.inline = w.inline[:0]
+		if err := w.copy(size, r, w.keep); err != nil {
 			return err
 		}
-		i.Size = size
+		i.Size, i.Inline = size, w.text.cloneBytes(w.inline)
 		w.files++
 		w.bytes += size
 		return nil
@@ -75,7 +81,7 @@ func (w *dataWriter) write(i *pack.Inode, path string, hdr *tar.Header, r io.Rea
 	w.numbers = number
 	f := file{w: w, number: number, toPack: true}
 	if w.opts.NVM != nil && w.opts.Place != nil && w.nvmErr == nil {
-		place := w.opts.Place(File{Path: strings.TrimPrefix(path, "/"), Size: size, Mode: uint32(hdr.Mode) & 0o7777, Number: number})
+		place := w.opts.Place(File{Path: strings.TrimPrefix(path.Join(dir, base), "/"), Size: size, Mode: uint32(hdr.Mode) & 0o7777, Number: number})
 		if place != ToPack {
 			f.create(place)
 		}

@@ -202,7 +202,9 @@ func (t *tree) mkparent(p string) (*pack.Node, error) {
 		n := t.child(dir, name)
 		switch {
 		case n == nil:
-			n = &pack.Node{Name: strings.Clone(name), Inode: &pack.Inode{Mode: unix.S_IFDIR, Implied: true}}
+			n = t.nodes.take()
+			n.Name, n.Inode = t.text.clone(name), t.inodes.take()
+			n.Inode.Mode, n.Inode.Implied = unix.S_IFDIR, true
 			inherit(dir.Inode, n.Inode)
 			chmod(n.Inode, 0o755)
 			t.add(dir, n)

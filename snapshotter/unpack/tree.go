@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"slices"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,11 @@ const manyChildren = 64
 type tree struct {
 	root *pack.Node
 	maps map[*pack.Node]map[string]*pack.Node
+	// What a layer has a million of is made in pieces: fewer objects to make and to look at.
+	nodes   slab[pack.Node]
+	inodes  slab[pack.Inode]
+	text    text
+	removed int // how often something was removed
 	// steps is how far lstat has walked altogether, see maxSteps.
 	steps int64
 	// dropped is told of each regular file with data that has lost its last name.
@@ -36,12 +42,20 @@ func newTree(dropped func(*pack.Inode)) *tree {
 
 func byName(n *pack.Node, name string) int { return strings.Compare(n.Name, name) }
 
+// find returns where the child of that name is or belongs. Most names come in order.
+func find(dir *pack.Node, name string) (i int, ok bool) {
+	if n := len(dir.Children); n == 0 || dir.Children[n-1].Name < name {
+		return n, false
+	}
+	return slices.BinarySearchFunc(dir.Children, name, byName)
+}
+
 // child returns the child of that name, or nil.
 func (t *tree) child(dir *pack.Node, name string) *pack.Node {
-	if m := t.maps[dir]; m != nil {
-		return m[name]
+	if len(dir.Children) == 0 {
+		return t.maps[dir][name]
 	}
-	if i, ok := slices.BinarySearchFunc(dir.Children, name, byName); ok {
+	if i, ok := find(dir, name); ok {
 		return dir.Children[i]
 	}
 	return nil
@@ -52,11 +66,13 @@ func (t *tree) add(dir, n *pack.Node) {
 	if n.Inode != nil {
 		n.Inode.Nlink++
 	}
-	if m := t.maps[dir]; m != nil {
-		m[n.Name] = n
-		return
+	if len(dir.Children) == 0 {
+		if m := t.maps[dir]; m != nil {
+			m[n.Name] = n
+			return
+		}
 	}
-	i, _ := slices.BinarySearchFunc(dir.Children, n.Name, byName)
+	i, _ := find(dir, n.Name)
 	dir.Children = slices.Insert(dir.Children, i, n)
 	if len(dir.Children) >= manyChildren {
 		m := make(map[string]*pack.Node, 2*manyChildren)
@@ -69,9 +85,10 @@ func (t *tree) add(dir, n *pack.Node) {
 
 // remove removes n, a child of dir, with all below it.
 func (t *tree) remove(dir, n *pack.Node) {
+	t.removed++
 	if m := t.maps[dir]; m != nil {
 		delete(m, n.Name)
-	} else if i, ok := slices.BinarySearchFunc(dir.Children, n.Name, byName); ok {
+	} else if i, ok := find(dir, n.Name); ok {
 		dir.Children = slices.Delete(dir.Children, i, i+1)
 	}
 	t.unlink(n)
@@ -105,4 +122,44 @@ func (t *tree) finish() *pack.Node {
 		delete(t.maps, dir)
 	}
 	return t.root
+}
+
+// slab makes values in pieces. What one value holds lives as long as its piece does.
+type slab[T any] struct{ free []T }
+
+const slabSize = 64
+
+func (s *slab[T]) take() *T {
+	if len(s.free) == 0 {
+		s.free = make([]T, slabSize)
+	}
+	v := &s.free[0]
+	s.free = s.free[1:]
+	return v
+}
+
+// text keeps strings in pieces.
+type text struct{ free []byte }
+
+const (
+	textSize  = 16 << 10
+	textShare = 1 << 10 // longer strings stand alone
+)
+
+func (t *text) clone(s string) string {
+	return t.cloneBytes(unsafe.Slice(unsafe.StringData(s), len(s)))
+}
+
+// cloneBytes returns b as a string. Its bytes are written once and never again.
+func (t *text) cloneBytes(b []byte) string {
+	switch {
+	case len(b) <= 1 || len(b) > textShare: // the runtime has strings of one byte
+		return string(b)
+	case len(b) > len(t.free):
+		t.free = make([]byte, textSize)
+	}
+	n := copy(t.free, b)
+	s := unsafe.String(&t.free[0], n)
+	t.free = t.free[n:]
+	return s
 }
