@@ -77,7 +77,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		log.G(ctx).Warnf("environment variables that mean nothing to nhybrid: %v", unknown)
 	}
 	// Garbage is mostly what merging a view leaves; give it back rather than grow.
-	debug.SetGCPercent(50)
+	debug.SetGCPercent(30)
 
 	passed, err := passedSockets(c.Address, c.ControlAddress, c.SCM.Address, c.MetricsAddress)
 	if err != nil {

@@ -77,8 +77,8 @@ type Xattr struct{ Name, Value string }
 type Inode struct {
 	Mode     uint32 // type and permissions as in stat(2)
 	UID, GID uint32
-	Sec      int64 // mtime
 	Nsec     uint32
+	Sec      int64  // mtime, with Nsec
 	Size     int64  // bytes of a regular file
 	Rdev     uint64 // of a device, as in stat(2)
 	// Inline is what stands behind the inode: the target of a symlink, or all bytes

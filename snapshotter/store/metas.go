@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"weak"
 
 	"github.com/containerd/errdefs"
 
@@ -40,7 +41,13 @@ func (s *Store) metas(ctx context.Context, ids []LayerID) (pack.Chain, map[uint6
 	return chain, blocks, nil
 }
 
+// meta reads the metadata of one layer, unless somebody has them or is reading them.
 func (s *Store) meta(ctx context.Context, id LayerID) (*pack.Meta, uint32, error) {
+	done, err := s.metaCache.reads(ctx, id)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer done()
 	if m, n, ok := s.metaCache.get(id); ok {
 		return m, n, nil
 	}
@@ -64,13 +71,50 @@ func (s *Store) meta(ctx context.Context, id LayerID) (*pack.Meta, uint32, error
 // 200 bytes each: who builds an image asks for the same layers again and again.
 const metaEntries = 50_000
 
-// metaCache keeps metadata that were read lately. The zero value is ready. It is
-// safe for concurrent use.
+// metaCache keeps metadata that were read lately, and knows those that somebody
+// still has: of a layer of a million files they take 250 MB, which must not be
+// there twice when its view is made and its hot files are looked for. The zero
+// value is ready. It is safe for concurrent use.
 type metaCache struct {
 	mu      sync.Mutex
 	by      map[LayerID]*list.Element
 	order   list.List // of *cachedMeta, the latest first
 	entries int64
+	alive   map[LayerID]aliveMeta
+	reading map[LayerID]chan struct{} // closed when nobody reads the layer any more
+}
+
+// aliveMeta are metadata as long as somebody has them.
+type aliveMeta struct {
+	meta   weak.Pointer[pack.Meta]
+	blocks uint32
+}
+
+// reads waits until nobody else reads the layer. The caller calls done.
+func (c *metaCache) reads(ctx context.Context, id LayerID) (done func(), err error) {
+	c.mu.Lock()
+	for c.reading[id] != nil {
+		other := c.reading[id]
+		c.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		c.mu.Lock()
+	}
+	defer c.mu.Unlock()
+	if c.reading == nil {
+		c.reading = map[LayerID]chan struct{}{}
+	}
+	mine := make(chan struct{})
+	c.reading[id] = mine
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.reading, id)
+		close(mine)
+	}, nil
 }
 
 type cachedMeta struct {
@@ -85,7 +129,9 @@ func (c *metaCache) get(id LayerID) (*pack.Meta, uint32, bool) {
 	defer c.mu.Unlock()
 	e, ok := c.by[id]
 	if !ok {
-		return nil, 0, false
+		a := c.alive[id]
+		m := a.meta.Value()
+		return m, a.blocks, m != nil
 	}
 	c.order.MoveToFront(e)
 	m := e.Value.(*cachedMeta) //nolint:forcetypeassert // the list has nothing else
@@ -95,11 +141,12 @@ func (c *metaCache) get(id LayerID) (*pack.Meta, uint32, bool) {
 func (c *metaCache) put(id LayerID, m *pack.Meta, blocks uint32, entries int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.by == nil {
+		c.by, c.alive = map[LayerID]*list.Element{}, map[LayerID]aliveMeta{}
+	}
+	c.alive[id] = aliveMeta{weak.Make(m), blocks}
 	if entries > metaEntries/2 || c.by[id] != nil {
 		return
-	}
-	if c.by == nil {
-		c.by = map[LayerID]*list.Element{}
 	}
 	c.by[id] = c.order.PushFront(&cachedMeta{id, m, blocks, entries})
 	c.entries += entries
@@ -112,6 +159,7 @@ func (c *metaCache) put(id LayerID, m *pack.Meta, blocks uint32, entries int64) 
 func (c *metaCache) drop(id LayerID) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	delete(c.alive, id)
 	if e := c.by[id]; e != nil {
 		c.remove(e)
 	}

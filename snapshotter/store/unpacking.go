@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -248,6 +249,9 @@ func (s *Store) unpackFrom(ctx context.Context, l *layer, rec Layer, spec Spec, 
 	s.keepPack(rec.ID, w.File())
 	kept = true
 	s.metaCache.drop(rec.ID)
+	if st.Entries > largeLayer {
+		debug.FreeOSMemory() // the metadata go before a view needs as much
+	}
 	if anew {
 		if err := s.mended(ctx, rec.ID); err != nil {
 			return err
