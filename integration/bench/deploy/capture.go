@@ -30,6 +30,7 @@ type capture struct {
 	PackBytes    int64   `json:"pack_bytes"`
 	ViewBytes    int64   `json:"view_bytes"`
 	PeakRSSBytes int64   `json:"peak_rss_bytes"` // of the daemon
+	CPUS         float64 `json:"cpu_s"`          // of the daemon, for the pull
 }
 
 // captureLink is the bandwidth over which the layers come.
@@ -42,8 +43,8 @@ func (b *bench) measureCaptures(ctx context.Context) (all []capture, err error) 
 		if err != nil {
 			return nil, fmt.Errorf("a layer of %d files: %w", files, err)
 		}
-		b.say("%d files: durable %.2f s after the last byte, removed in %.2f s, %.0f bytes of view a file, peak %.0f MB", c.Files, c.CaptureS, c.RemoveS,
-			float64(c.ViewBytes)/float64(c.Files), float64(c.PeakRSSBytes)/1e6)
+		b.say("%d files: durable %.2f s after the last byte, removed in %.2f s, %.0f bytes of view a file, peak %.0f MB, %.2f s of CPU", c.Files, c.CaptureS, c.RemoveS,
+			float64(c.ViewBytes)/float64(c.Files), float64(c.PeakRSSBytes)/1e6, c.CPUS)
 		all = append(all, c)
 	}
 	return all, nil
@@ -93,6 +94,10 @@ func (b *bench) captureOne(ctx context.Context, files int) (c capture, err error
 		return c, err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
+	before, err := lab.CPUOf(g.Daemon.Pid())
+	if err != nil {
+		return c, err
+	}
 	if _, err := g.Ctr(ctx, "images", "pull", "--plain-http", g.Ref(imageName)); err != nil {
 		return c, err
 	}
@@ -106,6 +111,11 @@ func (b *bench) captureOne(ctx context.Context, files int) (c capture, err error
 			c.CaptureS = done.Sub(q.End).Seconds()
 		}
 	}
+	after, err := lab.CPUOf(g.Daemon.Pid())
+	if err != nil {
+		return c, err
+	}
+	c.CPUS = (after - before).Seconds()
 	m, err := lab.MemoryOf(g.Daemon.Pid())
 	if err != nil {
 		return c, err
