@@ -17,12 +17,20 @@ import (
 // In a container with a user namespace the image has the owners of the namespace. containerd itself looks at the snapshot with
 // the owners of the image: CRI to copy what the image has in a volume, and whoever wants to know what a container has changed.
 func TestOwnersWithAUserNamespace(t *testing.T) {
+	for _, tier := range []string{"nvm", "hdd"} {
+		t.Run(tier, func(t *testing.T) { ownersWithAUserNamespace(t, tier) })
+	}
+}
+
+func ownersWithAUserNamespace(t *testing.T, tier string) {
+	t.Helper()
 	d := newDownloads(t, []entry{{name: "root", data: "r"}, {name: "user", data: "u", uid: 1000}})
 	s := start(t, t.TempDir(), d, nil)
 	d.arrive(t, 0)
 	parent := unpackImage(t, s, d)
 	labels := snapshots.WithLabels(map[string]string{
 		snapshots.LabelSnapshotUIDMapping: "0:100000:65536", snapshots.LabelSnapshotGIDMapping: "0:200000:65536",
+		LabelUpperTier: tier,
 	})
 	owner := func(path string) [2]uint32 {
 		t.Helper()

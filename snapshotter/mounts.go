@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/log"
 
 	"github.com/nhybrid/nhybrid/hif/trace"
+	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
@@ -64,6 +65,9 @@ func (s *Snapshotter) mounts(ctx context.Context, sn storage.Snapshot, info snap
 	}
 	parts := s.store.Parts(ctx, sn.ParentIDs[0])
 	options = append(options, s.lowerOptions(treeOf(tree), parts, homeOf(view))...)
+	if sn.Kind == snapshots.KindActive && r.Tier == placement.HDD {
+		options = readOnlyToCopyVolumes(options, s.store.EmptyLower())
+	}
 	start := trace.Start{Upper: upper, Tree: treeOf(tree), Parts: parts, Home: homeOf(view)}
 	if err := s.watchStart(ctx, sn, info, r, start); err != nil {
 		log.G(ctx).WithError(err).WithField("key", info.Name).Warn("the start of a container is not traced")
@@ -116,11 +120,36 @@ func (s *Snapshotter) lowerOptions(tree, parts, home string) []string {
 	}
 	lower = append(lower, home)
 	features := s.store.Features()
-	options := append(strings.Split("lowerdir="+strings.Join(lower, "::"), ","), features.Options()...)
+	options := features.Options()
 	if s.config.Xino {
 		options = append(options, "xino=on")
 	}
-	return options
+	return append(options, strings.Split("lowerdir="+strings.Join(lower, "::"), ",")...)
+}
+
+// readOnlyToCopyVolumes changes the options of a writable mount, of which the last
+// must be "lowerdir=", so that CRI mounts it read-only when it copies what the image
+// has in a volume. The unmounting of a writable overlay writes back all that is dirty
+// on the filesystem of the upper directory: on HDD that may take minutes.
+//
+// CRI (WithVolumes) adds "ro" itself where there is but one mount, and here are two
+// (notByPath). But before it mounts, it takes out what begins with "uidmap". So "ro"
+// comes first, hidden from containerd behind "workdir=", which goes with it where
+// containerd mounts without the upper directory; and a last option "uidmap,rw" makes
+// the mount writable again for all others. For the kernel its first half is the end of
+// a path, since the comma before it is escaped: empty is a directory below which
+// nothing stands, under two names, of which one ends in ",uidmap".
+//
+// A "remount,ro" as a second mount would not do: the kernel syncs for that, too.
+func readOnlyToCopyVolumes(options []string, empty string) []string {
+	for i, o := range options {
+		if strings.HasPrefix(o, "workdir=") {
+			options[i] = o + ",ro"
+			break
+		}
+	}
+	options[len(options)-1] += "::" + empty + `\`
+	return append(options, "uidmap,rw")
 }
 
 // extractionMounts are for an applier that writes by path. Without parents it is

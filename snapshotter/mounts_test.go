@@ -5,6 +5,7 @@ package snapshotter
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // ctr snapshots mounts prints commands for a shell, one for each mount. Options with a backslash have to be quoted.
@@ -23,7 +25,10 @@ func TestMountsAsCommands(t *testing.T) {
 	parent := unpackImage(t, s, d)
 	for key, prepare := range map[string]func() ([]mount.Mount, error){
 		"active": func() ([]mount.Mount, error) { return s.Prepare(inNamespace(t), "test/1/active", parent) },
-		"view":   func() ([]mount.Mount, error) { return s.View(inNamespace(t), "test/1/view", parent) },
+		"hdd": func() ([]mount.Mount, error) {
+			return s.Prepare(inNamespace(t), "test/1/hdd", parent, snapshots.WithLabels(map[string]string{LabelUpperTier: "hdd"}))
+		},
+		"view": func() ([]mount.Mount, error) { return s.View(inNamespace(t), "test/1/view", parent) },
 		"mapped": func() ([]mount.Mount, error) {
 			return s.Prepare(inNamespace(t), "test/1/mapped", parent, snapshots.WithLabels(map[string]string{
 				snapshots.LabelSnapshotUIDMapping: "0:100000:65536", snapshots.LabelSnapshotGIDMapping: "0:100000:65536",
@@ -50,4 +55,33 @@ func TestMountsAsCommands(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What CRI mounts to copy volumes is read-only where the writable directory stands on HDD: the unmounting of a writable
+// overlay syncs that. All others find the snapshot as ever.
+func TestVolumesAreCopiedReadOnly(t *testing.T) {
+	d := newDownloads(t, []entry{{name: "file", data: "f"}})
+	s := start(t, t.TempDir(), d, nil)
+	d.arrive(t, 0)
+	parent := unpackImage(t, s, d)
+	onHDD := snapshots.WithLabels(map[string]string{LabelUpperTier: "hdd"})
+	mounts, err := s.Prepare(inNamespace(t), "test/1/container", parent, onHDD)
+	require.NoError(t, err)
+	write := func(name string) func(string) error {
+		return func(root string) error {
+			require.FileExists(t, filepath.Join(root, "file"))
+			return os.WriteFile(filepath.Join(root, name), nil, 0o600)
+		}
+	}
+	asCRI := mount.RemoveIDMapOption(mount.RemoveVolatileOption(mounts))
+	require.ErrorIs(t, mount.WithTempMount(t.Context(), asCRI, write("volume")), unix.EROFS)
+	require.NoError(t, mount.WithTempMount(t.Context(), mounts, write("new")))
+	require.NoError(t, mount.WithReadonlyTempMount(t.Context(), mounts, func(root string) error {
+		require.FileExists(t, filepath.Join(root, "new"))
+		require.NoFileExists(t, filepath.Join(root, "volume"))
+		return nil
+	}))
+	view, err := s.View(inNamespace(t), "test/2/view", parent, onHDD)
+	require.NoError(t, err)
+	require.ErrorIs(t, mount.WithTempMount(t.Context(), view, write("view")), unix.EROFS)
 }

@@ -36,6 +36,9 @@ const (
 	unmappedDir = "u"
 	// idmappedLink is the directory of the idmapped trees as both see it.
 	idmappedLink = idmappedDir + ",workdir=,uidmap,"
+	// emptyDir is a directory without content, and emptyLink leads to it.
+	emptyDir  = "e"
+	emptyLink = emptyDir + ",uidmap"
 )
 
 // unmappedLinks are what idmappedLink becomes where containerd takes options out.
@@ -45,15 +48,19 @@ var unmappedLinks = []string{
 	idmappedDir + ",",
 }
 
-// linkTrees makes the links through which the trees of snapshots with user
-// namespaces are found.
+// linkTrees makes the links through which the kernel and containerd find the same
+// directories by different mount options.
 func (s *Store) linkTrees() error {
 	err := link(idmappedDir, s.StatePath(idmappedLink))
 	for _, name := range unmappedLinks {
 		err = errors.Join(err, link(unmappedDir, s.StatePath(name)))
 	}
-	return err
+	return errors.Join(err, link(emptyDir, s.StatePath(emptyLink)))
 }
+
+// EmptyLower is an empty directory to stand last in a "lowerdir=". There is the same
+// under the name that ends in ",uidmap".
+func (s *Store) EmptyLower() string { return s.StatePath(emptyDir) }
 
 // link makes a symlink, or puts one that is there already right.
 func link(target, path string) error {

@@ -205,7 +205,7 @@ func (s *Store) makeDirs() error {
 	nvm := s.Tiers.Root(placement.NVM)
 	for _, dir := range []string{
 		s.path("p"), s.path("v"), filepath.Join(nvm, "v"), filepath.Join(nvm, "parts"),
-		s.StatePath("v"), s.StatePath(idmappedDir), s.StatePath(unmappedDir), s.StatePath("p"),
+		s.StatePath("v"), s.StatePath(idmappedDir), s.StatePath(unmappedDir), s.StatePath(emptyDir), s.StatePath("p"),
 	} {
 		if err := os.Mkdir(dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 			return fmt.Errorf("create %q: %w", dir, err)
