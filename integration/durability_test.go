@@ -109,6 +109,7 @@ func TestPowerCutRightAfterThePull(t *testing.T) {
 			require.False(t, inspect(t, r, "app:1")[0].Durable)
 			if blobsGone {
 				forgetBlobs(t, r, digests...)
+				r.Link.SetDown(true)
 			}
 			cutPower(t, r, disk)
 			awaitLog(t, r, "is damaged", "the machine went down before it was on the disk")
@@ -125,9 +126,10 @@ func TestPowerCutRightAfterThePull(t *testing.T) {
 			_, err = r.RunContainer(ctx, "app:1", "c", "true")
 			require.ErrorContains(t, err, "cannot be used")
 			require.ErrorContains(t, err, "the machine went down before it was on the disk")
-			require.ErrorContains(t, err, "ctr content fetch")
+			require.ErrorContains(t, err, "fetch it by hand: ctr -n "+r.Namespace+" content fetch "+r.Ref("app:1"))
 			require.Contains(t, inspect(t, r, "app:1")[0].Error, "the machine went down")
 			// The cures cure.
+			r.Link.SetDown(false)
 			_, err = r.Ctr(ctx, "content", "fetch", "--plain-http", r.Ref("app:1"))
 			require.NoError(t, err)
 			require.Equal(t, contentSum(t, 1, 3), run(t, r, "app:1", "sh", "-c", allContent))
@@ -211,6 +213,7 @@ func TestLossOfNVM(t *testing.T) {
 			}
 			if c.blobsGone {
 				forgetBlobs(t, r, blobs(t, img)...)
+				r.Link.SetDown(true)
 			}
 			require.NoError(t, r.Daemon.Stop())
 			reboot(t, r)
@@ -222,11 +225,13 @@ func TestLossOfNVM(t *testing.T) {
 			if !c.writeBack && c.blobsGone {
 				_, err = r.RunContainer(ctx, "app:1", "c", "true")
 				require.ErrorContains(t, err, "NVM device that was lost")
-				require.ErrorContains(t, err, "ctr content fetch")
+				require.ErrorContains(t, err, "fetch it by hand: ctr -n "+r.Namespace+" content fetch "+r.Ref("app:1"))
+				r.Link.SetDown(false)
 				removeImage(t, r, "app:1")
 				awaitEmpty(t, r)
 				require.NoError(t, r.Pull(ctx, "app:1"))
 			}
+			r.Link.SetDown(false)
 			require.Equal(t, contentSum(t, 4, 3), run(t, r, "app:1", "sh", "-c", allContent))
 			if c.writeBack {
 				require.False(t, inLog(r, "is damaged"))

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"slices"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/hif"
@@ -35,6 +37,8 @@ type Downloads interface {
 	ContentRoot(ctx context.Context) string
 	// Provider reads blobs of a namespace.
 	Provider(ctx context.Context, namespace string) (content.Provider, error)
+	// Fetch reads a blob that containerd has lost; see [store.Blobs].
+	Fetch(ctx context.Context, namespaces []string, blob ocispec.Descriptor) (io.ReadCloser, string, error)
 }
 
 const (

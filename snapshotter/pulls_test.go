@@ -9,6 +9,7 @@ import (
 	"compress/gzip"
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -127,6 +128,10 @@ func (d *downloads) Progress(context.Context, *pull.Image) ([]placement.Layer, e
 func (d *downloads) Subscribe(string) (<-chan struct{}, func()) { return d.wake, func() {} }
 
 func (d *downloads) ContentRoot(context.Context) string { return d.root }
+
+func (d *downloads) Fetch(context.Context, []string, ocispec.Descriptor) (io.ReadCloser, string, error) {
+	return nil, "", errdefs.ErrNotFound
+}
 
 func (d *downloads) Provider(context.Context, string) (content.Provider, error) { return d.Store, nil }
 

@@ -116,7 +116,8 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		return err
 	}
 	scm := &regions{stop: func() {}}
-	watcher := pull.New(c.Containerd.Address, pull.WithTimeout(time.Duration(c.Containerd.Timeout)))
+	watcher := pull.New(c.Containerd.Address, pull.WithTimeout(time.Duration(c.Containerd.Timeout)),
+		pull.WithRegistries(hosts.New(c.Containerd.Hosts).Registries()))
 	sn, err := snapshotter.New(ctx, snapshotter.Config{
 		Store: store.Config{
 			Root:          c.Root,

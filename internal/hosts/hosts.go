@@ -52,6 +52,11 @@ func (h *Hosts) For(push, plainHTTP bool) http.RoundTripper {
 	return &transport{hosts: config.ConfigureHosts(quiet(), o), push: push, known: map[string][]docker.RegistryHost{}}
 }
 
+// Registries are the hosts of registries as containerd's own resolver takes them, for pulls.
+func (h *Hosts) Registries() docker.RegistryHosts {
+	return config.ConfigureHosts(quiet(), config.HostOptions{HostDir: h.dir, Credentials: h.credentials})
+}
+
 // quiet is a context whose logger takes warnings only: containerd tells at each reading that it tries TLS on localhost first.
 func quiet() context.Context {
 	l := logrus.New()

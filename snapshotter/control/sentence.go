@@ -152,7 +152,7 @@ func (f *File) Sentence(l *Layer, total int) string {
 	case f.GetType() == "symlink":
 		return fmt.Sprintf("%s is a symlink to %s %s; it has no data, only metadata in the image's view.", path, Printable(string(f.GetTarget())), from)
 	case f.GetTier() == "" && f.GetType() == "file" && f.GetSize() > 0:
-		return fmt.Sprintf("%s is a file of %s %s; where its data stands is not known%s.", path, placement.FormatBytes(f.GetSize()), from, f.because())
+		return fmt.Sprintf("%s is a file of %s %s; its data cannot be read%s.", path, placement.FormatBytes(f.GetSize()), from, f.because())
 	case f.GetTier() == "":
 		return fmt.Sprintf("%s is %s %s; it has no data, only metadata in the image's view.", path, article(f.GetType(), f.GetSize()), from)
 	}

@@ -71,7 +71,7 @@ func TestFileSentence(t *testing.T) {
 		},
 		"lost": {
 			&File{Path: []byte("/bin/sh"), Type: "file", Size: 5, LayerIndex: 1, Reason: "footer is cut off: data loss"},
-			"/bin/sh is a file of 5 B from layer 1 (2nd of 3, sha256:0123456789ab); where its data stands is not known: footer is cut off: data loss.",
+			"/bin/sh is a file of 5 B from layer 1 (2nd of 3, sha256:0123456789ab); its data cannot be read: footer is cut off: data loss.",
 		},
 		"newline and escape": {
 			&File{Path: []byte("/new\nline"), Type: "symlink", Target: []byte("\x1b[31m"), LayerIndex: 1},

@@ -155,7 +155,7 @@ func (s backend) Inspect(ctx context.Context, r *control.InspectRequest) (*contr
 	if err != nil {
 		return nil, err
 	}
-	out := &control.InspectResponse{Layers: sub.messages()}
+	out := &control.InspectResponse{Layers: s.layers(ctx, sub)}
 	if sub.img != nil {
 		out.Image, out.Digest, out.Namespace = sub.img.Name, sub.img.Manifest.String(), sub.img.Namespace
 		if out.Image == "" {
@@ -169,8 +169,16 @@ func (s backend) Inspect(ctx context.Context, r *control.InspectRequest) (*contr
 	return out, nil
 }
 
-func (sub *subject) messages() []*control.Layer {
+// layers describes the layers of a subject.
+func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
 	var out []*control.Layer
+	names := s.imageNames(ctx, sub.layers)
+	asked := func(sn store.Entry) []string {
+		if sub.img != nil && sub.img.Recorded {
+			return []string{sub.img.Name}
+		}
+		return namesOf(sn, names)
+	}
 	ldl := -1
 	var latest *control.Decision
 	for i, sn := range sub.layers {
@@ -188,7 +196,7 @@ func (sub *subject) messages() []*control.Layer {
 		if of := sn.Of; of != nil {
 			l.Tier, l.State, l.Durable = of.Stands(), string(of.State), of.State == store.Durable || of.State == store.Home
 			l.Layer = of.ID.String()
-			l.Inodes, l.Uncompressed, l.Error = of.Usage.Inodes, of.Data, of.Trouble()
+			l.Inodes, l.Uncompressed, l.Error = of.Usage.Inodes, of.Data, s.store.Trouble(of.ID, sn.NS(), asked(sn)...)
 			if d := (&control.Decision{}); of.Decision != nil && protojson.Unmarshal(of.Decision, d) == nil {
 				l.Decision = d
 				if latest == nil || d.Downloading < latest.Downloading {
@@ -210,7 +218,7 @@ func (s backend) Why(ctx context.Context, r *control.WhyRequest) (*control.WhyRe
 	if err != nil {
 		return nil, err
 	}
-	layers := sub.messages()
+	layers := s.layers(ctx, sub)
 	out := &control.WhyResponse{Image: r.Image, Total: int32(len(layers)), Layers: layers}
 	switch {
 	case len(r.Path) > 0:
@@ -269,6 +277,11 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 	}
 	chain, err := s.store.Metas(ctx, layers)
 	if err != nil {
+		for i, l := range s.layers(ctx, sub) {
+			if l.GetError() != "" {
+				return nil, "", fmt.Errorf("layer %s, index %d of the image, cannot be used: %s", l.GetLayer(), i, l.GetError())
+			}
+		}
 		return nil, "", err
 	}
 	for e, err := range chain.Entries(ctx) {
@@ -319,8 +332,12 @@ func (s backend) whereIs(f *control.File, top string, ref pack.Ref) {
 		f.Reason = err.Error()
 		return
 	}
-	switch {
-	case s.store.OnNVM(ref) >= 0:
+	switch onNVM := s.store.OnNVM(ref) >= 0; {
+	case l.Damaged != "":
+		f.Reason = "its layer cannot be used"
+	case e.Hole && l.State != store.Home && !onNVM:
+		f.Reason = "it stood on NVM alone, where it is not any more; the layer is unpacked anew when this is found"
+	case onNVM:
 		f.Tier, f.DataPath = "nvm", []byte(filepath.Join(s.store.Tiers.DataRoot(), redirect))
 		switch {
 		case !e.Hole:

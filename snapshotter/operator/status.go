@@ -7,6 +7,7 @@
 package operator
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -105,13 +106,15 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 		}
 	}
 	var used [2]int64
-	for _, l := range s.store.Layers() {
+	layers := s.store.Layers()
+	slices.SortFunc(layers, func(a, b store.Layer) int { return cmp.Compare(a.ID, b.ID) })
+	for _, l := range layers {
 		b := l.Bytes()
 		used[placement.NVM] += b[placement.NVM]
 		used[placement.HDD] += b[placement.HDD]
 		switch {
-		case l.Damaged != "":
-			r.Warnings = append(r.Warnings, fmt.Sprintf("layer %s cannot be used: %s", l.ID, l.Trouble()))
+		case l.Damaged != "" && l.Users > 0:
+			r.Warnings = append(r.Warnings, s.unusable(ctx, l.ID, all))
 		case l.Users > 0 && (l.State == store.Staged || l.State == store.Stored):
 			r.NotDurable++
 		}
@@ -160,6 +163,30 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 		}
 	}
 	return r, nil
+}
+
+// unusable says which layer cannot be used, of which image, why, and the cure.
+func (s backend) unusable(ctx context.Context, id store.LayerID, all []store.Entry) string {
+	var users []store.Entry
+	for _, sn := range all {
+		if sn.Of != nil && sn.Layer == id {
+			users = append(users, sn)
+		}
+	}
+	what := "layer " + id.String()
+	if len(users) == 0 {
+		return what + " cannot be used: " + s.store.Trouble(id, "")
+	}
+	images := namesOf(users[0], s.imageNames(ctx, users))
+	if len(images) > 0 {
+		what += " of " + strings.Join(images, ", ")
+	}
+	return what + " cannot be used: " + s.store.Trouble(id, users[0].NS(), images...)
+}
+
+// namesOf are the names of images that have the layer of a committed snapshot, from what imageNames returned.
+func namesOf(sn store.Entry, names map[string][]string) []string {
+	return names[sn.NS()+" "+store.ClientKey(sn.Info.Name)]
 }
 
 func (s backend) tierStatus(t placement.Tier) (*control.Tier, error) {
@@ -265,11 +292,11 @@ func (s backend) message(sn store.Entry, names map[string][]string) *control.Sna
 	m := &control.Snapshot{
 		Id: sn.ID, Key: sn.Info.Name, Namespace: sn.NS(), Name: store.ClientKey(sn.Info.Name), Parent: sn.Info.Parent,
 		Kind: strings.ToLower(sn.Info.Kind.String()), Tier: sn.Tier.String(), Labels: sn.Info.Labels, Created: timestamppb.New(sn.Info.Created),
-		ViewBytes: s.viewBytes(sn.ID), Images: names[sn.NS()+" "+store.ClientKey(sn.Info.Name)],
+		ViewBytes: s.viewBytes(sn.ID), Images: namesOf(sn, names),
 	}
 	if l := sn.Of; l != nil {
 		m.Tier, m.State, m.Layer = l.Stands(), string(l.State), l.ID.String()
-		m.Inodes, m.Durable, m.Error = l.Usage.Inodes, l.State == store.Durable || l.State == store.Home, l.Trouble()
+		m.Inodes, m.Durable, m.Error = l.Usage.Inodes, l.State == store.Durable || l.State == store.Home, s.store.Trouble(l.ID, sn.NS(), m.Images...)
 	}
 	m.NvmBytes, m.HddBytes = sn.Bytes()
 	return m

@@ -3,7 +3,8 @@
 
 // Package pull tells what containerd downloads right now, as values for package placement.
 //
-// It only reads: containerd's content store, its image store and its events, over containerd's socket. It must never be called from
+// It only reads: containerd's content store, its image store and its events, over containerd's socket, and blobs that
+// containerd has lost, in registries. It must never be called from
 // within a snapshotter's Commit, which containerd calls inside its own metadata transaction.
 package pull
 
@@ -17,6 +18,7 @@ import (
 	eventtypes "github.com/containerd/containerd/api/events"
 	containerd "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -42,6 +44,7 @@ const (
 type Watcher struct {
 	address string
 	timeout time.Duration
+	hosts   docker.RegistryHosts // nil: the defaults
 
 	mu     sync.Mutex
 	client *containerd.Client

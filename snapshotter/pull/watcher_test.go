@@ -6,6 +6,7 @@ package pull
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"path/filepath"
 	"runtime"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	registryname "github.com/google/go-containerregistry/pkg/name"
@@ -55,7 +57,7 @@ func TestContainerd(t *testing.T) {
 		name string
 		test func(*testing.T, *daemon, *Watcher)
 	}{
-		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"platforms", testPlatforms}, {"provider", testProvider}, {"restart", testRestart},
+		{"pull", testPull}, {"shared layers", testShared}, {"hints", testHints}, {"index", testIndex}, {"platforms", testPlatforms}, {"provider", testProvider}, {"fetch", testFetch}, {"restart", testRestart},
 	} {
 		t.Run(part.name, func(t *testing.T) {
 			d.t = t // what fails now fails here
@@ -352,6 +354,43 @@ func testProvider(t *testing.T, d *daemon, w *Watcher) {
 	assert.True(t, errdefs.IsNotFound(err), err)
 	_, err = w.Provider(t.Context(), "")
 	assert.True(t, errdefs.IsInvalidArgument(err), err)
+}
+
+// testFetch reads a blob from the registry of an image that has it, while containerd does not.
+func testFetch(t *testing.T, d *daemon, w *Watcher) {
+	s := newSource(t)
+	img := s.push("x:1", 4000, 500_000)
+	d.pull("fetch", s.host+"/x:1")()
+	d.run("fetch", "content", "rm", img.blobs[1])
+	w.hosts = docker.ConfigureDefaultRegistries(docker.WithPlainHTTP(docker.MatchLocalhost))
+	blob := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.Digest(img.blobs[1]), Size: img.sizes[1]}
+	r, image, err := w.Fetch(t.Context(), []string{"fetch-elsewhere", "fetch"}, blob)
+	require.NoError(t, err)
+	assert.Equal(t, s.host+"/x:1", image)
+	got, err := io.ReadAll(r)
+	require.NoError(t, errors.Join(err, r.Close()))
+	assert.Equal(t, blob.Digest, digest.FromBytes(got))
+
+	// Who cancels waits for nothing.
+	release := s.link.Hold(img.blobs[1], 1000)
+	ctx, cancel := context.WithCancel(t.Context())
+	r, _, err = w.Fetch(ctx, []string{"fetch"}, blob)
+	require.NoError(t, err)
+	cancel()
+	_, err = io.Copy(io.Discard, r)
+	require.ErrorIs(t, err, context.Canceled)
+	require.NoError(t, r.Close())
+	release()
+
+	s.link.SetDown(true)
+	_, image, err = w.Fetch(t.Context(), []string{"fetch"}, blob)
+	require.ErrorIs(t, err, errdefs.ErrUnavailable)
+	require.ErrorContains(t, err, s.host+"/x:1")
+	assert.Equal(t, s.host+"/x:1", image)
+	blob.Digest = digest.FromString("of no image")
+	_, image, err = w.Fetch(t.Context(), []string{"fetch"}, blob)
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	assert.Empty(t, image)
 }
 
 func testRestart(t *testing.T, d *daemon, w *Watcher) {

@@ -170,8 +170,8 @@ func (e *executor) serve(which int) {
 // advance does steps for a layer until there is none left for this lane.
 func (e *executor) advance(which int, id LayerID) {
 	l, err := e.s.layer(id)
-	if err != nil {
-		return
+	if err != nil || e.s.unpacking(l) {
+		return // removed, or looked at again when the unpacking ends
 	}
 	l.run.Lock()
 	defer l.run.Unlock()
@@ -208,9 +208,23 @@ func (e *executor) advance(which int, id LayerID) {
 			return
 		}
 		e.s.mu.Lock()
-		l.last = nil
+		l.last, l.pause = nil, 0
 		e.s.mu.Unlock()
 	}
+}
+
+// unpacking reports whether a layer is being unpacked, in which it must not be waited
+// for: a blob may take long. An unpacking that nobody needs any more is told to end.
+func (s *Store) unpacking(l *layer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.unpack == nil {
+		return false
+	}
+	if l.rec.Users == 0 && l.holds <= 0 {
+		l.unpack.cancel()
+	}
+	return true
 }
 
 // rest arranges for the look at a layer that nobody uses when its time is over.
@@ -253,6 +267,9 @@ func (e *executor) failed(l *layer, id LayerID, step Step, err error) {
 	l.last = err
 	l.pause = min(max(2*l.pause, retryFirst), retryMost)
 	pause := l.pause
+	if left := time.Until(l.refetch.until); step == Unpack && left > 0 {
+		pause = left
+	}
 	e.s.signal(l)
 	e.s.mu.Unlock()
 	log.L.WithError(err).WithFields(log.Fields{"layer": id, "step": step.String(), "again": pause}).Error("work on a layer failed")

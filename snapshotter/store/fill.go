@@ -52,6 +52,9 @@ func (s *Store) fill(ctx context.Context, rec Layer) error {
 	for _, n := range holes(index) {
 		e, _ := index.At(n)
 		if err := s.fillOne(ctx, f, rec.ID, n, e, s.pace(ctx)); err != nil {
+			if now, e := s.Layer(rec.ID); e == nil && now.Damaged != "" {
+				return nil // that was found and told, and its next step is another one
+			}
 			return err
 		}
 		bytes += e.Size
@@ -80,6 +83,9 @@ func holes(index pack.Index) (numbers []uint32) {
 
 func (s *Store) fillOne(ctx context.Context, f *os.File, id LayerID, n uint32, e pack.Extent, pace func(int) error) error {
 	in, err := os.Open(s.Tiers.DataFile(id.String(), n))
+	if errors.Is(err, os.ErrNotExist) { // where the pack has a hole
+		return errors.Join(err, s.markDamaged(ctx, id, fmt.Sprintf("file %d is gone from NVM, where its only copy stood", n)))
+	}
 	if err != nil {
 		return fmt.Errorf("fill pack of layer %s: file %d: %w", id, n, err)
 	}

@@ -38,9 +38,19 @@ type blobs struct {
 	content.Store
 	hidden bool   // its directory cannot be read from here
 	seenAs string // its directory is another one here, "" for the same
+	// registry answers Fetch; nil: no image has the blob.
+	registry func(context.Context) (io.ReadCloser, error)
 
 	mu    sync.Mutex
 	wakes []chan struct{}
+}
+
+func (b *blobs) Fetch(ctx context.Context, _ []string, blob ocispec.Descriptor) (io.ReadCloser, string, error) {
+	if b.registry == nil {
+		return nil, "", fmt.Errorf("fetch blob %s: no image has it: %w", blob.Digest, errdefs.ErrNotFound)
+	}
+	r, err := b.registry(ctx)
+	return r, "registry/app:1", err
 }
 
 func newBlobs(t *testing.T) *blobs {

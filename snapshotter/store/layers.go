@@ -35,7 +35,8 @@ type layer struct {
 	last    error         // of the latest step; nil after one that went well
 	pause   time.Duration // before a step that failed is tried again
 	unpack  *unpacking    // under way
-	pack    *openPack     // written and not synced yet
+	refetch refetch
+	pack    *openPack // written and not synced yet
 	// nvmFailures is Store.nvmFailures when the writing of the layer began.
 	nvmFailures int
 }
@@ -309,19 +310,17 @@ func (s *Store) await(ctx context.Context, id LayerID, ready func(Layer) bool, c
 	s.exec.hurry(id)
 	for {
 		s.mu.Lock()
-		rec, last, changed, gone := l.rec, l.last, l.changed, s.layers[id] != l
+		rec, last, changed, gone, trouble := l.rec, l.last, l.changed, s.layers[id] != l, l.trouble("", nil)
 		s.mu.Unlock()
 		switch {
 		case gone:
 			return rec, fmt.Errorf("layer %s: %w", id, errdefs.ErrNotFound)
 		case ready(rec):
 			return rec, nil
-		case last != nil && rec.Damaged != "":
-			return rec, fmt.Errorf("layer %s cannot be used: %s (%w): %w", id, rec.Trouble(), last, errdefs.ErrDataLoss)
+		case rec.Damaged != "" && (last != nil || rec.Blob == ""):
+			return rec, fmt.Errorf("layer %s cannot be used: %s: %w", id, trouble, errdefs.ErrDataLoss)
 		case last != nil:
 			return rec, last
-		case rec.Damaged != "" && rec.Blob == "":
-			return rec, fmt.Errorf("layer %s cannot be used: %s: %w", id, rec.Trouble(), errdefs.ErrDataLoss)
 		}
 		select {
 		case <-changed:
@@ -369,8 +368,10 @@ func (s *Store) release(id LayerID, since time.Time) {
 	}
 	l.holds--
 	l.since = since
-	if l.holds <= 0 && l.rec.Users == 0 && l.unpack != nil {
-		l.unpack.cancel()
+	// What a pull had begun to unpack anew would wait for a blob that may never come.
+	// The executor knows other ways.
+	if u := l.unpack; u != nil && l.holds <= 0 && (l.rec.Users == 0 || l.rec.Damaged != "" && !u.fetches) {
+		u.cancel()
 	}
 	s.mu.Unlock()
 	s.exec.kick(id)

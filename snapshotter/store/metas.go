@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"weak"
 
@@ -32,7 +33,7 @@ func (s *Store) metas(ctx context.Context, ids []LayerID) (pack.Chain, map[uint6
 		m, n, err := s.meta(ctx, id)
 		if err != nil {
 			if errdefs.IsDataLoss(err) {
-				err = errors.Join(err, s.markDamaged(ctx, id, err.Error()))
+				err = errors.Join(err, s.markDamaged(ctx, id, strings.TrimSuffix(err.Error(), ": "+errdefs.ErrDataLoss.Error())))
 			}
 			return nil, nil, err
 		}

@@ -91,17 +91,6 @@ func (l *Layer) HDD() int64 {
 	return max(0, l.Pack-l.Holes)
 }
 
-// Trouble is why a layer cannot be used, and the cure; "" if it can.
-func (l *Layer) Trouble() string {
-	switch {
-	case l.Damaged == "":
-		return ""
-	case l.Blob == "":
-		return fmt.Sprintf("%s; it came from no registry, so that it cannot be fetched again: remove what uses it", l.Damaged)
-	}
-	return fmt.Sprintf("%s; it is unpacked anew as soon as containerd has blob %s: pull the image again, or fetch the blob with ctr content fetch", l.Damaged, l.Blob)
-}
-
 // Snapshot is what the database knows of a snapshot beside containerd's
 // metastore, by snapshot id, which stays the same on commit.
 type Snapshot struct {

@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,6 +47,10 @@ type Blobs interface {
 	// Subscribe returns a channel that is sent to after something has arrived in a
 	// namespace, and a function that ends the subscription.
 	Subscribe(namespace string) (<-chan struct{}, func())
+	// Fetch opens a blob in the registry of an image that has it, in one of the
+	// namespaces. image is that image, on failure the one that was tried; "" if no
+	// image has the blob, which is ErrNotFound.
+	Fetch(ctx context.Context, namespaces []string, blob ocispec.Descriptor) (r io.ReadCloser, image string, err error)
 }
 
 // Traffic tells what the devices are wanted for by others. Its methods must be quick.
@@ -112,6 +117,7 @@ type Store struct {
 	layers      map[LayerID]*layer
 	byBlob      map[string]LayerID // blob digest -> layer, those that are not damaged for good
 	slots       chan struct{}      // one for each unpacking
+	fetches     chan struct{}      // one for each blob that is fetched again
 	onEvent     func(LayerID, Layer)
 	closing     bool
 }
@@ -126,7 +132,7 @@ func Open(ctx context.Context, c Config, changed func(LayerID, Layer)) (_ *Store
 	if err := c.complete(); err != nil {
 		return nil, err
 	}
-	s := &Store{config: c, layers: map[LayerID]*layer{}, byBlob: map[string]LayerID{}, slots: make(chan struct{}, c.Unpacks), onEvent: changed}
+	s := &Store{config: c, layers: map[LayerID]*layer{}, byBlob: map[string]LayerID{}, slots: make(chan struct{}, c.Unpacks), fetches: make(chan struct{}, fetches), onEvent: changed}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	if s.Tiers, err = tier.Open(c.Root, c.NVMRoot, c.State); err != nil {
 		return nil, err

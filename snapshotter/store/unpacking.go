@@ -41,12 +41,16 @@ type Spec struct {
 	Ended func(LayerID)
 	// Decision explains what became of it; nil: nothing is recorded.
 	Decision func(unpack.Result) json.RawMessage
+
+	// open opens the blob where it is fetched from a registry; nil: it comes to containerd.
+	open func(context.Context) (io.ReadCloser, error)
 }
 
 // unpacking is the work of making a layer from its blob.
 type unpacking struct {
-	cancel context.CancelFunc
-	done   chan struct{}
+	cancel  context.CancelFunc
+	done    chan struct{}
+	fetches bool // from a registry
 }
 
 // Begin returns the layer with the given blob and holds it until [Store.Release].
@@ -108,7 +112,7 @@ func (s *Store) holdBlob(spec Spec) (LayerID, bool) {
 // start unpacks in a goroutine of its own, unless that is under way.
 func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 	ctx, cancel := context.WithCancel(s.ctx)
-	u := &unpacking{cancel: cancel, done: make(chan struct{})}
+	u := &unpacking{cancel: cancel, done: make(chan struct{}), fetches: spec.open != nil}
 	s.mu.Lock()
 	if l.unpack != nil || s.closing {
 		u = l.unpack
@@ -128,12 +132,19 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 		s.mu.Lock()
 		l.unpack = nil
 		l.last = err
+		switch {
+		case err == nil:
+			l.refetch = refetch{}
+		case u.fetches && ctx.Err() == nil:
+			l.refetch.failed(err)
+		}
 		s.signal(l)
 		s.mu.Unlock()
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
 			log.L.WithField("layer", rec.ID).Debug("unpacking was cancelled")
+		case u.fetches: // the executor tells, and when it tries again
 		default:
 			log.L.WithError(err).WithFields(log.Fields{"layer": rec.ID, "blob": rec.Blob}).Error("a layer could not be unpacked")
 		}
@@ -143,39 +154,19 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 	return u
 }
 
-// unpackAnew is the step for a layer that is damaged or was interrupted, with the
-// layer's run lock held.
-func (s *Store) unpackAnew(ctx context.Context, rec Layer) error {
-	if s.config.Blobs == nil {
-		return fmt.Errorf("unpack layer %s anew: no containerd is configured: %w", rec.ID, errdefs.ErrUnavailable)
-	}
-	l, err := s.layer(rec.ID)
-	if err != nil {
-		return err
-	}
-	spec := Spec{Namespace: rec.Namespace, Blob: rec.Blob, Size: rec.Size, MediaType: rec.MediaType, DiffID: rec.DiffID}
-	// A blob that nobody is fetching does not come by waiting for it.
-	provider, err := s.config.Blobs.Provider(ctx, rec.Namespace)
-	if err != nil {
-		return fmt.Errorf("unpack layer %s anew: %w", rec.ID, err)
-	}
-	r, err := unpack.FromProvider(ctx, provider, descriptor(rec))
-	if err != nil {
-		return fmt.Errorf("unpack layer %s anew: blob %s: %w", rec.ID, rec.Blob, err)
-	}
-	defer r.Close()
-	return s.unpackFrom(ctx, l, rec, spec, r)
-}
-
 func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) error {
 	if spec.Gate != nil {
 		if err := spec.Gate(ctx); err != nil {
 			return err
 		}
 	}
+	slots := s.slots
+	if spec.open != nil {
+		slots = s.fetches
+	}
 	select {
-	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
+	case slots <- struct{}{}:
+		defer func() { <-slots }()
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -189,9 +180,19 @@ func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) erro
 }
 
 func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec) error {
-	r, err := s.open(ctx, spec)
+	open := spec.open
+	if open == nil {
+		open = func(ctx context.Context) (io.ReadCloser, error) {
+			r, err := s.open(ctx, spec)
+			if err != nil {
+				err = fmt.Errorf("read blob %s: %w", spec.Blob, err)
+			}
+			return r, err
+		}
+	}
+	r, err := open(ctx)
 	if err != nil {
-		return fmt.Errorf("read blob %s: %w", spec.Blob, err)
+		return err
 	}
 	defer r.Close()
 	return s.unpackFrom(ctx, l, rec, spec, r)

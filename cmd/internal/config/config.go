@@ -53,7 +53,7 @@ type Config struct {
 type Containerd struct {
 	Address string   `toml:"address" comment:"containerd's own socket. Without it nothing is known of downloads: no layer is unpacked before it has arrived."`
 	Timeout Duration `toml:"timeout" comment:"Longest wait for one answer of containerd; files are placed without it when the time is over."`
-	Hosts   string   `toml:"hosts" comment:"Directories that describe registries, separated by colons, as in config_path of CRI and of the transfer service: mirrors,\ncertificates and headers of HOST in HOST/hosts.toml. They hold for the registries of profiles and of regions."`
+	Hosts   string   `toml:"hosts" comment:"Directories that describe registries, separated by colons, as in config_path of CRI and of the transfer service: mirrors,\ncertificates and headers of HOST in HOST/hosts.toml. They hold for the registries of profiles, of regions and of blobs that containerd has lost."`
 }
 
 // Placement says where layers go.

@@ -38,14 +38,14 @@ func Damaged(all []*control.Snapshot) []Finding {
 			continue
 		}
 		seen[s.GetLayer()] = true
-		text, cure := strings.Join(strings.Fields(s.GetError()), " "), "pull the image again, or remove what uses the layer"
+		// The daemon says the cure last.
+		text, cure := control.Message(s.GetError()), "remove what uses the layer, and pull it again"
 		if i := strings.LastIndex(text, "; "); i >= 0 {
 			text, cure = text[:i], text[i+2:]
 		}
 		of := ""
 		if names := s.GetImages(); len(names) > 0 {
 			of = " of " + strings.Join(names, ", ")
-			cure += fmt.Sprintf(" (%s)", fetch(s.GetNamespace(), names[0]))
 		}
 		f.add(Fail, cure, "layer %s%s cannot be used: %s", cmp.Or(s.GetLayer(), s.GetId()), of, text)
 	}
