@@ -18,7 +18,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/placement"
@@ -355,7 +354,8 @@ func (p *pulls) committed(id string) {
 }
 
 // removed tells that a snapshot is gone; a pull may have been cancelled, or have
-// failed. One that failed for want of room gives back at once what it has stored.
+// failed. One of which a layer could not be unpacked, for want of room or another
+// reason, gives back at once what it has stored: the next try would fail as well.
 func (p *pulls) removed(id string) {
 	p.mu.Lock()
 	e := p.active[id]
@@ -377,8 +377,8 @@ func (p *pulls) removed(id string) {
 	if layer == 0 {
 		return
 	}
-	if err := p.s.store.Failure(layer); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		p.finish(pl, "no room: "+err.Error(), p.s.store.Discard)
+	if err := p.s.store.Failure(layer); err != nil && !errors.Is(err, context.Canceled) {
+		p.finish(pl, err.Error(), p.s.store.Discard)
 	}
 }
 

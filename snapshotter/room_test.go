@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
@@ -50,6 +51,25 @@ func TestPullWithoutRoomHoldsNothing(t *testing.T) {
 		left, err := os.ReadDir(filepath.Join(disk, "hdd", "p"))
 		return err == nil && len(left) == 0
 	}, awaitFor, awaitEvery)
+	require.Zero(t, s.pulls.Count())
+}
+
+// So does a pull of which a layer cannot be unpacked for another reason: the next try would fail as well.
+func TestFailedPullHoldsNothing(t *testing.T) {
+	d := newDownloads(t, []entry{{name: "wrong", data: "w"}}, []entry{{name: "right", data: "r"}})
+	d.img.Layers[0].DiffID = digest.FromString("of another layer")
+	s := start(t, t.TempDir(), d, nil)
+	d.arrive(t, 0)
+	d.arrive(t, 1)
+	key, mounts := prepareLayer(t, s, d, 0, "")
+	require.Eventually(t, func() bool {
+		l, ok := s.store.Find(d.img.Layers[1].Digest)
+		return ok && l.State.Valid()
+	}, awaitFor, awaitEvery, "the layer above is unpacked ahead")
+	_, err := s.Applier().Apply(inNamespace(t), d.desc(0), mounts)
+	require.ErrorContains(t, err, "diff ID")
+	require.NoError(t, s.Remove(inNamespace(t), key))
+	require.Eventually(t, func() bool { return len(s.store.Layers()) == 0 }, awaitFor, awaitEvery)
 	require.Zero(t, s.pulls.Count())
 }
 
