@@ -38,11 +38,12 @@ type regions struct {
 	// books is the store for who must not wait: it stays after the end.
 	books atomic.Pointer[region.Store]
 
-	mu     sync.Mutex
-	store  *region.Store
-	failed error // why none are served
-	spec   error // why there is no CDI specification, or an old one
-	client *client.Client
+	mu      sync.Mutex
+	store   *region.Store
+	volumes *volumes
+	failed  error // why none are served
+	spec    error // why there is no CDI specification, or an old one
+	client  *client.Client
 }
 
 // patience is how long the daemon waits for work that was told to end.
@@ -116,6 +117,13 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 		r.cdi = &region.CDI{Path: c.SCM.CDISpec, Hook: c.SCM.HookPath(self), Socket: c.SCM.Address, Sizes: slices.Compact(sizes), Kind: c.SCM.CDIKind}
 		o.Volumes = func(names []string) { r.writeSpec(ctx, names) }
 	}
+	known, writeSpec := newVolumes(c.Root, filepath.Join(c.NVMRoot, "r")), o.Volumes
+	o.Volumes = func(names []string) {
+		known.told(ctx, names)
+		if writeSpec != nil {
+			writeSpec(names)
+		}
+	}
 	spool, err := spool(c.Root)
 	if err != nil {
 		return err
@@ -139,6 +147,7 @@ func (r *regions) start(ctx context.Context, c config.Config, layers func() int6
 	plugin := nri.New(nri.Config{Socket: c.SCM.NRISocket, Hook: c.SCM.HookPath(self), Daemon: c.SCM.Address, Foresee: store.Foresee})
 	r.mu.Lock()
 	r.store = store
+	r.volumes = known
 	r.books.Store(store)
 	if c.SCM.NRI {
 		r.nri = plugin
@@ -271,6 +280,9 @@ func (r *regions) warnings() (all []string) {
 		if err := r.nri.Without(); err != nil {
 			all = append(all, err.Error())
 		}
+	}
+	if r.volumes != nil {
+		all = append(all, r.volumes.warnings()...)
 	}
 	if r.store != nil {
 		problems := r.store.Problems()

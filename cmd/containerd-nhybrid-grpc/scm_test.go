@@ -83,6 +83,32 @@ func TestRegionsAreServed(t *testing.T) {
 	require.ErrorContains(t, create(c, "orders"), "already exists")
 }
 
+// Volumes that went with their NVM are named, until they are made anew or somebody has read it.
+func TestLostVolumesAreNamed(t *testing.T) {
+	c := node(t)
+	r := serveRegions(t, c)
+	for _, name := range []string{"orders", "users", "kept"} {
+		require.NoError(t, create(c, name))
+	}
+	require.Empty(t, r.warnings())
+	r.stop()
+	for _, name := range []string{"orders", "users"} {
+		require.NoError(t, os.RemoveAll(filepath.Join(c.NVMRoot, "r", "k", "volume+default+"+name)))
+	}
+	r = serveRegions(t, c)
+	require.Len(t, r.warnings(), 1)
+	require.Contains(t, r.warnings()[0], "volumes orders, users stood on an NVM device that was lost")
+	require.NoError(t, create(c, "orders"))
+	require.Contains(t, r.warnings()[0], "volumes users stood")
+	r.stop()
+	r = serveRegions(t, c) // it is said after the next start, too
+	require.Contains(t, r.warnings()[0], "volumes users stood")
+	require.NoError(t, os.Remove(filepath.Join(c.Root, "volumes.lost")))
+	require.Empty(t, r.warnings())
+	r.stop()
+	require.Empty(t, serveRegions(t, c).warnings())
+}
+
 // A device whose hook is missing would stop containers, without a word of why.
 func TestNoHookNoSpecification(t *testing.T) {
 	c := node(t)
