@@ -24,6 +24,7 @@ import (
 type hot struct {
 	mu     sync.Mutex
 	p      *profile.Profile
+	asked  func()                    // at each question after Migration; nil: nothing
 	states []*control.MigrationState // what Migration answers, one after the other; the last stays
 	calls  []string
 	sample int
@@ -141,11 +142,10 @@ func working() *control.MigrationState {
 	return &control.MigrationState{
 		State: "waiting", Why: "a start of web is under way", Current: []byte("usr/bin/python3.11"), CurrentDirection: "up",
 		Directions: []*control.Direction{
-			{Name: "home", FilesDone: 9000, BytesDone: 180_000_000},
 			{Name: "down", FilesDone: 8000, BytesDone: 150_000_000, FilesLeft: 700, BytesLeft: 12_000_000},
 			{Name: "up", FilesLeft: 2, BytesLeft: 8_700_000},
 		},
-		PinnedFiles: 3, PinnedBytes: 1_200_000, Rate: 12e6, Operations: 30, RateLimit: 20e6, OperationsLimit: 100,
+		PinnedBytes: 1_200_000, RateLimit: 20e6, OperationsLimit: 100,
 		Failed: 1, LastError: "read \"/x\": input/output error", LastErrorTime: moment,
 		NvmUsed: 1e9, NvmTotal: 4e9, High: 3.6e9, Low: 3.2e9, Reserve: 2e8, Settled: 2, Layers: 3,
 	}
@@ -154,6 +154,9 @@ func working() *control.MigrationState {
 func (h *hot) Migration(context.Context) (*control.MigrationState, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.asked != nil {
+		h.asked()
+	}
 	if len(h.states) == 0 {
 		return working(), nil
 	}

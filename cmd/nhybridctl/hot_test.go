@@ -268,9 +268,16 @@ func TestMigrateNow(t *testing.T) {
 }
 
 func TestMigrateNowIsInterrupted(t *testing.T) {
-	socket := serve(t, &backend{hot: newHot(t)}, config.Default()) // waiting for ever
-	ctx, cancel := context.WithTimeout(t.Context(), 2*pollInterval)
+	h := newHot(t) // waiting for ever
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	var asked int
+	h.asked = func() {
+		if asked++; asked == 3 { // before, now, and while it waits
+			cancel()
+		}
+	}
+	socket := serve(t, &backend{hot: h}, config.Default())
 	var out, errs bytes.Buffer
 	require.Equal(t, exitFailure, run(ctx, []string{"migrate", "now", "--wait", "--address", socket}, &out, &errs))
 	require.Contains(t, errs.String(), "the migration goes on")

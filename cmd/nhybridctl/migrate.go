@@ -156,7 +156,6 @@ func (a *app) printMigration(m *control.MigrationState) error {
 	if len(m.GetCurrent()) > 0 {
 		rows = append(rows, []string{"moving", moving(string(m.GetCurrent()), m.GetCurrentDirection())})
 	}
-	rate := fmt.Sprintf("%s, %.0f operations/s", placement.FormatRate(m.GetRate()), m.GetOperations())
 	var limits []string
 	if m.GetRateLimit() > 0 {
 		limits = append(limits, placement.FormatRate(m.GetRateLimit()))
@@ -165,9 +164,8 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		limits = append(limits, fmt.Sprintf("%.0f operations/s", m.GetOperationsLimit()))
 	}
 	if len(limits) > 0 {
-		rate += "; limits " + strings.Join(limits, ", ")
+		rows = append(rows, []string{"limits", strings.Join(limits, ", ")})
 	}
-	rows = append(rows, []string{"rate", rate})
 	if m.GetNvmTotal() > 0 {
 		nvm := fmt.Sprintf("%s of %s used%s", a.size(m.GetNvmUsed()), a.size(m.GetNvmTotal()), percent(m.GetNvmUsed(), m.GetNvmTotal()))
 		if m.GetHigh() > 0 {
@@ -176,10 +174,14 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		rows = append(rows, []string{"nvm", nvm})
 	}
 	rows = append(rows,
-		[]string{"pinned", fmt.Sprintf("%d files, %s: unlinked, still open", m.GetPinnedFiles(), a.size(m.GetPinnedBytes()))},
+		[]string{"pinned", a.size(m.GetPinnedBytes()) + ": unlinked, still open"},
 		[]string{"settled", fmt.Sprintf("%d of %d layers", m.GetSettled(), m.GetLayers())})
 	if m.GetFailed() > 0 {
-		rows = append(rows, []string{"failed", fmt.Sprintf("%d files; the last at %s: %s", m.GetFailed(), m.GetLastErrorTime().AsTime().Format(time.RFC3339), control.Message(m.GetLastError()))})
+		failed := fmt.Sprintf("%d times since the daemon started", m.GetFailed())
+		if m.GetLastError() != "" {
+			failed += fmt.Sprintf("; not made good yet, and tried again, of %s: %s", m.GetLastErrorTime().AsTime().Format(time.RFC3339), control.Message(m.GetLastError()))
+		}
+		rows = append(rows, []string{"failed", failed})
 	}
 	if err := a.table(rows); err != nil || len(m.GetDirections()) == 0 {
 		return err

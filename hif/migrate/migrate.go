@@ -120,6 +120,7 @@ type Progress struct {
 	Pinned  int64     // bytes that left but are still held by somebody
 	Current string    // redirect of the file, or id of the layer that is brought home
 	Error   string    // of the last failure that is not yet made good; "" if none
+	ErrorAt time.Time // of Error
 	Failing int       // layers and files that failed and will be tried again
 }
 
@@ -292,10 +293,9 @@ func (e *Engine) Progress() Progress {
 	defer e.mu.Unlock()
 	p := e.progress
 	p.Pinned, p.Now, p.Failing = pinned, e.now, len(e.failing)
-	var last time.Time
 	for _, f := range e.failing {
-		if !f.at.Before(last) {
-			last, p.Error = f.at, f.err.Error()
+		if !f.at.Before(p.ErrorAt) {
+			p.ErrorAt, p.Error = f.at, f.err.Error()
 		}
 	}
 	return p

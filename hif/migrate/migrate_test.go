@@ -309,6 +309,7 @@ func TestOneFailureDoesNotStopTheOthers(t *testing.T) {
 	pr := e.Progress()
 	require.Equal(t, 2, pr.Failing)
 	require.NotEmpty(t, pr.Error)
+	require.WithinRange(t, pr.ErrorAt, time.Now().Add(-time.Minute), time.Now())
 	require.Equal(t, want[1:], r.onNVM("2"))
 	require.Len(t, r.onNVM("1"), 7, "layer 1 is as it was")
 	r.whole()

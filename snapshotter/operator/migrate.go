@@ -6,6 +6,8 @@ package operator
 import (
 	"context"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/placement"
@@ -39,7 +41,9 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 		out.State, out.Why = migrate.Running.String(), "making a plan, or parts of large files"
 	}
 	out.PinnedBytes = p.Pinned
-	out.Failed, out.LastError = st.Failures, p.Error
+	if out.Failed, out.LastError = st.Failures, p.Error; p.Error != "" {
+		out.LastErrorTime = timestamppb.New(p.ErrorAt)
+	}
 	out.Directions = []*control.Direction{
 		{
 			Name: "down", FilesDone: int64(st.Down.Files), BytesDone: st.Down.Bytes,
