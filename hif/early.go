@@ -34,10 +34,11 @@ type earlyProfiles struct {
 	mu     sync.Mutex
 	asked  map[digest.Digest]*answer
 	silent map[string]time.Time // registries that gave no answer, and when
+	failed map[string]error     // of the latest question to each registry that was not answered
 }
 
 func newEarlyProfiles() *earlyProfiles {
-	return &earlyProfiles{asked: map[digest.Digest]*answer{}, silent: map[string]time.Time{}}
+	return &earlyProfiles{asked: map[digest.Digest]*answer{}, silent: map[string]time.Time{}, failed: map[string]error{}}
 }
 
 // answer of a registry. profile and err may be read once done is closed.
@@ -84,8 +85,17 @@ func (m *Manager) ask(ref string, image digest.Digest) *answer {
 		ctx, cancel := context.WithTimeout(m.ctx, fetchTimeout)
 		defer cancel()
 		a.profile, _, a.err = m.registry(ref, false).Pull(ctx, ref, image)
+		if m.ctx.Err() != nil {
+			return
+		}
+		e.mu.Lock()
+		delete(e.failed, host)
+		if a.err != nil && !errdefs.IsNotFound(a.err) {
+			e.failed[host] = a.err
+		}
+		e.mu.Unlock()
 		var said *transport.Error
-		if a.err == nil || errdefs.IsNotFound(a.err) || errors.As(a.err, &said) || m.ctx.Err() != nil {
+		if a.err == nil || errdefs.IsNotFound(a.err) || errors.As(a.err, &said) {
 			return
 		}
 		log.L.WithError(a.err).WithField("image", ref).Infof("no profile from the registry; it is not asked again for %s", silence)
@@ -94,6 +104,13 @@ func (m *Manager) ask(ref string, image digest.Digest) *answer {
 		e.mu.Unlock()
 	})
 	return a
+}
+
+// Unanswered tells which registries did not answer the latest question for a profile of an image that was pulled, and why.
+func (m *Manager) Unanswered() map[string]error {
+	m.early.mu.Lock()
+	defer m.early.mu.Unlock()
+	return maps.Clone(m.early.failed)
 }
 
 // forget drops the answer for an image.

@@ -102,3 +102,41 @@ func TestExtractionIsAdmittedByTheSizeOfItsBlob(t *testing.T) {
 	_, mounts := prepareLayer(t, s, d, 0, "")
 	require.True(t, strings.HasPrefix(upperOf(t, mounts), s.store.Tiers.StagingRoot(placement.HDD)))
 }
+
+// What a full disk stops is named with its cause and the cure, and done once there is room.
+func TestStatusNamesWhatAFullDiskStops(t *testing.T) {
+	requireRoot(t)
+	dir := t.TempDir()
+	disk := filepath.Join(dir, "disk")
+	require.NoError(t, mkdirs(disk))
+	require.NoError(t, unix.Mount("tmpfs", disk, "tmpfs", 0, "size=12m"))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(disk, unix.MNT_DETACH)) })
+	s := start(t, dir, newDownloads(t), func(c *Config) { c.Store.Root = filepath.Join(disk, "hdd") })
+	mounts, err := s.Prepare(inNamespace(t), "test/1/build", "")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(mounts[0].Source, "made"), []byte(noise(3, 20_000)), 0o600))
+	fill := filepath.Join(disk, "fill")
+	for err == nil {
+		var f *os.File
+		f, err = os.OpenFile(fill, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		require.NoError(t, err)
+		_, err = f.Write(make([]byte, 4096))
+		require.NoError(t, f.Close())
+	}
+	require.ErrorIs(t, err, unix.ENOSPC)
+	require.NoError(t, s.Commit(inNamespace(t), "test/2/built", "test/1/build"))
+	warnings := func() string {
+		status, err := s.Control().Status(t.Context())
+		require.NoError(t, err)
+		return strings.Join(status.GetWarnings(), "\n")
+	}
+	var said string
+	require.Eventually(t, func() bool { said = warnings(); return strings.Contains(said, "work on layer 1 has failed") }, awaitFor, awaitEvery)
+	require.Regexp(t, `(?m)^work on layer 1 has failed and is tried again: pack layer 1: .*no space left on device; remove images .*, or enlarge the filesystem$`, said)
+	require.Regexp(t, `(?m)^HDD is full: no pull succeeds; remove images .*, or enlarge the filesystem$`, said)
+	require.NoError(t, os.Remove(fill))
+	_, err = s.Usage(inNamespace(t), "test/2/built")
+	require.NoError(t, err)
+	require.NotContains(t, warnings(), "has failed")
+	require.NotContains(t, warnings(), "HDD is full")
+}

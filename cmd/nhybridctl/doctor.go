@@ -4,9 +4,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -29,10 +31,14 @@ func (a *app) doctor() *cobra.Command {
 			bar := a.steps(5, "looking")
 			var all []doctor.Finding
 			daemon := a.doctorDaemon(c.Context(), file)
-			all = append(all, daemon.findings...)
 			bar()
+			if daemon.settings == nil {
+				all = append(all, daemon.findings...)
+			}
 			if settings := daemon.settings; settings != nil {
-				all = append(all, doctor.Host(*settings, !daemon.regionsOff)...)
+				host := doctor.Host(*settings, !daemon.regionsOff)
+				all = append(all, daemon.beside(host)...)
+				all = append(all, host...)
 				bar()
 				if daemon.pid > 0 {
 					all = append(all, doctor.Namespaces(*settings, daemon.pid)...)
@@ -135,7 +141,10 @@ func (a *app) doctorDaemon(ctx context.Context, file string) *daemon {
 		d.add("daemon", doctor.Fail, fmt.Sprintf("it does not reach containerd at %s: %s", k.GetAddress(), cause(k.GetError())), "start containerd, or set containerd.address")
 	}
 	for _, q := range status.GetQueues() {
-		if q.GetFailed() > 0 {
+		told := slices.ContainsFunc(status.GetWarnings(), func(w string) bool {
+			return strings.Contains(w, "has failed and is tried again") || strings.Contains(w, "cannot be used")
+		})
+		if q.GetFailed() > 0 && !told {
 			d.add("daemon", doctor.Warn, fmt.Sprintf("%d jobs of queue %s failed: %s", q.GetFailed(), q.GetName(), q.GetLastError()), "see the daemon's log")
 		}
 	}
@@ -150,6 +159,20 @@ func (a *app) doctorDaemon(ctx context.Context, file string) *daemon {
 	return d
 }
 
+// beside is what the daemon says of itself, but for a lack of room that host, what was found by looking, names as well.
+func (d *daemon) beside(host []doctor.Finding) []doctor.Finding {
+	return slices.DeleteFunc(slices.Clone(d.findings), func(f doctor.Finding) bool {
+		tier, _, _ := strings.Cut(f.Text, " ")
+		return f.Area == "daemon" && f.Level == doctor.Warn && (tier == "NVM" || tier == "HDD") &&
+			slices.ContainsFunc(host, func(h doctor.Finding) bool {
+				return h.Area == strings.ToLower(tier) && h.Level != doctor.OK && roomless.MatchString(h.Text)
+			})
+	})
+}
+
+// roomless is what a finding of a lack of room says.
+var roomless = regexp.MustCompile(`\bfree\b|\bfull\b`)
+
 // warnings passes on what the daemon warns of, but for what doctor says itself of single layers.
 func (d *daemon) warnings(all []string, layers []*control.Snapshot) {
 	if len(all) == 0 {
@@ -160,8 +183,13 @@ func (d *daemon) warnings(all []string, layers []*control.Snapshot) {
 		case strings.HasPrefix(w, api.NotServed):
 			d.regionsOff = true
 			d.add("regions", doctor.Fail, "no container with a region starts: "+w, "mend what the reason names, and restart the daemon; no container notices")
-		case !slices.ContainsFunc(layers, func(s *control.Snapshot) bool { return s.GetError() != "" && strings.Contains(w, s.GetError()) }):
-			d.add("daemon", doctor.Warn, w, "")
+		case strings.HasPrefix(w, "layer ") && slices.ContainsFunc(layers, func(s *control.Snapshot) bool {
+			return s.GetError() != "" && strings.HasPrefix(w, "layer "+s.GetLayer()+" ")
+		}):
+		case strings.HasPrefix(w, control.OneFilesystem): // as Host says
+		default:
+			text, cure := control.Cure(w)
+			d.add("daemon", doctor.Warn, text, cmp.Or(cure, "see the daemon's log"))
 		}
 	}
 }

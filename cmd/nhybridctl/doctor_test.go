@@ -53,6 +53,7 @@ func TestDoctor(t *testing.T) {
 	require.Contains(t, out, "ok    daemon: v1.2.3 answers")
 	require.Contains(t, out, "warn  daemon: 1 jobs of queue sync failed: no space left on device")
 	require.Contains(t, out, "warn  daemon: NVM is nearly full")
+	require.Equal(t, 1, strings.Count(out, "same filesystem"))
 	require.Contains(t, out, "warn  tiers: both tiers stand on the same filesystem")
 	require.Contains(t, out, "ok    containerd: snapshotter \"nhybrid\"")
 	require.Contains(t, out, "ok    containerd: differ \"nhybrid-diff\"")
@@ -72,6 +73,7 @@ func TestDoctor(t *testing.T) {
 	require.NotEmpty(t, report.Findings)
 	for _, f := range report.Findings {
 		require.NotEmpty(t, f.Area+string(f.Level)+f.Text)
+		require.Equal(t, f.Level == doctor.OK, f.Cure == "", f.Text)
 	}
 
 	// Another address in containerd's file.
@@ -90,15 +92,19 @@ func TestDoctorSaysEachFaultOnce(t *testing.T) {
 	}
 	c := config.Default()
 	c.Root, c.NVMRoot = filepath.Join(t.TempDir(), "hdd"), filepath.Join(t.TempDir(), "nvm")
-	const trouble = "checksum of file 3 is wrong; it is unpacked anew as soon as containerd has blob sha256:1: pull the image again"
+	const trouble = "checksum of file 3 is wrong; it is fetched again now and then; fetch it by hand: ctr -n x content fetch y"
 	socket := serve(t, &backend{trouble: trouble, warnings: []string{
-		"layer 9 cannot be used: " + trouble, "regions are not served: sweep \"/mnt/nvm/nhybrid/r/tmp\": operation not permitted",
+		"layer 9 of a:1 cannot be used: " + trouble, "root and nvm_root stand on one filesystem, so that placement has no effect; give NVM a filesystem of its own",
+		"work on layer 7 has failed and is tried again: no space left on device; make room", "regions are not served: sweep \"/mnt/nvm/nhybrid/r/tmp\": operation not permitted",
 	}}, c)
 	code, out, errs := ctl(t, "doctor", "--address", socket, "--containerd", "", "--containerd-config", containerdConfig(t, c))
 	require.Equal(t, exitFailure, code)
 	require.Empty(t, errs)
 	require.Equal(t, 1, strings.Count(out, "checksum of file 3"), out)
-	require.Contains(t, out, "fail  images: layer 9 cannot be used: checksum of file 3 is wrong\n      cure: it is unpacked anew as soon as containerd has blob sha256:1: pull the image again\n")
+	require.Contains(t, out, "fail  images: layer 9 cannot be used: checksum of file 3 is wrong; it is fetched again now and then\n      cure: fetch it by hand: ctr -n x content fetch y\n")
+	require.Equal(t, 1, strings.Count(out, "no space left on device"), out)
+	require.Contains(t, out, "warn  daemon: work on layer 7 has failed and is tried again: no space left on device\n      cure: make room\n")
+	require.NotContains(t, out, "stand on one filesystem")
 	require.Contains(t, out, "fail  regions: no container with a region starts: regions are not served: sweep")
 	require.NotContains(t, out, "containers ask for regions")
 	require.NotContains(t, out, "containers cannot ask for regions")

@@ -22,6 +22,17 @@ var classes = []error{
 	errdefs.ErrInvalidArgument, errdefs.ErrFailedPrecondition, errdefs.ErrNotImplemented,
 }
 
+// OneFilesystem begins what the daemon warns of where both tiers stand on one filesystem.
+const OneFilesystem = "root and nvm_root stand on one filesystem"
+
+// Cure takes from a warning the cure, which follows the last semicolon.
+func Cure(warning string) (text, cure string) {
+	if i := strings.LastIndex(warning, "; "); i >= 0 {
+		return warning[:i], warning[i+2:]
+	}
+	return warning, ""
+}
+
 // Message makes of the text of an error, or of anything that was said by a program, one line for a person: words that are too
 // long to be read are cut in their middle, and a class that stands there several times is said once, the last time.
 func Message(text string) string {

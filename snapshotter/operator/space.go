@@ -4,7 +4,6 @@
 package operator
 
 import (
-	"fmt"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -67,35 +66,6 @@ func Space(s *store.Store) (plan.Space, error) {
 	room, err := s.Room(placement.NVM)
 	return plan.Space{Free: room.Scarcer(), Total: room.Total, Reserve: room.Reserve}, err
 }
-
-// shortages says what a tier lacks, in bytes and in inodes.
-func shortages(t placement.Tier, r store.Room) (all []string) {
-	free, total := placement.FormatBytes(r.Free), placement.FormatBytes(r.Total)
-	switch {
-	case t == placement.NVM && r.Free <= r.Reserve:
-		all = append(all, fmt.Sprintf("NVM is full: %s free, the reserve is %s; layers and writable directories go to HDD", free, placement.FormatBytes(r.Reserve)))
-	case t == placement.HDD && r.Free == 0:
-		all = append(all, "HDD is full: no pull succeeds; remove images (nhybridctl du shows what takes the room), or enlarge the filesystem")
-	case t == placement.HDD && r.Free < r.Total/littleHDD:
-		all = append(all, fmt.Sprintf("HDD is nearly full: %s of %s free; pulls of larger images fail", free, total))
-	}
-	switch _, inodes := r.Left(); {
-	case r.Inodes <= 0:
-	case t == placement.NVM && inodes <= store.LeastInodes:
-		all = append(all, fmt.Sprintf("NVM has too few inodes: %d of %d free, the reserve is %d; layers and writable directories go to HDD", r.InodesFree, r.Inodes, r.InodesReserve))
-	case t == placement.HDD && r.InodesFree == 0:
-		all = append(all, fmt.Sprintf("HDD has no inode free of %d: no pull succeeds; remove images, or make the filesystem anew with more inodes", r.Inodes))
-	case t == placement.HDD && r.InodesFree < r.Inodes/fewInodes:
-		all = append(all, fmt.Sprintf("HDD has few inodes: %d of %d free; pulls and containers fail without", r.InodesFree, r.Inodes))
-	}
-	return all
-}
-
-// One part in so many is little, as doctor has it.
-const (
-	littleHDD = 100
-	fewInodes = 20
-)
 
 // filesIn sums up the files of a directory, 0 if it cannot be read.
 func filesIn(dir string) (sum int64) {

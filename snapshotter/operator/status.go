@@ -7,7 +7,6 @@
 package operator
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -105,40 +104,24 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 			r.Active++
 		}
 	}
-	var used [2]int64
-	layers := s.store.Layers()
-	slices.SortFunc(layers, func(a, b store.Layer) int { return cmp.Compare(a.ID, b.ID) })
-	for _, l := range layers {
-		b := l.Bytes()
-		used[placement.NVM] += b[placement.NVM]
-		used[placement.HDD] += b[placement.HDD]
-		switch {
-		case l.Damaged != "" && l.Users > 0:
-			r.Warnings = append(r.Warnings, s.unusable(ctx, l.ID, all))
-		case l.Users > 0 && (l.State == store.Staged || l.State == store.Stored):
+	for _, l := range s.store.Layers() {
+		if l.Damaged == "" && l.Users > 0 && (l.State == store.Staged || l.State == store.Stored) {
 			r.NotDurable++
 		}
 	}
+	space := s.space()
 	for _, t := range tier.Tiers {
 		m, err := s.tierStatus(t)
 		if err != nil {
 			return nil, err
 		}
-		m.Used = used[t]
-		room, err := s.store.Room(t)
-		if err != nil {
-			return nil, err
+		for _, kind := range space[t] {
+			m.Used += kind.Bytes
 		}
-		r.Warnings = append(r.Warnings, shortages(t, room)...)
 		r.Tiers = append(r.Tiers, m)
 	}
-	if s.hot != nil {
-		if _, err := s.hot.Stats(); err != nil {
-			r.Warnings = append(r.Warnings, fmt.Sprintf("starts are not traced: %v", err))
-		}
-	}
-	if s.store.Tiers.SameFilesystem() {
-		r.Warnings = append(r.Warnings, "root and nvm_root stand on one filesystem: placement has no effect")
+	if r.Warnings, err = s.warnings(ctx, all); err != nil {
+		return nil, err
 	}
 	work := s.store.Work()
 	holes := work.Holes
@@ -146,12 +129,12 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 		holes = 0
 	}
 	r.Queues = []*control.Queue{
-		{Name: "background", Waiting: int64(work.Background)},
+		{Name: "background", Waiting: int64(work.Background), Failed: int64(work.Failing), LastError: work.LastError},
 		{Name: "unpack", Running: int64(work.Unpacking)},
 		{Name: "sync", Waiting: int64(work.Unsynced)},
 		{Name: "database copy", Waiting: work.Database},
 		{Name: "remove", Waiting: int64(len(removed))},
-		{Name: "write-back", Waiting: int64(holes), Failed: int64(work.Failing), LastError: work.LastError},
+		{Name: "write-back", Waiting: int64(holes)},
 	}
 	r.Pulls = int64(s.pulls.Count())
 	if i, err := s.images(); err == nil {
@@ -163,30 +146,6 @@ func (s backend) Status(ctx context.Context) (*control.StatusResponse, error) {
 		}
 	}
 	return r, nil
-}
-
-// unusable says which layer cannot be used, of which image, why, and the cure.
-func (s backend) unusable(ctx context.Context, id store.LayerID, all []store.Entry) string {
-	var users []store.Entry
-	for _, sn := range all {
-		if sn.Of != nil && sn.Layer == id {
-			users = append(users, sn)
-		}
-	}
-	what := "layer " + id.String()
-	if len(users) == 0 {
-		return what + " cannot be used: " + s.store.Trouble(id, "")
-	}
-	images := namesOf(users[0], s.imageNames(ctx, users))
-	if len(images) > 0 {
-		what += " of " + strings.Join(images, ", ")
-	}
-	return what + " cannot be used: " + s.store.Trouble(id, users[0].NS(), images...)
-}
-
-// namesOf are the names of images that have the layer of a committed snapshot, from what imageNames returned.
-func namesOf(sn store.Entry, names map[string][]string) []string {
-	return names[sn.NS()+" "+store.ClientKey(sn.Info.Name)]
 }
 
 func (s backend) tierStatus(t placement.Tier) (*control.Tier, error) {

@@ -40,6 +40,19 @@ func (s *Store) Work() Work {
 	return w
 }
 
+// Failures tells how the latest step of layers has failed that can be used, or are to be packed.
+func (s *Store) Failures() map[LayerID]error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := map[LayerID]error{}
+	for id, l := range s.layers {
+		if l.last != nil && l.unpack == nil && l.rec.Damaged == "" {
+			out[id] = l.last
+		}
+	}
+	return out
+}
+
 // Enforced reports whether a tier enforces quotas.
 func (q *quotas) Enforced(t placement.Tier) bool { return q.enforced[t] }
 

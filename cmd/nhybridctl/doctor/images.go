@@ -38,16 +38,12 @@ func Damaged(all []*control.Snapshot) []Finding {
 			continue
 		}
 		seen[s.GetLayer()] = true
-		// The daemon says the cure last.
-		text, cure := control.Message(s.GetError()), "remove what uses the layer, and pull it again"
-		if i := strings.LastIndex(text, "; "); i >= 0 {
-			text, cure = text[:i], text[i+2:]
-		}
+		text, cure := control.Cure(control.Message(s.GetError()))
 		of := ""
 		if names := s.GetImages(); len(names) > 0 {
 			of = " of " + strings.Join(names, ", ")
 		}
-		f.add(Fail, cure, "layer %s%s cannot be used: %s", cmp.Or(s.GetLayer(), s.GetId()), of, text)
+		f.add(Fail, cmp.Or(cure, "remove what uses the layer, and pull it again"), "layer %s%s cannot be used: %s", cmp.Or(s.GetLayer(), s.GetId()), of, text)
 	}
 	if len(f.all) == 0 {
 		f.ok("all layers can be used")
