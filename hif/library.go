@@ -91,17 +91,21 @@ func (l *library) cached(image Image) *Listing {
 	return found
 }
 
+// asked is what was asked for of a view before, to be read only. Called with mu held.
+func (l *library) asked(view string) *names {
+	if n := l.names[view]; n != nil {
+		return n
+	}
+	return &names{}
+}
+
 // refs are the data files that a profile of the image means, in the order of the
 // keys; the zero Ref for one that the image does not have.
 func (l *library) refs(ctx context.Context, image Image, keys []fileKey) ([]pack.Ref, error) {
 	out := make([]pack.Ref, len(keys))
 	l.mu.Lock()
-	n, whole := l.names[image.View], true
+	n, whole := l.asked(image.View), true
 	for i, k := range keys {
-		if n == nil {
-			whole = false
-			break
-		}
 		ref, known := n.refs[k]
 		out[i], whole = ref, whole && known
 	}
@@ -130,12 +134,8 @@ func (l *library) refs(ctx context.Context, image Image, keys []fileKey) ([]pack
 func (l *library) find(ctx context.Context, image Image, refs []pack.Ref) (map[pack.Ref]named, error) {
 	out := make(map[pack.Ref]named, len(refs))
 	l.mu.Lock()
-	n, whole := l.names[image.View], true
+	n, whole := l.asked(image.View), true
 	for _, ref := range refs {
-		if n == nil {
-			whole = false
-			break
-		}
 		file, known := n.files[ref]
 		whole = whole && known
 		if file.Path != "" {

@@ -76,6 +76,15 @@ func start(call func() error) (wait func() error) {
 	return func() error { return <-done }
 }
 
+// pushHeld stores an image under the name app:1 of which the link keeps layer 2 back, half of it, until release is called.
+func pushHeld(t *testing.T, r *rig.Rig, seed uint64) (digests []string, release func()) {
+	t.Helper()
+	img, err := r.PushTiny(soon(t), "app:1", app(seed))
+	require.NoError(t, err)
+	digests = blobs(t, img)
+	return digests, r.Link.Hold(digests[2], half)
+}
+
 // layer is what nhybridctl inspect --json tells of one.
 type layer struct {
 	Index        int

@@ -357,10 +357,7 @@ func TestContainerdDiesInAPull(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
 			r := newRig(t, rig.Options{DaemonArgs: lass, NoDiffer: noDiffer})
-			img, err := r.PushTiny(ctx, "app:1", app(13))
-			require.NoError(t, err)
-			digests := blobs(t, img)
-			release := r.Link.Hold(digests[2], half)
+			digests, release := pushHeld(t, r, 13)
 			defer release()
 			wait := start(func() error { return r.Pull(ctx, "app:1") })
 			awaitStored(t, r, but(digests, 2)...)
@@ -412,10 +409,7 @@ func TestCancelledPull(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
 			r := newRig(t, rig.Options{DaemonArgs: lass})
-			img, err := r.PushTiny(ctx, "app:1", app(10))
-			require.NoError(t, err)
-			digests := blobs(t, img)
-			release := r.Link.Hold(digests[2], half)
+			digests, release := pushHeld(t, r, 10)
 			defer release()
 			args := []string{"images", "pull", "--plain-http"}
 			if local {
