@@ -101,8 +101,8 @@ lint: $(BIN)/.lint ## Check format, vet and style.
 	$(BIN)/golangci-lint run --build-tags integration ./...
 
 .PHONY: test
-test: ## Run everything: lint, unit tests, integration tests, tests on emulated persistent memory.
-	@tools/phases deps tools build lint test-unit test-integration $(if $(filter no,$(PMEM)),,test-pmem)
+test: ## Run everything: lint, unit tests, fuzzers, integration tests, tests on emulated persistent memory.
+	@tools/phases deps tools build lint test-unit fuzz test-integration $(if $(filter no,$(PMEM)),,test-pmem)
 
 .PHONY: test-unit
 # What the detector does not run of unpack computes for minutes with it, in one goroutine or in those of the other tests.
@@ -110,6 +110,11 @@ test-unit: ## Run the unit tests, with the race detector where it sees anything 
 	go test -race $$(go list ./... | grep -v -e /scmlib -e /snapshotter/unpack)
 	go test -race -short -skip 'Bounded|TestBombs|TestRootPath|TestSameAsContainerd' ./snapshotter/unpack
 	go test ./snapshotter/unpack ./scmlib/...
+
+.PHONY: fuzz
+FUZZTIME ?= 20s
+fuzz: ## Run each fuzz target for FUZZTIME (20s), two at a time.
+	@tools/fuzz $(FUZZTIME)
 
 .PHONY: test-c
 test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, groff, g++ and pkg-config where they are).
