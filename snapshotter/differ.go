@@ -69,6 +69,9 @@ func (a applier) unpacked(ctx context.Context, id string, sn store.Snapshot, des
 	defer a.s.store.Release(layer)
 	l, err := a.s.store.Await(ctx, layer)
 	if err != nil {
+		if ctx.Err() == nil {
+			a.s.pulls.broke(id, err)
+		}
 		return store.Layer{}, err
 	}
 	var changed []store.LayerID

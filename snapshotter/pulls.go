@@ -374,10 +374,28 @@ func (p *pulls) removed(id string) {
 		layer = pl.placed[e.index].layer
 	}
 	p.mu.Unlock()
-	if layer == 0 {
-		return
+	if layer != 0 {
+		p.fail(pl, p.s.store.Failure(layer))
 	}
-	if err := p.s.store.Failure(layer); err != nil && !errors.Is(err, context.Canceled) {
+}
+
+// broke tells that the layer of an extraction could not be unpacked, which ends its pull. containerd may remove the
+// snapshot much later.
+func (p *pulls) broke(id string, err error) {
+	p.mu.Lock()
+	var pl *pulling
+	if e := p.active[id]; e != nil {
+		pl = e.pulling
+	}
+	p.mu.Unlock()
+	if pl != nil {
+		p.fail(pl, err)
+	}
+}
+
+// fail ends a pull of which a layer could not be unpacked, unless that was cancelled.
+func (p *pulls) fail(pl *pulling, err error) {
+	if err != nil && !errors.Is(err, context.Canceled) {
 		p.finish(pl, err.Error(), p.s.store.Discard)
 	}
 }

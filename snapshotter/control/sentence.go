@@ -108,7 +108,11 @@ func (l *Layer) Sentence(total int) string {
 	case len(d.GetFiles()) > 0:
 		lines := []string{fmt.Sprintf("%s%s. Its files went, when it was stored (policy %s, %s):", name, place, d.GetPolicy(), d.inputs())}
 		for _, s := range d.GetFiles() {
-			lines = append(lines, "  "+s.Clause())
+			clause := s.Clause()
+			if s.GetRule() == string(placement.RuleLayer) && d.GetReason() != "" {
+				clause = strings.TrimSuffix(clause, ")") + ": " + d.Cause() + ")"
+			}
+			lines = append(lines, "  "+clause)
 		}
 		return strings.Join(lines, "\n")
 	}

@@ -19,6 +19,7 @@ func TestLayerSentence(t *testing.T) {
 		{Place: "tape", Rule: "archive", Files: 2, Bytes: 5},
 	}}
 	lass := &Decision{Tier: "hdd", Reason: "layer 1 to HDD: 1 other layer still downloads", Policy: "lass", Index: 1, Ldl: 0, Downloading: 1, BytesLeft: 9e6, NvmFree: 3e9}
+	whole := &Decision{Tier: "hdd", Reason: "layer 1 to HDD: NVM has no room for it", Policy: "lass", Index: 1, Ldl: -1, Files: []*Share{{Place: "pack", Rule: "layer", Files: 9, Bytes: 20_000}}}
 	guess := &Decision{Tier: "hdd", Reason: "layer 1 to HDD: late", Policy: "lass", Index: 1, Ldl: -1, Size: 4_510_000}
 	for name, x := range map[string]struct {
 		l    *Layer
@@ -30,6 +31,11 @@ func TestLayerSentence(t *testing.T) {
 				"(policy drain, no other layer downloading, 3.00 GB free on NVM, 200 MB of it kept, 50.0 MB waiting for the HDD at 140 MB/s):\n" +
 				"  12.0 MB in 300 files to the pack (the disk keeps up)\n  7.00 MB in 1 file to NVM and the pack (hot by profile)\n" +
 				"  4.00 MB in 20 files to NVM alone (the disk would be late)\n  5 B in 2 files to tape (archive)",
+		},
+		"placed as a whole": {
+			&Layer{Index: 1, SnapshotId: "2", State: "home", Tier: "hdd", Uncompressed: 20_000, HddBytes: 40_000, Decision: whole},
+			"Layer 1 (2nd of 2, 20.0 kB) stands on HDD. Its files went, when it was stored (policy lass, no other layer downloading, 0 B free on NVM, 0 B of it kept):\n" +
+				"  20.0 kB in 9 files to the pack (as the whole layer: NVM has no room for it)",
 		},
 		"a layer that a container's commit made has no digest": {
 			&Layer{Index: 1, SnapshotId: "2", State: "home", Tier: "hdd", Uncompressed: 2, HddBytes: 8192},

@@ -53,7 +53,7 @@ func (s backend) subject(ctx context.Context, ref, ns string) (*subject, error) 
 	named, err := source.Lookup(ctx, ns, ref)
 	if err != nil {
 		if errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("no image and no snapshot %q in namespace %q; nhybridctl ls shows what there is: %w", ref, ns, errdefs.ErrNotFound)
+			return nil, fmt.Errorf("no image and no snapshot %q in namespace %q; nhybridctl ls shows what there is, and nhybridctl watch what is being pulled: %w", ref, ns, errdefs.ErrNotFound)
 		}
 		return nil, err
 	}

@@ -12,7 +12,7 @@ type Work struct {
 	Unsynced   int   // layers that a power cut would cost
 	Holes      int   // layers whose packs have holes that are to be filled
 	Database   int64 // changes that the copy on HDD lacks
-	Failing    int   // layers whose latest step failed
+	Failing    int   // layers of snapshots whose latest step failed
 	LastError  string
 }
 
@@ -32,7 +32,7 @@ func (s *Store) Work() Work {
 		case l.rec.State == Durable && (s.config.WriteBack || l.wanted > 0):
 			w.Holes++
 		}
-		if l.last != nil && l.unpack == nil {
+		if l.last != nil && l.unpack == nil && l.rec.Users > 0 { // who pulls is told
 			w.Failing++
 			w.LastError = l.last.Error()
 		}
