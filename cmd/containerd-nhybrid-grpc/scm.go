@@ -268,7 +268,7 @@ func (r *regions) warnings() (all []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.failed != nil {
-		all = append(all, api.NotServed+r.failed.Error())
+		all = append(all, api.NotServed+r.failed.Error()+"; mend that, and restart the daemon: no container notices")
 	}
 	if r.spec != nil {
 		all = append(all, fmt.Sprintf("containers cannot ask for regions: %v", r.spec))

@@ -182,7 +182,8 @@ func (d *daemon) warnings(all []string, layers []*control.Snapshot) {
 		switch {
 		case strings.HasPrefix(w, api.NotServed):
 			d.regionsOff = true
-			d.add("regions", doctor.Fail, "no container with a region starts: "+w, "mend what the reason names, and restart the daemon; no container notices")
+			text, cure := control.Cure(w)
+			d.add("regions", doctor.Fail, "no container with a region starts: "+text, cmp.Or(cure, "mend what the reason names, and restart the daemon"))
 		case strings.HasPrefix(w, "layer ") && slices.ContainsFunc(layers, func(s *control.Snapshot) bool {
 			return s.GetError() != "" && strings.HasPrefix(w, "layer "+s.GetLayer()+" ")
 		}):

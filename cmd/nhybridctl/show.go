@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strconv"
 	"strings"
@@ -117,7 +118,17 @@ func (a *app) ls() *cobra.Command {
 			if a.json {
 				return printList(a, all)
 			}
-			return a.table(a.snapshotRows(all, labels))
+			if err := a.table(a.snapshotRows(all, labels)); err != nil {
+				return err
+			}
+			seen := map[string]bool{}
+			for _, s := range all {
+				if id := cmp.Or(s.GetLayer(), s.GetId()); s.GetError() != "" && !seen[id] {
+					seen[id] = true
+					a.printUnusable(id, s.GetError())
+				}
+			}
+			return nil
 		},
 	}
 	c.Flags().BoolVar(&labels, "labels", false, "show labels too")
@@ -152,12 +163,17 @@ func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
 	return rows
 }
 
-// state is how far a layer has come, or why it cannot be used.
+// state is how far a layer has come, or that it cannot be used.
 func state(state, trouble string) string {
 	if trouble != "" {
-		return "unusable: " + control.Message(trouble)
+		return "unusable"
 	}
 	return orDash(state)
+}
+
+// printUnusable says below a table why a layer of it cannot be used.
+func (a *app) printUnusable(layer, trouble string) {
+	fmt.Fprintf(a.out, "warning: layer %s cannot be used: %s\n", layer, control.Message(trouble))
 }
 
 func (a *app) inspect() *cobra.Command {
@@ -240,7 +256,15 @@ func (a *app) printInspect(r *control.InspectResponse) error {
 			orDash(l.GetTier()), a.size(l.GetNvmBytes()), a.size(l.GetHddBytes()), ldl, st, orDash(l.GetDecision().Cause()),
 		})
 	}
-	return a.table(rows)
+	if err := a.table(rows); err != nil {
+		return err
+	}
+	for _, l := range r.GetLayers() {
+		if l.GetError() != "" {
+			a.printUnusable(l.GetLayer(), l.GetError())
+		}
+	}
+	return nil
 }
 
 func (a *app) why() *cobra.Command {

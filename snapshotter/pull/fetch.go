@@ -52,7 +52,7 @@ func (w *Watcher) Fetch(ctx context.Context, spaces []string, blob ocispec.Descr
 			if err == nil {
 				return r, image, nil
 			}
-			text := strings.TrimPrefix(err.Error(), "httpReadSeeker: failed open: ")
+			text := strings.TrimPrefix(strings.TrimPrefix(err.Error(), "httpReadSeeker: failed open: "), "failed to do request: ")
 			if failed = append(failed, fmt.Sprintf("from %s: %s", img.Name, text)); len(failed) == mostImages {
 				break
 			}

@@ -6,6 +6,8 @@ package store
 import (
 	"fmt"
 	"strings"
+
+	"github.com/containerd/errdefs"
 )
 
 // Trouble says why a layer cannot be used, what is done about it and, behind the last
@@ -58,8 +60,9 @@ func (l *layer) trouble(namespace string, images []string) string {
 func said(format string, values ...any) string {
 	for i, v := range values {
 		switch v := v.(type) {
-		case error:
-			values[i] = strings.ReplaceAll(v.Error(), ";", ",")
+		case error: // its class is for programs
+			text := strings.TrimSuffix(v.Error(), ": "+errdefs.ErrUnavailable.Error())
+			values[i] = strings.ReplaceAll(text, ";", ",")
 		case string:
 			values[i] = strings.ReplaceAll(v, ";", ",")
 		}
