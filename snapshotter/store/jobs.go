@@ -72,8 +72,12 @@ func (j *jobs) perform(b *job) {
 		j.running++
 		j.mu.Unlock()
 		b.err = b.run(j.ctx)
-		if b.err != nil && j.ctx.Err() == nil {
-			log.G(j.ctx).WithError(b.err).WithField("job", b.name).Error("background work failed")
+		switch l := log.G(j.ctx).WithError(b.err).WithField("job", b.name); {
+		case b.err == nil || j.ctx.Err() != nil:
+		case errdefs.IsNotFound(b.err): // what it was for was collected meanwhile, or who waits is told
+			l.Debug("background work has come too late")
+		default:
+			l.Error("background work failed")
 		}
 		j.mu.Lock()
 		j.running--
