@@ -96,10 +96,18 @@ func (s *Store) promote(ctx context.Context, ref pack.Ref, pace func(int) error)
 	if err := s.Tiers.PlaceData(tmp.Name(), layer, ref.Number); err != nil {
 		return copied, fmt.Errorf("promote %s: %w", ref.Redirect(), err)
 	}
-	if _, err := s.Layer(LayerID(ref.Layer)); errdefs.IsNotFound(err) { // removed meanwhile
-		return copied, errors.Join(fmt.Errorf("promote %s: %w", ref.Redirect(), err), s.Tiers.RemoveData(layer))
+	if s.going(LayerID(ref.Layer)) { // its files on NVM may have been removed before
+		return copied, errors.Join(fmt.Errorf("promote %s: layer %d: %w", ref.Redirect(), ref.Layer, errdefs.ErrNotFound), s.Tiers.RemoveData(layer))
 	}
 	return copied, nil
+}
+
+// going reports whether a layer is being removed, or was.
+func (s *Store) going(id LayerID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.layers[id]
+	return l == nil || l.dying
 }
 
 // extent opens the pack of a file and finds the file in it.

@@ -491,3 +491,23 @@ func TestOlderDatabaseIsRefused(t *testing.T) {
 	require.True(t, errdefs.IsFailedPrecondition(err), err)
 	require.ErrorContains(t, err, "older form of the store")
 }
+
+// A file comes to NVM while its layer is removed: nothing of it stays, though the record is still there.
+func TestNothingComesBackOfALayerThatGoes(t *testing.T) {
+	b := newBench(t)
+	s := b.open(nil)
+	blob, diffID := layerOf(t, file{"a", large("a", 9000)})
+	b.blobs.write(t, blob)
+	l := b.begin(spec(blob, diffID, unpack.ToPack))
+	b.commit("top", "", l.ID)
+	b.state(l.ID, Home)
+	s.mu.Lock()
+	s.layers[l.ID].dying = true
+	s.mu.Unlock()
+	_, err := s.Promote(t.Context(), pack.Ref{Layer: uint64(l.ID), Number: 1}.Redirect(), func(int) error { return nil })
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+	require.NoDirExists(t, s.Tiers.LayerData(l.ID.String()))
+	s.Release(l.ID)
+	b.remove("top")
+	b.gone(l.ID)
+}
