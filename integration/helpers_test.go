@@ -273,8 +273,8 @@ func awaitEmpty(t *testing.T, r *rig.Rig) {
 	})
 	var usage struct {
 		Tiers []struct {
-			Name                          string
-			Layers, Uppers, Trees, Orphan int64
+			Name                           string
+			Layers, Uppers, Views, Orphans int64
 		}
 		Orphans []struct{ Path string }
 	}
@@ -282,7 +282,8 @@ func awaitEmpty(t *testing.T, r *rig.Rig) {
 	require.Len(t, usage.Tiers, 2)
 	for _, tier := range usage.Tiers {
 		require.Zero(t, tier.Layers, "layers on %s", tier.Name)
-		require.Zero(t, tier.Trees, "trees on %s", tier.Name)
+		require.Zero(t, tier.Views, "views on %s", tier.Name)
+		require.Zero(t, tier.Orphans, "what nobody needs on %s", tier.Name)
 	}
 	require.Empty(t, usage.Orphans)
 }

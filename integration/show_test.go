@@ -173,8 +173,8 @@ func TestUsageOfImages(t *testing.T) {
 			HDDShared int64 `json:"hdd_shared"`
 		}
 		Tiers []struct {
-			Name   string
-			Layers int64
+			Name                           string
+			Layers, Views, Parts, Metadata int64
 		}
 	}
 	ctl(t, r, &usage, "du")
@@ -190,4 +190,17 @@ func TestUsageOfImages(t *testing.T) {
 	require.Equal(t, usage.Images[0].NVMShared+usage.Images[0].HDDShared, shared, "they share the same")
 	require.Greater(t, shared, int64(3*2*half))
 	require.InDelta(t, own+shared, usage.Tiers[0].Layers+usage.Tiers[1].Layers, 4096)
+	var status struct {
+		Tiers []struct {
+			Name string
+			Used int64
+		}
+	}
+	ctl(t, r, &status, "status")
+	for i, tier := range usage.Tiers {
+		require.Positive(t, tier.Metadata, "the database, or its copy")
+		require.Equal(t, tier.Name, status.Tiers[i].Name)
+		require.Equal(t, tier.Layers+tier.Views+tier.Parts+tier.Metadata, status.Tiers[i].Used, "all of it on %s", tier.Name)
+	}
+	require.Positive(t, usage.Tiers[0].Views+usage.Tiers[1].Views)
 }
