@@ -300,7 +300,11 @@ func (s *Store) await(ctx context.Context, id LayerID, ready func(Layer) bool, c
 		return l.rec, nil
 	}
 	count(l, 1)
-	l.last = nil
+	// What is tried again may go well. An unpacking that failed is not, before
+	// somebody begins it anew: who comes late must be told.
+	if l.rec.State != Unpacking || l.rec.Users > 0 {
+		l.last = nil
+	}
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()

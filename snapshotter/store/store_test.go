@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -243,6 +244,23 @@ func TestWrongBlobIsRefusedAndTheNextTrySucceeds(t *testing.T) {
 	s.Release(id)
 	b.gone(id)
 	b.begin(spec(blob, diffID, unpack.ToNVM))
+}
+
+// An unpacking fails before anybody waits for it: nothing is going to be tried again, so that the failure is told.
+func TestFailureBeforeTheWaitIsTold(t *testing.T) {
+	b := newBench(t)
+	s := b.open(nil)
+	blob, _ := layerOf(t, file{"a", large("a", 9000)})
+	b.blobs.write(t, blob)
+	id, _, err := s.Begin(t.Context(), spec(blob, desc([]byte("x")).Digest, unpack.ToNVM))
+	require.NoError(t, err)
+	b.eventually("it has failed", func() bool { return s.Failure(id) != nil })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_, err = s.Await(ctx, id)
+	require.ErrorContains(t, err, "diff ID")
+	s.Release(id)
+	b.gone(id)
 }
 
 func TestByContentAPI(t *testing.T) {
