@@ -273,18 +273,17 @@ func TestSyncErrorOfNVMWhileOthersAreWritten(t *testing.T) {
 // The disk fails while holes are filled. The good copy on NVM stays, and the pack becomes whole later.
 func TestHolesAreFilledInSpiteOfErrors(t *testing.T) {
 	for name, fault := range map[string]hddsim.Fault{
-		"write": largeWrites(1), "flush": {Ops: hddsim.Flushes, Times: 1},
+		"write": largeWrites(0), "flush": {Ops: hddsim.Flushes},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDevices(t)
 			s := d.open(func(c *Config) { c.WriteBack = false })
 			l, data := d.store("a", unpack.ToNVM)
 			d.state(l.ID, Durable)
-			require.NoError(t, s.FlushDatabase(t.Context()), "or its copy meets the error")
-			d.fail(d.hdd, fault)
+			d.fail(d.hdd, fault) // until the error has been seen, however often the store tries again meanwhile
 			err := s.AwaitHome(t.Context(), l.ID)
 			require.ErrorIs(t, err, unix.EIO)
-			require.EqualValues(t, 1, d.struck(d.hdd))
+			require.Positive(t, d.struck(d.hdd))
 			now, err := s.Layer(l.ID)
 			require.NoError(t, err)
 			require.Equal(t, Durable, now.State)
@@ -294,7 +293,8 @@ func TestHolesAreFilledInSpiteOfErrors(t *testing.T) {
 			_, _, err = s.Demote(ref.Redirect(), nil)
 			require.True(t, errdefs.IsFailedPrecondition(err), err)
 
-			require.NoError(t, s.AwaitHome(t.Context(), l.ID))
+			d.fail(d.hdd, hddsim.Fault{})
+			d.eventually("the pack is whole", func() bool { return s.AwaitHome(t.Context(), l.ID) == nil })
 			_, _, err = s.Demote(ref.Redirect(), nil)
 			require.NoError(t, err)
 			d.onDevice("a", data)
