@@ -103,7 +103,7 @@ func TestLossOfNVMAfterMigration(t *testing.T) {
 	k := knownImage(t, 40, 3<<20+5)
 	k.push(t, r, "app:1")
 	require.NoError(t, r.Pull(ctx, "app:1"))
-	run(t, r, "app:1", "sh", "-c", "cat /app/0/d1/f1 /app/1/d1/f1 >/dev/null; dd if=/app/large0 bs=64k count=2 2>/dev/null | md5sum")
+	run(t, r, "app:1", "sh", "-c", "cat /app/0/d4/f14 /app/1/d4/f14 >/dev/null; dd if=/app/large0 bs=64k count=2 2>/dev/null | md5sum")
 	awaitMigration(t, r, 1)
 	c, err := r.Client()
 	require.NoError(t, err)
@@ -126,7 +126,7 @@ func TestLossOfNVMAfterMigration(t *testing.T) {
 	require.EqualValues(t, 2, profileOf(t, r, r.Ref("app:1")).Info.Starts)
 	_, err = r.Nhybridctl(ctx, "migrate", "now", "--wait")
 	require.NoError(t, err)
-	require.Positive(t, hotFiles(t, r, "app:1")["app/0/d1/f1"].NVMBytes)
+	require.Positive(t, hotFiles(t, r, "app:1")["app/0/d4/f14"].NVMBytes)
 	removeImage(t, r, "app:1")
 	awaitEmpty(t, r)
 }

@@ -14,6 +14,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -137,8 +138,8 @@ func packed(t *testing.T, r *rig.Rig, blob string) map[string][]byte {
 	t.Helper()
 	paths, err := filepath.Glob(filepath.Join(r.HDD, "p", "*.erofs"))
 	require.NoError(t, err)
-	for _, path := range paths {
-		p, err := pack.Open(path)
+	for _, file := range paths {
+		p, err := pack.Open(file)
 		require.NoError(t, err)
 		if p.Identity().Blob.String() != blob {
 			require.NoError(t, p.Close())
@@ -147,15 +148,24 @@ func packed(t *testing.T, r *rig.Rig, blob string) map[string][]byte {
 		m, err := p.Meta(t.Context())
 		require.NoError(t, err)
 		files := map[string][]byte{}
-		m.EachFile(func(name string, i *pack.Inode) {
-			if !i.HasData() {
-				return
+		var walk func(dir string, n *pack.Node)
+		walk = func(dir string, n *pack.Node) {
+			name := path.Join(dir, n.Name)
+			switch i := n.Inode; {
+			case i == nil:
+			case i.HasData():
+				data, err := p.ReadData(i.Data.Number)
+				require.NoError(t, err)
+				files[name], err = io.ReadAll(data)
+				require.NoError(t, err)
+			case i.Size > 0:
+				files[name] = []byte(i.Inline)
 			}
-			data, err := p.ReadData(i.Data.Number)
-			require.NoError(t, err)
-			files[name], err = io.ReadAll(data)
-			require.NoError(t, err)
-		})
+			for _, c := range n.Children {
+				walk(name, c)
+			}
+		}
+		walk("", m.Root)
 		require.NoError(t, p.Close())
 		return files
 	}

@@ -242,7 +242,7 @@ func TestPowerCutInTheMigration(t *testing.T) {
 			require.NoError(t, err)
 			forgetBlobs(t, r, digests...)
 			require.NoError(t, disk.SetModel(hddsim.Model{Flush: 50 * time.Millisecond}))
-			run(t, r, "app:1", "sh", "-c", "cat /app/0/d1/f1 >/dev/null")
+			run(t, r, "app:1", "sh", "-c", "cat /app/0/d4/f14 >/dev/null")
 			_, _ = r.Nhybridctl(ctx, "migrate", "now")
 			awaitLog(t, r, when)
 			cutPower(t, r, disk)

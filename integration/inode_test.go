@@ -161,7 +161,7 @@ func TestInodesAreCounted(t *testing.T) {
 	total := int64(st.Files)
 	var entries []image.Entry
 	for i := range total + 1000 {
-		entries = append(entries, plain(fmt.Sprintf("d/%d/%d", i/500, i), []byte("x")))
+		entries = append(entries, plain(fmt.Sprintf("d/%d/%d", i/500, i), bytes.Repeat([]byte("x"), 300))) // too large for the metadata
 	}
 	_, err := r.PushBusybox(ctx, "many:1", ofFiles(t, entries...))
 	require.NoError(t, err)
@@ -177,5 +177,5 @@ func TestInodesAreCounted(t *testing.T) {
 	require.Contains(t, status, "warning: NVM has too few inodes")
 	out, err := r.RunContainer(ctx, "many:1", "c", "sh", "-ec", "for i in 1 2 3; do echo $i >/w$i; done; cat /w*; cat /d/*/* | wc -c")
 	require.NoError(t, err)
-	require.Equal(t, fmt.Sprintf("1\n2\n3\n%d", total+1000), out)
+	require.Equal(t, fmt.Sprintf("1\n2\n3\n%d", 300*(total+1000)), out)
 }
