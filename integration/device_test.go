@@ -130,7 +130,9 @@ func TestHDDThatCannotBeRead(t *testing.T) {
 		require.NoError(t, disk.SetFault(hddsim.Fault{Ops: hddsim.Reads}))
 		_, err = r.RunContainer(ctx, "app:1", "c", "sh", "-c", allContent)
 		require.Error(t, err)
-		require.Contains(t, strings.ToLower(err.Error()), "input/output error")
+		if viewGone { // where the view is there, the program cannot be read, and the kernel may also kill it
+			require.Contains(t, strings.ToLower(err.Error()), "input/output error")
+		}
 		require.NoError(t, disk.SetFault(hddsim.Fault{}))
 		require.Equal(t, sumOf(t, spec), run(t, r, "app:1", "sh", "-c", allContent))
 		inOrder(t, r)
