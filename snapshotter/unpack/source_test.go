@@ -13,12 +13,14 @@ import (
 	"strings"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // contentStore is containerd's own store, so that its layout on disk is tested too.
@@ -248,6 +250,41 @@ func TestRefersTo(t *testing.T) {
 	} {
 		if refersTo(ref, d) != want {
 			t.Errorf("%q: want %v", ref, want)
+		}
+	}
+}
+
+// What has arrived is on its way to the disk before containerd syncs the blob, and the kernel by itself would leave it dirty for
+// half a minute.
+func TestDownloadsAreGivenToTheDisk(t *testing.T) {
+	root, cs := contentStore(t)
+	var fsys unix.Statfs_t
+	must(t, unix.Statfs(root, &fsys))
+	if fsys.Type == unix.TMPFS_MAGIC {
+		t.Skip("a tmpfs has no disk")
+	}
+	blob := make([]byte, 2*giveBytes+1)
+	dgst := digest.FromBytes(blob)
+	w := download(t, cs, "default/1/layer-"+dgst.String())
+	write(t, w, blob[:2*giveBytes])
+	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+	must(t, err)
+	defer r.Close()
+	readExactly(t, r, blob[:2*giveBytes])
+	data, err := filepath.Glob(filepath.Join(root, "ingest", "*", "data"))
+	must(t, err)
+	f, err := os.Open(data[0])
+	must(t, err)
+	defer f.Close()
+	for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+		var all unix.CachestatRange
+		var st unix.Cachestat_t
+		must(t, unix.Cachestat(uint(f.Fd()), &all, &st, 0))
+		if st.Dirty == 0 {
+			break
+		}
+		if time.Since(begin) > 20*time.Second {
+			t.Fatalf("%d pages are dirty and nobody writes them", st.Dirty)
 		}
 	}
 }
