@@ -198,7 +198,7 @@ func TestMarshalRoundTrip(t *testing.T) {
 func TestSizes(t *testing.T) {
 	for text, want := range map[string]int64{
 		"0": 0, "4096": 4096, "1kB": 1000, "1KB": 1000, "1KiB": 1024, " 2 GiB ": 2 << 30, "1.5GiB": 3 << 29, "50MB": 50e6, "7B": 7,
-		"9223372036854775807": 1<<63 - 1, ".5MB": 500_000,
+		"9223372036854775807": 1<<63 - 1, ".5MB": 500_000, "9007199254740993kB": 9007199254740993e3, "9007199254.740993GB": 9007199254740993e3,
 	} {
 		n, err := ParseSize(text)
 		require.NoError(t, err, text)

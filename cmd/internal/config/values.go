@@ -5,7 +5,7 @@ package config
 
 import (
 	"fmt"
-	"math"
+	"math/big"
 	"strconv"
 	"strings"
 	"time"
@@ -19,7 +19,7 @@ const (
 // units from the longest name to the shortest, so that the first suffix that fits is the right one.
 var units = []struct {
 	name  string
-	bytes float64
+	bytes int64
 }{
 	{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"TiB", 1 << 40},
 	{"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}, {"B", 1},
@@ -27,7 +27,7 @@ var units = []struct {
 
 // ParseSize reads a number of bytes such as "4096", "1.5GiB" or "20 MB".
 func ParseSize(s string) (int64, error) {
-	number, factor := strings.TrimSpace(s), 1.0
+	number, factor := strings.TrimSpace(s), int64(1)
 	for _, u := range units {
 		if n, ok := strings.CutSuffix(number, u.name); ok {
 			number, factor = strings.TrimSpace(n), u.bytes
@@ -37,14 +37,17 @@ func ParseSize(s string) (int64, error) {
 	if !plainNumber(number) {
 		return 0, fmt.Errorf("size %q is not a number with a unit of kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as \"2GiB\"", s)
 	}
-	if n, err := strconv.ParseInt(number, 10, 64); err == nil && factor == 1 {
-		return n, nil // whole bytes beyond 2^53 keep every digit
+	// Exact: a float64 keeps no more than 53 bits of a number.
+	v, ok := new(big.Rat).SetString(number)
+	if !ok {
+		return 0, fmt.Errorf("size %q is not a number", s)
 	}
-	v, err := strconv.ParseFloat(number, 64)
-	if v *= factor; err != nil || v >= math.MaxInt64 {
+	v.Mul(v, new(big.Rat).SetInt64(factor))
+	whole := new(big.Int).Quo(v.Num(), v.Denom())
+	if !whole.IsInt64() {
 		return 0, fmt.Errorf("size %q is too large", s)
 	}
-	return int64(v), nil
+	return whole.Int64(), nil
 }
 
 // plainNumber keeps out what ParseFloat knows beyond digits and one point: signs, exponents, hexadecimal, Inf and NaN.
