@@ -102,6 +102,7 @@ func layers(programs map[string]string) ([][]entry, error) {
 	top := []entry{
 		dir("data"), dir("data/kinds"),
 		file("data/kinds/empty", ""),
+		file("data/kinds/large", strings.Repeat("too large to stand in the metadata\n", 1000)), // the others are not
 		file("data/kinds/first", "two names\n"),
 		{name: "data/kinds/second", mode: unix.S_IFREG | 0o644, hard: "data/kinds/first"},
 		{name: "data/kinds/setuid", mode: unix.S_IFREG | unix.S_ISUID | 0o755, data: []byte("#!/bin/sh\n"), uid: 1000},
