@@ -331,7 +331,7 @@ func TestSummary(t *testing.T) {
 	var back Decision
 	require.NoError(t, json.Unmarshal(b, &back))
 	assert.Equal(t, d.Files, back.Files)
-	assert.Equal(t, "layer 0 to HDD: it has no data", Summary{}.Decision(p, world(0, 0)).Reason)
+	assert.Equal(t, "layer 0 to HDD: all of it stands in the metadata", Summary{}.Decision(p, world(0, 0)).Reason)
 }
 
 func BenchmarkPlaceFile(b *testing.B) {

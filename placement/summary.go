@@ -66,7 +66,7 @@ func (s Summary) Decision(p Policy, in Input) Decision {
 		why = append(why, h.Clause())
 	}
 	if len(why) == 0 {
-		why = []string{"it has no data"}
+		why = []string{"all of it stands in the metadata"}
 	}
 	d.Reason = fmt.Sprintf("layer %d to %s: %s", in.Index, strings.ToUpper(d.Tier.String()), strings.Join(why, "; "))
 	return d
