@@ -23,21 +23,28 @@ type packs struct{ *Store }
 
 func (p packs) PackPath(layer uint64) string { return p.Store.PackPath(LayerID(layer)) }
 
-// Between the answer that names a view and the mount by the container, a layer of
-// the view may have been unpacked anew: the container starts all the same, and
-// reads the new pack.
-func TestViewOfALayerThatIsReplacedBeforeItIsMounted(t *testing.T) {
+// viewed stores a layer with one file, whose pack is whole, commits it as snapshot "top" and makes its view.
+func viewed(t *testing.T, data []byte) (b *bench, s *Store, l Layer, id, view string) {
+	t.Helper()
 	b, nvm := onDisk(t)
-	s := b.open(func(c *Config) { c.NVMRoot = nvm })
-	data := large("a", 2<<20)
+	s = b.open(func(c *Config) { c.NVMRoot = nvm })
 	blob, diffID := layerOf(t, file{"large", data})
 	b.blobs.write(t, blob)
-	l := b.begin(spec(blob, diffID, unpack.ToPack))
-	id := b.commit("top", "", l.ID)
+	l = b.begin(spec(blob, diffID, unpack.ToPack))
+	id = b.commit("top", "", l.ID)
 	s.Release(l.ID)
 	b.state(l.ID, Home)
 	view, err := s.View(t.Context(), id, "top")
 	require.NoError(t, err)
+	return b, s, l, id, view
+}
+
+// Between the answer that names a view and the mount by the container, a layer of
+// the view may have been unpacked anew: the container starts all the same, and
+// reads the new pack.
+func TestViewOfALayerThatIsReplacedBeforeItIsMounted(t *testing.T) {
+	data := large("a", 2<<20)
+	b, s, l, _, view := viewed(t, data)
 	old := damage(t, s.PackPath(l.ID), data)
 	require.NoError(t, s.views.forget(t.Context(), l.ID))
 	b.read(view, func(root string) {
@@ -70,17 +77,8 @@ func damage(t *testing.T, path string, data []byte) (old string) {
 // Between the answer that names the parts of a chain and the mount by the
 // container, the parts may be dropped: the container starts all the same.
 func TestPartsThatGoBeforeTheyAreMounted(t *testing.T) {
-	b, nvm := onDisk(t)
-	s := b.open(func(c *Config) { c.NVMRoot = nvm })
 	data := large("a", 2<<20)
-	blob, diffID := layerOf(t, file{"large", data})
-	b.blobs.write(t, blob)
-	l := b.begin(spec(blob, diffID, unpack.ToPack))
-	id := b.commit("top", "", l.ID)
-	s.Release(l.ID)
-	b.state(l.ID, Home)
-	view, err := s.View(t.Context(), id, "top")
-	require.NoError(t, err)
+	b, s, l, id, view := viewed(t, data)
 	if s.PartsPath(id) == "" {
 		t.Skip("this kernel mounts no parts")
 	}
@@ -88,7 +86,7 @@ func TestPartsThatGoBeforeTheyAreMounted(t *testing.T) {
 		Redirect: pack.Ref{Layer: uint64(l.ID), Number: 1}.Redirect(), Size: int64(len(data)), Ranges: []hifparts.Range{{Offset: 0, Length: 1 << 20}},
 	}}, hifparts.Rules{MinSize: 1 << 18})
 	for _, drop := range []string{"not wanted", "layer replaced"} {
-		_, err = hifparts.Write(t.Context(), s.PartsPath(id), s.Tiers.DataRoot(), packs{s}, set, nopace)
+		_, err := hifparts.Write(t.Context(), s.PartsPath(id), s.Tiers.DataRoot(), packs{s}, set, nopace)
 		require.NoError(t, err)
 		require.NoError(t, s.PartsChanged(t.Context(), id))
 		point := s.Parts(t.Context(), id)
