@@ -91,14 +91,15 @@ func (r *Rig) Nhybridctl(ctx context.Context, args ...string) (string, error) {
 // containerd itself has collected a snapshot is made again, as its users do (containerd issue 3787).
 func (r *Rig) Pull(ctx context.Context, name string, args ...string) error {
 	args = append(append([]string{"images", "pull", "--plain-http"}, args...), r.Ref(name))
+	var err error
 	for range 3 {
 		before := len(collected.FindAllString(r.Containerd.Log(), -1))
-		_, err := r.Ctr(ctx, args...)
+		_, err = r.Ctr(ctx, args...)
 		if err == nil || len(collected.FindAllString(r.Containerd.Log(), -1)) == before {
 			return err
 		}
 	}
-	return fmt.Errorf("pull %q: containerd collects its snapshots again and again", name)
+	return fmt.Errorf("pull %q: containerd collects its snapshots again and again: %w", name, err)
 }
 
 // collected is what containerd's log says when it wants to clean up after a failed pull, and its own metadata (not the
