@@ -85,7 +85,9 @@ func specOf(sn store.Snapshot) (store.Spec, bool) {
 }
 
 // arrived returns when the blob of the layer is whole: the paper's rule decides
-// when storing begins, which is then.
+// when storing begins, which is then. It also returns when the pull is over, after which nobody looks at its downloads: a
+// client that has an applier of its own may commit all layers before the daemon has seen that the last one is there, and
+// another pull may wait for the layer of one that was given up. What is missing of the blob is waited for where it is read.
 func (j *placing) arrived(ctx context.Context) error {
 	for {
 		j.p.mu.Lock()
@@ -96,6 +98,8 @@ func (j *placing) arrived(ctx context.Context) error {
 		}
 		select {
 		case <-changed:
+		case <-j.pl.over:
+			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		}

@@ -85,6 +85,7 @@ type pulling struct {
 	received  int64         // bytes, then
 	shown     []shown       // what watchers know
 	changed   chan struct{} // closed when more has arrived
+	over      chan struct{} // closed when the pull has ended: nothing changes any more
 
 	asked  chan struct{} // closed when hot is known
 	hot    hif.HotSet
@@ -209,7 +210,7 @@ func (p *pulls) find(ctx context.Context, ns, chainID string, labels map[string]
 // begin has the layers of an image unpacked that are not there.
 func (p *pulls) begin(ctx context.Context, key string, img *pull.Image) (*pulling, error) {
 	n := len(img.Layers)
-	pl := &pulling{key: key, img: img, began: time.Now(), touched: time.Now(), layers: make([]placement.Layer, n), placed: make([]placed, n), changed: make(chan struct{}), asked: make(chan struct{})}
+	pl := &pulling{key: key, img: img, began: time.Now(), touched: time.Now(), layers: make([]placement.Layer, n), placed: make([]placed, n), changed: make(chan struct{}), over: make(chan struct{}), asked: make(chan struct{})}
 	for i, l := range img.Layers {
 		pl.layers[i] = placement.Layer{Digest: l.Digest.String(), Compressed: l.Size}
 	}
@@ -342,6 +343,7 @@ func (p *pulls) committed(id string) {
 	over := false
 	if pl != nil {
 		pl.placed[e.index].stored = true
+		pl.layers[e.index].Downloaded = true // whether or not the downloads were looked at since
 		pl.touched = time.Now()
 		p.watch.stored(pl, e.index)
 		over = !slices.ContainsFunc(pl.placed, func(q placed) bool { return !q.stored })

@@ -69,6 +69,7 @@ func (p *pulls) finish(pl *pulling, trouble string, release func(store.LayerID))
 		return
 	}
 	delete(p.byKey, pl.key)
+	close(pl.over)
 	var held []store.LayerID
 	for _, q := range pl.placed {
 		if q.layer != 0 {

@@ -96,12 +96,18 @@ func (d *downloads) desc(i int) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size}
 }
 
+// fetch brings the blob of a layer, and tells nobody.
+func (d *downloads) fetch(t *testing.T, i int) {
+	t.Helper()
+	desc := d.desc(i)
+	require.NoError(t, content.WriteBlob(t.Context(), d.Store, "layer-"+desc.Digest.String(), bytes.NewReader(d.blobs[i]), desc))
+}
+
 // arrive brings the blob of a layer, or of all.
 func (d *downloads) arrive(t *testing.T, layers ...int) {
 	t.Helper()
 	for _, i := range layers {
-		desc := d.desc(i)
-		require.NoError(t, content.WriteBlob(t.Context(), d.Store, "layer-"+desc.Digest.String(), bytes.NewReader(d.blobs[i]), desc))
+		d.fetch(t, i)
 		d.mu.Lock()
 		d.layers[i].Downloaded, d.layers[i].Offset, d.layers[i].Arrived = true, d.layers[i].Compressed, time.Now()
 		d.mu.Unlock()
@@ -300,6 +306,47 @@ func TestAnotherApplier(t *testing.T) {
 		left, err := s.store.Tiers.Staged()
 		return err == nil && len(left) == 0
 	}, awaitFor, awaitEvery, "their directories go")
+}
+
+// Another applier commits the last layer before the daemon has seen that its blob is there. Nobody looks at the downloads
+// of a pull that is over: what waits for them must not wait for ever.
+func TestPullThatIsOverBeforeItsDownloadsWereSeen(t *testing.T) {
+	d := newDownloads(t, []entry{{name: "a", data: "a"}}, []entry{{name: "b", data: "b"}})
+	lass, err := placement.ParsePolicy("lass")
+	require.NoError(t, err)
+	s := start(t, t.TempDir(), d, func(c *Config) { c.Policy = lass })
+	top := ""
+	for i := range d.blobs {
+		d.fetch(t, i)
+		key, _ := prepareLayer(t, s, d, i, top)
+		top = commitLayer(t, s, d, i, key)
+	}
+	inContainer(t, s, top, func(root string) { reads(t, root, map[string]string{"a": "a", "b": "b"}) })
+}
+
+// A pull was given up, and another one of the same layer goes on with what the first has begun.
+func TestLayerOfAPullThatWasGivenUp(t *testing.T) {
+	d := newDownloads(t, []entry{{name: "a", data: "a"}})
+	lass, err := placement.ParsePolicy("lass")
+	require.NoError(t, err)
+	s := start(t, t.TempDir(), d, func(c *Config) { c.Policy = lass })
+	first, _ := prepareLayer(t, s, d, 0, "")
+	blob := d.img.Layers[0].Digest
+	require.Eventually(t, func() bool { _, ok := s.store.Find(blob); return ok }, awaitFor, awaitEvery)
+	s.pulls.mu.Lock()
+	given := s.pulls.byKey["test/"+d.img.Manifest.String()]
+	s.pulls.mu.Unlock()
+	hold, fresh, err := s.store.Begin(t.Context(), store.Spec{Namespace: "test", Blob: blob, Size: d.desc(0).Size})
+	require.NoError(t, err)
+	require.False(t, fresh)
+	defer s.store.Release(hold)
+	require.NoError(t, s.Remove(inNamespace(t), first))
+	s.pulls.end(given, "given up")
+	d.fetch(t, 0)
+	ctx, cancel := context.WithTimeout(t.Context(), awaitFor)
+	defer cancel()
+	_, err = s.store.Await(ctx, hold)
+	require.NoError(t, err)
 }
 
 // Layers of images that containerd does not tell of are stored as they were written.
