@@ -109,6 +109,41 @@ func TestContainerThatWasGone(t *testing.T) {
 	require.NotContains(t, s.paths(second), "lives")
 }
 
+// Containers of two images were gone before anybody could look at them. A mount through which a file of one image's own layer
+// was opened is of that image, and so is the rest that was opened through it, also of layers that both have; and a start that
+// has executed through such a mount leaves those of others alone.
+func TestMountsAreOfTheImageWhoseLayersTheyHave(t *testing.T) {
+	s := newStore(t)
+	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
+	for _, f := range []string{"of-a", "of-b", "of-again"} {
+		s.put(placement.NVM, "3", f, []byte("x"))
+	}
+	s.put(placement.NVM, "4", "own-a", []byte("x"))
+	s.put(placement.NVM, "5", "own-b", []byte("x"))
+	tr := s.tracer(s.config())
+	a, b, again := s.container("7"), s.container("8"), s.container("9")
+	a.Layers, b.Layers, again.Layers = []string{"3", "4"}, []string{"3", "5"}, []string{"3", "4"}
+	watches := []*Watch{watch(t, tr, a), watch(t, tr, b), watch(t, tr, again)}
+	release := hold(t, tr)
+	for script, c := range map[string]*container{"cat /own-a /of-a": a, "cat /own-b /of-b": b, "cat /of-again": again} {
+		m := c.mount()
+		run(t, "chroot", m, "/bin/sh", "-c", script)
+		require.NoError(t, unix.Unmount(m, 0))
+	}
+	release()
+	first, second := s.paths(ready(watches[0])), s.paths(ready(watches[1]))
+	require.Contains(t, first, "own-a")
+	require.Contains(t, first, "of-a")
+	require.NotContains(t, first, "own-b")
+	require.NotContains(t, first, "of-b")
+	require.Contains(t, second, "own-b")
+	require.Contains(t, second, "of-b")
+	require.NotContains(t, second, "own-a")
+	require.NotContains(t, second, "of-a")
+	require.NotContains(t, second, "of-again", "it is known which mount is its own")
+	require.Contains(t, s.paths(ready(watches[2])), "of-again")
+}
+
 // Its start ends by quiet all the same.
 func TestQuietAfterAContainerThatWasGone(t *testing.T) {
 	s := newStore(t)

@@ -260,8 +260,10 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 	for _, c := range t.mounts {
 		i := slices.Index(c.owners, w)
 		if i < 0 {
-			if len(c.owners) == 0 && !c.foreign {
+			if len(c.owners) == 0 && !c.foreign && w.fits(c) {
 				orphans = append(orphans, c)
+				mine[c] = t.fitsAlone(c, w)
+				c.fitted = true
 			}
 			continue
 		}
@@ -275,11 +277,11 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		}
 	}
 	for _, c := range orphans {
-		if !t.mayBeOf(c, mine) {
+		if !mine[c] && !t.mayBeOf(c, mine) {
 			continue
 		}
 		for _, e := range c.entries {
-			if e.first >= w.opened && w.layers[e.ref.Layer] {
+			if e.first >= w.opened {
 				add(e, true)
 			}
 		}
@@ -321,6 +323,30 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 	})
 }
 
+// fits tells whether all that was opened through a clone is of the start's layers: a mount is of one chain, and what is
+// opened through it is of this chain's layers alone.
+func (w *Watch) fits(c *clone) bool {
+	for _, e := range c.entries {
+		if !w.layers[e.ref.Layer] {
+			return false
+		}
+	}
+	return true
+}
+
+// fitsAlone tells whether a clone that fits a start fits no other that is watched or was when the clone showed up.
+func (t *Tracer) fitsAlone(c *clone, w *Watch) bool {
+	if c.fitted {
+		return false
+	}
+	for _, o := range t.watches {
+		if o != w && o.fits(c) {
+			return false
+		}
+	}
+	return true
+}
+
 // mayBeOf tells whether a clone without a known owner may belong to the start
 // that has the clones that are mine. Somebody who looks users up in an image
 // executes nothing; whose process executed something through another clone is a
@@ -328,11 +354,11 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 // through mounts of its own, one that is not.
 func (t *Tracer) mayBeOf(c *clone, mine map[*clone]bool) bool {
 	ran, others := false, c.ran
-	for o := range mine {
-		if o.ran && c.akin(o) {
+	for o, is := range mine {
+		if is && o.ran && c.akin(o) {
 			return true
 		}
-		ran = ran || o.ran
+		ran = ran || is && o.ran
 	}
 	for _, o := range t.mounts {
 		if o == c || !o.ran || mine[o] || !c.akin(o) {
