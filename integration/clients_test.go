@@ -39,12 +39,12 @@ func TestNerdctlCommitChain(t *testing.T) {
 	needNerdctl(t, r)
 	_, err := r.PushTiny(ctx, "base:1", image.TinySpec{Runnable: true, Nasty: true, Layers: []int64{half, half}})
 	require.NoError(t, err)
-	nerdctl := func(args ...string) string {
+	said := func(out string, err error) string {
 		t.Helper()
-		out, err := r.Nerdctl(ctx, args...)
 		require.NoError(t, err)
 		return out
 	}
+	nerdctl := func(args ...string) { said(r.Nerdctl(ctx, args...)) }
 	nerdctl("pull", "-q", r.Ref("base:1"))
 	// Each step changes what the one before has made, in a way that is easily got wrong.
 	steps := []string{
@@ -56,21 +56,21 @@ func TestNerdctlCommitChain(t *testing.T) {
 	from := r.Ref("base:1")
 	for i, step := range steps {
 		name := fmt.Sprintf("step:%d", i)
-		nerdctl("run", "--name", fmt.Sprintf("c%d", i), "--net", "none", from, "sh", "-ec", step)
+		said(r.NerdctlRun(ctx, "--name", fmt.Sprintf("c%d", i), from, "sh", "-ec", step))
 		nerdctl("commit", fmt.Sprintf("c%d", i), name)
 		nerdctl("rm", fmt.Sprintf("c%d", i))
 		from = name
 	}
 	const ask = `stat -c '%a %n' /nasty/1/setuid; stat -c %u:%g /data/shared; cat /data/shared /a2 /a/in /m; ls /nasty/1/renamed /moved; stat -c %Y /nasty/1/empty; stat -c '%F %t %T' /dev-null; stat -c %a /m; test -e /made || test -e /nasty/1/dir || echo gone`
 	const want = "4711 /nasty/1/setuid\n7:8\n1\na\nb\nin\nm\n/moved:\n\n/nasty/1/renamed:\nnew\n1000\ncharacter special file 1 3\n700\ngone"
-	require.Equal(t, want, nerdctl("run", "--rm", "--net", "none", from, "sh", "-c", ask))
+	require.Equal(t, want, said(r.NerdctlRun(ctx, "--rm", from, "sh", "-c", ask)))
 	// The steps below are still what they were.
-	require.Equal(t, "a\nm", nerdctl("run", "--rm", "--net", "none", "step:0", "cat", "/a", "/made/m"))
+	require.Equal(t, "a\nm", said(r.NerdctlRun(ctx, "--rm", "step:0", "cat", "/a", "/made/m")))
 
 	for i := range steps {
 		nerdctl("rmi", "-f", fmt.Sprintf("step:%d", i))
 	}
-	require.Equal(t, "1", nerdctl("run", "--rm", "--net", "none", r.Ref("base:1"), "cat", "/data/shared"))
+	require.Equal(t, "1", said(r.NerdctlRun(ctx, "--rm", r.Ref("base:1"), "cat", "/data/shared")))
 	nerdctl("rmi", "-f", r.Ref("base:1"))
 	awaitEmpty(t, r)
 }

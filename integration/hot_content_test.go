@@ -57,7 +57,7 @@ func TestContentAfterMigration(t *testing.T) {
 	require.NoError(t, r.Pull(ctx, "base:1"))
 	require.NoError(t, r.Pull(ctx, "base:1", "--snapshotter", "overlayfs"))
 	want := look(t, mounted(t, r, "overlayfs", "base:1"))
-	_, err = r.Nerdctl(ctx, "run", "--name", "changed", "--net", "none", r.Ref("base:1"), "sh", "-ec",
+	_, err = r.NerdctlRun(ctx, "--name", "changed", r.Ref("base:1"), "sh", "-ec",
 		"echo more >>/nasty/1/owned; chmod 700 /nasty/1/setuid; rm -r /nasty/1/dir; echo new >/nasty/1/opaque/mine; mv /nasty/1/empty /moved")
 	require.NoError(t, err)
 	awaitMigration(t, r, 1)
@@ -67,7 +67,7 @@ func TestContentAfterMigration(t *testing.T) {
 	// Its container, made before anything moved, is committed now.
 	_, err = r.Nerdctl(ctx, "commit", "changed", "committed:1")
 	require.NoError(t, err)
-	out, err := r.Nerdctl(ctx, "run", "--rm", "--net", "none", "committed:1", "sh", "-c",
+	out, err := r.NerdctlRun(ctx, "--rm", "committed:1", "sh", "-c",
 		"cat /nasty/1/owned; stat -c '%a %u:%g' /nasty/1/setuid /nasty/1/owned /nasty/0/setgid; ls /nasty/1/opaque; test -e /nasty/1/dir || echo gone; wc -c </data/1/3; stat -c %s /moved")
 	require.NoError(t, err)
 	require.Equal(t, "ownedmore\n700 0:0\n640 1234567:7654321\n2755 0:0\nmine\nold\ngone\n1250\n0", out)

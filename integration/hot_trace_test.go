@@ -191,7 +191,7 @@ func TestTraceOfEveryClient(t *testing.T) {
 			return r.Ctr(ctx, "run", "--rm", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536", "--remap-labels", r.Ref(name), "mapped", "sh", "-c", script)
 		},
 		"nerdctl": func(name, script string) (string, error) {
-			return r.Nerdctl(ctx, "run", "--rm", "--net", "none", "--cap-add", "SYS_PTRACE", r.Ref(name), "sh", "-c", script)
+			return r.NerdctlRun(ctx, "--rm", "--cap-add", "SYS_PTRACE", r.Ref(name), "sh", "-c", script)
 		},
 		"cri": func(name, script string) (string, error) { return r.RunPod(ctx, r.Ref(name), "sh", "-c", script) },
 	}

@@ -118,7 +118,7 @@ func TestNerdctl(t *testing.T) {
 	require.NoError(t, err)
 	_, err = r.Nerdctl(ctx, "pull", "-q", r.Ref("busybox:1"))
 	require.NoError(t, err)
-	out, err := r.Nerdctl(ctx, "run", "--rm", "--net", "none", r.Ref("busybox:1"), "echo", "hello")
+	out, err := r.NerdctlRun(ctx, "--rm", r.Ref("busybox:1"), "echo", "hello")
 	require.NoError(t, err)
 	require.Equal(t, "hello", out)
 }

@@ -77,6 +77,12 @@ func (r *Rig) Nerdctl(ctx context.Context, args ...string) (string, error) {
 	return r.Run(ctx, "nerdctl", args...)
 }
 
+// NerdctlRun runs `nerdctl run` without network and without logs: nerdctl 2.1's process for them asks for the task for ever
+// where the container has ended before it looks, and nerdctl waits for that process, in `start --attach` as well.
+func (r *Rig) NerdctlRun(ctx context.Context, args ...string) (string, error) {
+	return r.Nerdctl(ctx, append([]string{"run", "--net", "none", "--log-driver", "none"}, args...)...)
+}
+
 // Crictl runs crictl. containerd's namespace of CRI is k8s.io.
 func (r *Rig) Crictl(ctx context.Context, args ...string) (string, error) {
 	return r.Run(ctx, "crictl", args...)

@@ -309,31 +309,32 @@ func TestDamagedImage(t *testing.T) {
 
 func TestNerdctl(t *testing.T) {
 	t.Parallel()
-	ctx := t.Context()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
 	n := newNode(t, rig.Options{}, region.Options{})
 	if err := n.NerdctlUnobtainable(); err != nil {
 		t.Skip(err)
 	}
 	n.app("app:1")
-	nerdctl := func(args ...string) string {
+	said := func(out string, err error) string {
 		t.Helper()
-		out, err := n.Nerdctl(ctx, args...)
 		require.NoError(t, err)
 		return out
 	}
+	nerdctl := func(args ...string) string { return said(n.Nerdctl(ctx, args...)) }
 	nerdctl("pull", "-q", n.Ref("app:1"))
-	require.Equal(t, "1 2097152", nerdctl("run", "--name", "app", "--net", "none", "--device", n.device("2m"), n.Ref("app:1"), "/app", "count"))
+	require.Equal(t, "1 2097152", said(n.NerdctlRun(ctx, "--name", "app", "--device", n.device("2m"), n.Ref("app:1"), "/app", "count")))
 	require.Contains(t, nerdctl("start", "-a", "app"), "2 2097152")
 	// nerdctl's own commit knows nothing of regions, and does nothing to them.
 	nerdctl("commit", "app", "plain:1")
-	require.Equal(t, "1 2097152", nerdctl("run", "--rm", "--net", "none", "--device", n.device("2m"), "plain:1", "/app", "count"))
+	require.Equal(t, "1 2097152", said(n.NerdctlRun(ctx, "--rm", "--device", n.device("2m"), "plain:1", "/app", "count")))
 	require.Contains(t, nerdctl("start", "-a", "app"), "3 2097152")
 	_, _ = n.Nerdctl(ctx, "export", "-o", filepath.Join(t.TempDir(), "c.tar"), "app") // not in every version
 	require.Contains(t, nerdctl("start", "-a", "app"), "4 2097152")
 	// By its name here, which is not its id.
 	var done Committed
 	n.call(OpCommit, CommitArgs{Namespace: n.Namespace, Container: "app", Ref: "docker.io/library/with:1"}, &done)
-	require.Equal(t, "5 2097152", nerdctl("run", "--rm", "--net", "none", "--device", n.device("image"), "with:1", "/app", "count"))
+	require.Equal(t, "5 2097152", said(n.NerdctlRun(ctx, "--rm", "--device", n.device("image"), "with:1", "/app", "count")))
 	nerdctl("rm", "app")
 	n.clean()
 }
