@@ -20,10 +20,10 @@ import (
 )
 
 // open opens a blob as it grows, or, where its file cannot be read from here,
-// when it has arrived.
-func (s *Store) open(ctx context.Context, spec Spec) (io.ReadCloser, error) {
+// when it has arrived. Its place is another's while it waits.
+func (s *Store) open(ctx context.Context, spec Spec, place *place) (io.ReadCloser, error) {
 	if root := s.config.Blobs.ContentRoot(ctx); root != "" && !s.elsewhere(ctx, root, spec) {
-		r, err := unpack.OpenGrowing(ctx, root, spec.Blob, spec.Size)
+		r, err := unpack.OpenGrowing(ctx, root, spec.Blob, spec.Size, place.without)
 		if err == nil {
 			return s.guard(ctx, r, root, spec), nil
 		}
@@ -39,13 +39,54 @@ func (s *Store) open(ctx context.Context, spec Spec) (io.ReadCloser, error) {
 		if err == nil || !errdefs.IsNotFound(err) && !errdefs.IsUnavailable(err) {
 			return r, err
 		}
-		select {
-		case <-arrived:
-		case <-time.After(time.Second): // events may be lost with the connection
-		case <-ctx.Done():
-			return nil, ctx.Err()
+		err = place.without(ctx, func() error {
+			select {
+			case <-arrived:
+			case <-time.After(time.Second): // events may be lost with the connection
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
+}
+
+// place is one of those that bound how many layers are unpacked at a time. An unpacking has it while it computes, and not
+// while it waits for its download: one that stands still must not keep the layers of others from being unpacked. One
+// goroutine uses it at a time: the one that reads the blob, and when that has ended the one that has begun it.
+type place struct {
+	of    chan struct{}
+	taken bool
+}
+
+// take waits for a place, or for the end of ctx.
+func (p *place) take(ctx context.Context) error {
+	select {
+	case p.of <- struct{}{}:
+		p.taken = true
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// leave gives the place back if it is taken.
+func (p *place) leave() {
+	if p.taken {
+		p.taken = false
+		<-p.of
+	}
+}
+
+// without gives the place back while wait runs.
+func (p *place) without(ctx context.Context, wait func() error) error {
+	p.leave()
+	if err := wait(); err != nil {
+		return err
+	}
+	return p.take(ctx)
 }
 
 func (s *Store) fromProvider(ctx context.Context, spec Spec) (io.ReadCloser, error) {

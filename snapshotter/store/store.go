@@ -74,7 +74,7 @@ type Config struct {
 	// inodes stay free of layers. nil keeps 5 %.
 	ReserveInodes func(total, inodes int64) int64
 	Workers       int     // of background work; default 2
-	Unpacks       int     // layers unpacked at a time; default 4
+	Unpacks       int     // layers unpacked at a time, those left out that wait for their downloads; default 4
 	HDDRate       float64 // bytes/s at which the HDD takes packs; 0: as measured
 	// MostBytes bounds the uncompressed bytes of one layer; 0: no bound but that of package unpack.
 	MostBytes int64
@@ -116,7 +116,7 @@ type Store struct {
 	nvmFailures int
 	layers      map[LayerID]*layer
 	byBlob      map[string]LayerID // blob digest -> layer, those that are not damaged for good
-	slots       chan struct{}      // one for each unpacking
+	places      chan struct{}      // one for each unpacking that computes
 	fetches     chan struct{}      // one for each blob that is fetched again
 	onEvent     func(LayerID, Layer)
 	closing     bool
@@ -132,7 +132,7 @@ func Open(ctx context.Context, c Config, changed func(LayerID, Layer)) (_ *Store
 	if err := c.complete(); err != nil {
 		return nil, err
 	}
-	s := &Store{config: c, layers: map[LayerID]*layer{}, byBlob: map[string]LayerID{}, slots: make(chan struct{}, c.Unpacks), fetches: make(chan struct{}, fetches), onEvent: changed}
+	s := &Store{config: c, layers: map[LayerID]*layer{}, byBlob: map[string]LayerID{}, places: make(chan struct{}, c.Unpacks), fetches: make(chan struct{}, fetches), onEvent: changed}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	if s.Tiers, err = tier.Open(c.Root, c.NVMRoot, c.State); err != nil {
 		return nil, err

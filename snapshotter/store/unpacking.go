@@ -160,18 +160,16 @@ func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) erro
 			return err
 		}
 	}
-	slots := s.slots
+	place := &place{of: s.places}
 	if spec.open != nil {
-		slots = s.fetches
+		place.of = s.fetches
 	}
-	select {
-	case slots <- struct{}{}:
-		defer func() { <-slots }()
-	case <-ctx.Done():
-		return ctx.Err()
+	if err := place.take(ctx); err != nil {
+		return err
 	}
+	defer place.leave()
 	for {
-		err := s.unpackOnce(ctx, l, rec, spec)
+		err := s.unpackOnce(ctx, l, rec, spec, place)
 		if !errors.Is(err, unpack.ErrRestarted) {
 			return err
 		}
@@ -179,11 +177,11 @@ func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) erro
 	}
 }
 
-func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec) error {
+func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec, place *place) error {
 	open := spec.open
 	if open == nil {
 		open = func(ctx context.Context) (io.ReadCloser, error) {
-			r, err := s.open(ctx, spec)
+			r, err := s.open(ctx, spec, place)
 			if err != nil {
 				err = fmt.Errorf("read blob %s: %w", spec.Blob, err)
 			}

@@ -287,7 +287,7 @@ func TestErrorsOfOthers(t *testing.T) {
 		dgst := digest.FromBytes(layer)
 		write(t, download(t, cs, "default/1/layer-"+dgst.String()), layer[:len(layer)/2])
 		ctx, cancel := context.WithCancel(t.Context())
-		r, err := OpenGrowing(ctx, root, dgst, int64(len(layer)))
+		r, err := OpenGrowing(ctx, root, dgst, int64(len(layer)), nil)
 		must(t, err)
 		seen := make(chan struct{}, 1000)
 		done := make(chan error)
@@ -307,7 +307,7 @@ func TestErrorsOfOthers(t *testing.T) {
 		bad := append(tarOf(t, reg("a", "x"), reg("a/b", "x")), make([]byte, 4*chunkSize)...)
 		dgst := digest.FromBytes(bad)
 		write(t, download(t, cs, "default/1/layer-"+dgst.String()), bad[:2*chunkSize])
-		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(bad)))
+		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(bad)), nil)
 		must(t, err)
 		if _, _, err := Layer(t.Context(), r, &memoryPack{}, wantOf(bad, nil), Options{}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("error is %v", err)

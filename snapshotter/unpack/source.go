@@ -44,17 +44,23 @@ const (
 // error that is [ErrRestarted] if the download shrinks, is replaced or grows
 // beyond size. The bytes are not verified.
 //
+// While it waits for bytes it is within idle, if that is not nil: idle calls what it is given, once, and returns its error
+// or one of its own, which ends the read. Its context ends with ctx or when the reader is closed.
+//
 // The error of OpenGrowing is errdefs.ErrUnavailable if root is not a content
 // store that this process can read; [FromProvider] is the way then.
-func OpenGrowing(ctx context.Context, root string, dgst digest.Digest, size int64) (io.ReadCloser, error) {
+func OpenGrowing(ctx context.Context, root string, dgst digest.Digest, size int64, idle func(ctx context.Context, wait func() error) error) (io.ReadCloser, error) {
 	if err := dgst.Validate(); err != nil {
 		return nil, fmt.Errorf("open blob %q: %w: %w", dgst, err, errdefs.ErrInvalidArgument)
 	}
 	if size < 0 {
 		return nil, fmt.Errorf("open blob %q: its size is %d: %w", dgst, size, errdefs.ErrInvalidArgument)
 	}
+	if idle == nil {
+		idle = func(_ context.Context, wait func() error) error { return wait() }
+	}
 	g := &growing{
-		dgst: dgst, size: size,
+		dgst: dgst, size: size, idle: idle,
 		ingests: filepath.Join(root, "ingest"),
 		blob:    filepath.Join(root, "blobs", dgst.Algorithm().String(), dgst.Encoded()),
 	}
@@ -76,6 +82,7 @@ type growing struct {
 	cancel        context.CancelFunc
 	dgst          digest.Digest
 	size          int64
+	idle          func(context.Context, func() error) error
 	ingests, blob string
 	changes       *changes
 
@@ -125,7 +132,7 @@ func (g *growing) read(p []byte) (int, error) {
 				continue
 			}
 		}
-		if err := g.changes.wait(); err != nil {
+		if err := g.idle(g.ctx, g.changes.wait); err != nil {
 			return 0, err
 		}
 	}

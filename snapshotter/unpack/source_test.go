@@ -77,7 +77,7 @@ func TestReadsWhatArrives(t *testing.T) {
 		root, cs := contentStore(t)
 		blob := bytes.Repeat([]byte("0123456789abcdef"), 100_000)
 		dgst := digest.FromBytes(blob)
-		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 		must(t, err)
 		all := readAll(r) // begins before the download
 		other := download(t, cs, "default/2/layer-"+digest.FromString("other").String())
@@ -102,7 +102,7 @@ func TestReadsInStep(t *testing.T) {
 	dgst := digest.FromBytes(blob)
 	w := download(t, cs, "default/1/layer-"+dgst.String())
 	write(t, w, blob[:6])
-	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 	must(t, err)
 	defer r.Close()
 	readExactly(t, r, blob[:6])
@@ -121,7 +121,7 @@ func TestReadsCommitted(t *testing.T) {
 	for _, blob := range [][]byte{[]byte("blob"), {}} {
 		dgst := digest.FromBytes(blob)
 		must(t, content.WriteBlob(t.Context(), cs, "x", bytes.NewReader(blob), ocispec.Descriptor{Digest: dgst, Size: int64(len(blob))}))
-		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+		r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 		must(t, err)
 		must(t, iotest.TestReader(readerOnly{r}, blob))
 		must(t, r.Close())
@@ -140,7 +140,7 @@ func TestLeavesStaleIngest(t *testing.T) {
 	stale := download(t, cs, "dead/1/layer-"+dgst.String())
 	write(t, stale, blob[:13])
 	must(t, stale.Close())
-	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 	must(t, err)
 	defer r.Close()
 	readExactly(t, r, blob[:13])
@@ -181,7 +181,7 @@ func TestRestarted(t *testing.T) {
 			root, cs := contentStore(t)
 			w := download(t, cs, ref)
 			write(t, w, blob[:6])
-			r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+			r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 			must(t, err)
 			defer r.Close()
 			readExactly(t, r, blob[:6])
@@ -198,7 +198,7 @@ func TestOpenGrowingEnds(t *testing.T) {
 	root, _ := contentStore(t)
 	dgst := digest.FromString("never")
 	ctx, cancel := context.WithCancel(t.Context())
-	r, err := OpenGrowing(ctx, root, dgst, 5)
+	r, err := OpenGrowing(ctx, root, dgst, 5, nil)
 	must(t, err)
 	all := readAll(r)
 	cancel()
@@ -207,7 +207,7 @@ func TestOpenGrowingEnds(t *testing.T) {
 	}
 	must(t, r.Close())
 
-	r, err = OpenGrowing(t.Context(), root, dgst, 5)
+	r, err = OpenGrowing(t.Context(), root, dgst, 5, nil)
 	must(t, err)
 	all = readAll(r)
 	must(t, r.Close())
@@ -231,7 +231,7 @@ func TestOpenGrowingRefuses(t *testing.T) {
 		"bad digest":    {root, "sha256:../../etc/passwd", 1, errdefs.IsInvalidArgument},
 		"negative size": {root, good, -1, errdefs.IsInvalidArgument},
 	} {
-		if _, err := OpenGrowing(t.Context(), c.root, c.dgst, c.size); !c.is(err) {
+		if _, err := OpenGrowing(t.Context(), c.root, c.dgst, c.size, nil); !c.is(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -267,7 +267,7 @@ func TestDownloadsAreGivenToTheDisk(t *testing.T) {
 	dgst := digest.FromBytes(blob)
 	w := download(t, cs, "default/1/layer-"+dgst.String())
 	write(t, w, blob[:2*giveBytes])
-	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)))
+	r, err := OpenGrowing(t.Context(), root, dgst, int64(len(blob)), nil)
 	must(t, err)
 	defer r.Close()
 	readExactly(t, r, blob[:2*giveBytes])

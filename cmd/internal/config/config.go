@@ -66,7 +66,7 @@ type Placement struct {
 
 // Unpack says how much the unpacker may do.
 type Unpack struct {
-	Concurrency int   `toml:"concurrency" comment:"Layers unpacked at a time. Each takes up to one core, and some MB of memory. At least 1."`
+	Concurrency int   `toml:"concurrency" comment:"Layers unpacked at a time; those that wait for their downloads do not count. Each takes up to one core, and some MB of memory. At least 1."`
 	MaxBytes    Space `toml:"max_bytes" comment:"Most uncompressed bytes of one layer. The pull of an image with a larger layer fails."`
 }
 
