@@ -21,8 +21,8 @@ type NVM struct {
 	dir string
 }
 
-// NewNVM makes an NVM of size bytes below a directory, which Close removes.
-func NewNVM(ctx context.Context, dir string, size int64) (_ *NVM, err error) {
+// NewNVM makes an NVM of size bytes below a directory, which Close removes. options are further ones of mkfs.ext4.
+func NewNVM(ctx context.Context, dir string, size int64, options ...string) (_ *NVM, err error) {
 	n := &NVM{dir: dir}
 	defer func() {
 		if err != nil {
@@ -48,7 +48,7 @@ func NewNVM(ctx context.Context, dir string, size int64) (_ *NVM, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, loop.Close()) }()
-	if err := block.MakeExt4(ctx, loop.Path()); err != nil {
+	if err := block.MakeExt4(ctx, loop.Path(), options...); err != nil {
 		return nil, err
 	}
 	return n, block.Mount(loop.Path(), n.Mountpoint(), "ext4", unix.MS_NOATIME, "")

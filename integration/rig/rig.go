@@ -47,6 +47,7 @@ type Options struct {
 	// HDD "": a directory in Dir. Given ones are not removed by Close.
 	NVM, HDD string
 	NVMSize  int64
+	NVMMkfs  []string // further options of mkfs.ext4
 	// ContainerdRoot is containerd's directory for content and metadata. "": a directory in Dir.
 	ContainerdRoot string
 
@@ -276,7 +277,7 @@ func (r *Rig) makeTiers(ctx context.Context) (err error) {
 		if size == 0 {
 			size = 512 << 20
 		}
-		if r.nvm, err = NewNVM(ctx, filepath.Join(r.Dir, "pm"), size); err != nil {
+		if r.nvm, err = NewNVM(ctx, filepath.Join(r.Dir, "pm"), size, r.options.NVMMkfs...); err != nil {
 			return err
 		}
 		r.NVM = filepath.Join(r.nvm.Mountpoint(), "nhybrid")
