@@ -110,7 +110,9 @@ func TestHDDThatCannotBeRead(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, disk.Close()) })
 	r := newRig(t, rig.Options{
-		HDD: filepath.Join(disk.Mountpoint(), "nhybrid"), DaemonArgs: append([]string{"--set", "placement.policy=hdd"}, calm...),
+		HDD: filepath.Join(disk.Mountpoint(), "nhybrid"),
+		// A prediction would make the view anew before the disk fails.
+		DaemonArgs: append([]string{"--set", "placement.policy=hdd", "--set", "hot.predict=off"}, calm...),
 	})
 	spec := image.TinySpec{Seed: 4, Runnable: true, Layers: []int64{1 << 20, 1 << 20}}
 	img, err := r.PushTiny(ctx, "app:1", spec)
