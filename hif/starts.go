@@ -321,7 +321,8 @@ func (m *Manager) Starts() []OpenStart {
 }
 
 func (m *Manager) describe(o *openStart) OpenStart {
+	files := o.watch.Files()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return OpenStart{o.Namespace, o.Key, o.name, o.began, o.watch.Files()}
+	return OpenStart{o.Namespace, o.Key, o.name, o.began, files}
 }

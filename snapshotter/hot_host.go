@@ -6,6 +6,7 @@ package snapshotter
 import (
 	"context"
 	"iter"
+	"time"
 
 	"github.com/nhybrid/nhybrid/hif/migrate"
 	"github.com/nhybrid/nhybrid/placement"
@@ -16,14 +17,33 @@ import (
 // Busy implements [migrate.Host].
 func (s hotStore) Busy() (why string, busy bool) { return s.store.Busy() }
 
-// BringHome implements [migrate.Host]. The store fills at its own pace.
-func (s hotStore) BringHome(ctx context.Context, layer string, _ func(int) error) error {
+// askPace is how often a wait for the store asks whether it is still wanted.
+const askPace = 200 * time.Millisecond
+
+// BringHome implements [migrate.Host]. The store fills at its own pace, for as long as pace lets it.
+func (s hotStore) BringHome(ctx context.Context, layer string, pace func(int) error) error {
 	id, err := store.ParseLayerID(layer)
 	if err != nil {
 		return err
 	}
-	if err := s.store.AwaitHome(ctx, id); err != nil {
-		return err
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.store.AwaitHome(waiting, id) }()
+	ask := time.NewTicker(askPace)
+	defer ask.Stop()
+	for home := false; !home; {
+		select {
+		case err := <-done:
+			if err != nil {
+				return err
+			}
+			home = true
+		case <-ask.C:
+			if err := pace(0); err != nil {
+				return err
+			}
+		}
 	}
 	// A database restored from its copy must know that the pack is whole: files
 	// leave NVM now.

@@ -116,14 +116,17 @@ func TestStatusNamesWhatAFullDiskStops(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(mounts[0].Source, "made"), []byte(noise(3, 20_000)), 0o600))
 	fill := filepath.Join(disk, "fill")
-	for err == nil {
-		var f *os.File
-		f, err = os.OpenFile(fill, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	full := func() { // the copy of the database comes and goes
+		f, err := os.OpenFile(fill, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 		require.NoError(t, err)
-		_, err = f.Write(make([]byte, 4096))
+		for err == nil {
+			_, err = f.Write(make([]byte, 4096))
+		}
+		require.ErrorIs(t, err, unix.ENOSPC)
 		require.NoError(t, f.Close())
 	}
-	require.ErrorIs(t, err, unix.ENOSPC)
+	require.NoError(t, s.store.FlushDatabase(t.Context()))
+	full()
 	require.NoError(t, s.Commit(inNamespace(t), "test/2/built", "test/1/build"))
 	warnings := func() string {
 		status, err := s.Control().Status(t.Context())
@@ -131,7 +134,11 @@ func TestStatusNamesWhatAFullDiskStops(t *testing.T) {
 		return strings.Join(status.GetWarnings(), "\n")
 	}
 	var said string
-	require.Eventually(t, func() bool { said = warnings(); return strings.Contains(said, "work on layer 1 has failed") }, awaitFor, awaitEvery)
+	require.Eventually(t, func() bool {
+		full()
+		said = warnings()
+		return strings.Contains(said, "work on layer 1 has failed")
+	}, awaitFor, awaitEvery)
 	require.Regexp(t, `(?m)^work on layer 1 has failed and is tried again: pack layer 1: .*no space left on device; remove images .*, or enlarge the filesystem$`, said)
 	require.Regexp(t, `(?m)^HDD is full: no pull succeeds; remove images .*, or enlarge the filesystem$`, said)
 	require.NoError(t, os.Remove(fill))

@@ -157,8 +157,7 @@ func (w *Watch) Result() Trace {
 // Files is how many files the start has opened so far, those left out whose
 // mount is not tied to a container yet.
 func (w *Watch) Files() (n int) {
-	w.t.resolving.Lock()
-	defer w.t.resolving.Unlock()
+	// mu alone: whoever ties mounts to containers may wait for somebody's filesystem.
 	w.t.mu.Lock()
 	defer w.t.mu.Unlock()
 	for _, c := range w.t.mounts {

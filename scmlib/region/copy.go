@@ -239,6 +239,10 @@ func (s *Store) Snapshot(ctx context.Context, ref Ref, name string) (Record, err
 // Clone makes a volume with the content of a region.
 func (s *Store) Clone(ctx context.Context, ref Ref, name string, o CreateOptions) (Record, error) {
 	to := Ref{Volume, ref.Namespace, name}
+	// Before the name of the copy is taken: whoever waited for a region of that name would wait for himself.
+	if _, err := s.get(ref); err != nil {
+		return Record{}, err
+	}
 	release, err := s.hold(ctx, to)
 	if err != nil {
 		return Record{}, err

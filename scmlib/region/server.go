@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,6 +56,9 @@ func Plain[A, R any](fn func(context.Context, A) (R, error)) Handler {
 	}
 }
 
+// acceptAgain is the pause before the next try where descriptors or memory were short.
+const acceptAgain = 100 * time.Millisecond
+
 // Serve answers until ctx ends or the listener is closed, then waits for what is being done, whose context ends.
 func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -68,6 +72,14 @@ func (srv *Server) Serve(ctx context.Context, l net.Listener) error {
 		if err != nil {
 			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 				return nil
+			}
+			if short := []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.ENOBUFS, unix.ECONNABORTED}; slices.ContainsFunc(short, func(e error) bool { return errors.Is(err, e) }) {
+				log.G(ctx).WithError(err).Error("a call about regions is not answered yet")
+				select {
+				case <-time.After(acceptAgain):
+				case <-ctx.Done():
+				}
+				continue
 			}
 			return fmt.Errorf("accept on %q: %w", l.Addr(), err)
 		}

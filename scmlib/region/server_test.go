@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -36,6 +37,33 @@ func serve(t *testing.T, s *Store, more map[string]Handler) (socket string) {
 	go func() { done <- srv.Serve(ctx, l) }()
 	t.Cleanup(func() { cancel(); require.NoError(t, <-done) })
 	return socket
+}
+
+// short is a listener for which descriptors are short once.
+type short struct {
+	net.Listener
+	met atomic.Bool
+}
+
+func (l *short) Accept() (net.Conn, error) {
+	if l.met.CompareAndSwap(false, true) {
+		return nil, &net.OpError{Op: "accept", Net: "unix", Err: os.NewSyscallError("accept4", unix.EMFILE)}
+	}
+	return l.Listener.Accept()
+}
+
+// Hooks of containers wait for an answer: one failure to take a call ends none of the others.
+func TestServesOnAfterAShortage(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	require.NoError(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- NewServer(newStore(t, Options{})).Serve(ctx, &short{Listener: l}) }()
+	t.Cleanup(func() { cancel(); require.NoError(t, <-done) })
+	var all Listing
+	_, err = api.Call(socket, OpList, Args{}, &all)
+	require.NoError(t, err)
 }
 
 func TestProtocol(t *testing.T) {

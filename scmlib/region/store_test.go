@@ -103,6 +103,15 @@ func empty(t *testing.T, s *Store) {
 	}
 }
 
+// A copy of what does not exist, under its own name, waits for nobody.
+func TestCloneOfNothing(t *testing.T) {
+	s := newStore(t, Options{})
+	ctx, cancel := context.WithTimeout(t.Context(), waitFor)
+	defer cancel()
+	_, err := s.Clone(ctx, vol("a"), "a", CreateOptions{})
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
+}
+
 // A region of bytes that scmlib did not make travels as it is.
 func TestRaw(t *testing.T) {
 	ctx := t.Context()

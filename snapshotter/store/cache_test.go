@@ -83,6 +83,7 @@ func TestNobodyIsToldOfCounts(t *testing.T) {
 	b.state(l.ID, Home)
 	_, _, err = s.Demote(pack.Ref{Layer: uint64(l.ID), Number: 1}.Redirect(), nil)
 	require.NoError(t, err)
+	b.idle()
 	before := told.Load()
 	require.Positive(t, before)
 	require.NoError(t, s.Counted(t.Context(), l.ID, 0))

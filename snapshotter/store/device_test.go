@@ -202,13 +202,14 @@ func TestPackThatCannotBeReadForAWhile(t *testing.T) {
 
 	entries, err := s.Entries(t.Context())
 	require.NoError(t, err)
+	d.idle()
 	for range 2 {
 		d.uncache()
 		d.fail(d.hdd, hddsim.Fault{Ops: hddsim.Reads})
 		_, err = s.View(t.Context(), entries[0].ID, "a")
 		require.ErrorIs(t, err, unix.EIO)
 		s.exec.kick(l.ID) // as after a start
-		d.eventually("the store has looked at it", func() bool { return s.exec.length() == 0 })
+		d.idle()
 		now, err := s.Layer(l.ID)
 		require.NoError(t, err)
 		require.Empty(t, now.Damaged)

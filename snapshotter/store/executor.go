@@ -5,6 +5,7 @@ package store
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"slices"
 	"sync"
@@ -173,8 +174,10 @@ func (e *executor) advance(which int, id LayerID) {
 	if err != nil || e.s.unpacking(l) {
 		return // removed, or looked at again when the unpacking ends
 	}
-	l.run.Lock()
-	defer l.run.Unlock()
+	if !e.begin(which, l) {
+		return // looked at again when the other work on it ends
+	}
+	defer e.end(l, id)
 	for e.ctx.Err() == nil {
 		rec, err := e.s.Layer(id)
 		if err != nil {
@@ -202,6 +205,9 @@ func (e *executor) advance(which int, id LayerID) {
 			}
 			return
 		}
+		if step == Pack && e.s.awaitParents(l, rec) {
+			return
+		}
 		log.L.WithFields(log.Fields{"layer": id, "step": step.String(), "why": why}).Debug("step")
 		if err = e.s.perform(e.ctx, l, rec, step, why); err != nil {
 			e.failed(l, id, step, err)
@@ -213,6 +219,68 @@ func (e *executor) advance(which int, id LayerID) {
 	}
 }
 
+// begin takes the run lock of a layer. A worker does not wait for it: filling may take as long as pulls go on.
+func (e *executor) begin(which int, l *layer) bool {
+	if which == fill {
+		l.run.Lock()
+		return true
+	}
+	e.s.mu.Lock()
+	l.refused = true // before the trial: who has the lock looks at this after giving it back
+	e.s.mu.Unlock()
+	if !l.run.TryLock() {
+		return false
+	}
+	e.s.mu.Lock()
+	l.refused = false
+	e.s.mu.Unlock()
+	return true
+}
+
+// end gives the run lock back and has the layer looked at by who was refused.
+func (e *executor) end(l *layer, id LayerID) {
+	l.run.Unlock()
+	e.s.mu.Lock()
+	refused := l.refused
+	l.refused = false
+	e.s.mu.Unlock()
+	if refused {
+		e.kick(id)
+	}
+}
+
+// awaitParents reports whether layers below a directory that was committed cannot be read yet. No worker waits for them,
+// since it takes one to mend them: the layer is looked at again when they can be read.
+func (s *Store) awaitParents(l *layer, rec Layer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if l.awaits || !slices.ContainsFunc(rec.Parents, func(id LayerID) bool {
+		parent := s.layers[id]
+		return parent == nil || !parent.rec.readable()
+	}) {
+		return l.awaits
+	}
+	l.awaits = true
+	s.wg.Go(func() {
+		var err error
+		for _, id := range rec.Parents {
+			if _, err = s.Await(s.ctx, id); err != nil {
+				err = fmt.Errorf("pack layer %s: %w", rec.ID, err)
+				break
+			}
+		}
+		s.mu.Lock()
+		l.awaits = false
+		s.mu.Unlock()
+		if err != nil {
+			s.exec.failed(l, rec.ID, Pack, err)
+			return
+		}
+		s.exec.kick(rec.ID)
+	})
+	return true
+}
+
 // unpacking reports whether a layer is being unpacked, in which it must not be waited
 // for: a blob may take long. An unpacking that nobody needs any more is told to end.
 func (s *Store) unpacking(l *layer) bool {
@@ -222,7 +290,7 @@ func (s *Store) unpacking(l *layer) bool {
 		return false
 	}
 	if l.rec.Users == 0 && l.holds <= 0 {
-		l.unpack.cancel()
+		l.unpack.end()
 	}
 	return true
 }
@@ -252,6 +320,11 @@ func (e *executor) awaitTraffic() {
 		switch _, busy := e.s.Busy(); {
 		case e.ctx.Err() != nil:
 		case busy:
+			for _, l := range e.s.Layers() {
+				if l.State == Stored && time.Since(l.Created) > syncLatest {
+					e.kick(l.ID)
+				}
+			}
 			e.awaitTraffic()
 		default:
 			e.resume()

@@ -40,6 +40,22 @@ func TestWorkGoesOnAfterAStart(t *testing.T) {
 	b.state(l.ID, Home)
 }
 
+// Starts and pulls follow on each other all day: images become durable all the same.
+func TestSyncDoesNotWaitForEver(t *testing.T) {
+	b := newBench(t)
+	var starts traffic
+	starts.starting.Store(true)
+	s := b.open(func(c *Config) { c.Traffic = &starts })
+	blob, diffID := layerOf(t, file{"a", large("a", 9000)})
+	b.blobs.write(t, blob)
+	l := b.begin(spec(blob, diffID, unpack.ToNVM))
+	b.commit("a", "", l.ID)
+	s.Release(l.ID)
+	b.eventually("the store has looked", func() bool { return s.exec.waits.Load() && s.exec.length() == 0 })
+	require.NoError(t, s.updateLayer(t.Context(), l.ID, func(l *Layer) { l.Created = l.Created.Add(-2 * syncLatest) }))
+	b.state(l.ID, Durable)
+}
+
 // containerd collects while a pull that failed still holds its layers for the next try.
 func TestCleanupWaitsForNoPull(t *testing.T) {
 	b := newBench(t)

@@ -51,10 +51,11 @@ func (s *Store) fill(ctx context.Context, rec Layer) error {
 	start, bytes := time.Now(), int64(0)
 	for _, n := range holes(index) {
 		e, _ := index.At(n)
-		if err := s.fillOne(ctx, f, rec.ID, n, e, s.pace(ctx)); err != nil {
-			if now, e := s.Layer(rec.ID); e == nil && now.Damaged != "" {
-				return nil // that was found and told, and its next step is another one
-			}
+		err := s.fillOne(ctx, f, rec.ID, n, e, s.pace(ctx, rec.ID))
+		if s.needless(rec.ID) {
+			return nil // its next step is another one
+		}
+		if err != nil {
 			return err
 		}
 		bytes += e.Size
@@ -65,6 +66,17 @@ func (s *Store) fill(ctx context.Context, rec Layer) error {
 	log.G(ctx).WithFields(log.Fields{"layer": rec.ID, "bytes": bytes, "took": time.Since(start)}).Info("pack is whole")
 	return nil
 }
+
+// needless reports whether the pack of a layer need not be filled any more: it is to be removed, or unpacked anew.
+func (s *Store) needless(id LayerID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.layers[id]
+	return l == nil || l.rec.Damaged != "" || l.rec.Users == 0 && l.rec.Used && l.holds <= 0
+}
+
+// errNeedless ends a filling in the midst of a file.
+var errNeedless = fmt.Errorf("the pack need not be filled any more: %w", errdefs.ErrAborted)
 
 // holes lists the numbers of files that were holes, in the order of the pack.
 func holes(index pack.Index) (numbers []uint32) {
@@ -125,8 +137,8 @@ func (s *Store) filled(ctx context.Context, rec Layer, f *os.File) error {
 }
 
 // pace lets a piece be copied when no pull and no start is under way and the rate
-// allows it.
-func (s *Store) pace(ctx context.Context) func(int) error {
+// allows it, and ends it when nobody needs the layer.
+func (s *Store) pace(ctx context.Context, id LayerID) func(int) error {
 	limit := rate.NewLimiter(rate.Inf, 0)
 	if r := s.config.WriteBackRate; r > 0 {
 		limit = rate.NewLimiter(rate.Limit(r), 1<<20)
@@ -139,6 +151,12 @@ func (s *Store) pace(ctx context.Context) func(int) error {
 				return ctx.Err()
 			case <-time.After(yield):
 			}
+			if s.needless(id) {
+				return errNeedless
+			}
+		}
+		if s.needless(id) {
+			return errNeedless
 		}
 		return limit.WaitN(ctx, n)
 	}

@@ -38,6 +38,7 @@ type blobs struct {
 	content.Store
 	hidden bool   // its directory cannot be read from here
 	seenAs string // its directory is another one here, "" for the same
+	in     string // the namespace that has the blobs, "": all
 	// registry answers Fetch; nil: no image has the blob.
 	registry func(context.Context) (io.ReadCloser, error)
 
@@ -71,7 +72,12 @@ func (b *blobs) ContentRoot(context.Context) string {
 	return b.root
 }
 
-func (b *blobs) Provider(context.Context, string) (content.Provider, error) { return b.Store, nil }
+func (b *blobs) Provider(_ context.Context, ns string) (content.Provider, error) {
+	if b.in != "" && b.in != ns {
+		return local.NewStore(filepath.Join(b.root, "..", "empty"))
+	}
+	return b.Store, nil
+}
 
 func (b *blobs) Subscribe(string) (<-chan struct{}, func()) {
 	b.mu.Lock()
@@ -257,6 +263,21 @@ func (b *bench) gone(id LayerID) {
 	})
 	require.NoFileExists(b.t, b.s.PackPath(id))
 	require.NoDirExists(b.t, b.s.Tiers.LayerData(id.String()))
+}
+
+// idle waits until nothing is done or to be done for any layer.
+func (b *bench) idle() {
+	b.t.Helper()
+	b.eventually("nothing is to be done", func() bool {
+		b.s.mu.Lock()
+		defer b.s.mu.Unlock()
+		for _, l := range b.s.layers {
+			if l.awaits || l.unpack != nil {
+				return false
+			}
+		}
+		return b.s.exec.length() == 0
+	})
 }
 
 func (b *bench) eventually(what string, ok func() bool) {

@@ -44,7 +44,7 @@ func (s *Store) release(id LayerID, since time.Time) {
 	// What a pull had begun to unpack anew would wait for a blob that may never come.
 	// The executor knows other ways.
 	if u := l.unpack; u != nil && l.holds <= 0 && (l.rec.Users == 0 || l.rec.Damaged != "" && !u.fetches) {
-		u.cancel()
+		u.end()
 	}
 	s.mu.Unlock()
 	s.exec.kick(id)

@@ -36,6 +36,9 @@ type layer struct {
 	pause   time.Duration // before a step that failed is tried again
 	unpack  *unpacking    // under way
 	refetch refetch
+	refused bool      // a worker wanted to look at it while somebody else had run
+	awaits  bool      // it is waited for the layers below it
+	spaces  []string  // namespaces of containerd whose pulls have asked for its blob
 	pack    *openPack // written and not synced yet
 	// nvmFailures is Store.nvmFailures when the writing of the layer began.
 	nvmFailures int
@@ -237,6 +240,10 @@ func (s *Store) RemoveSnapshot(tx *bolt.Tx, id string) (changed []LayerID, err e
 	return changed, own(tx, bucketRemoved).Put([]byte(id), []byte{})
 }
 
+// syncLatest is how long pulls and starts keep a layer from being brought to its devices: where one follows on the other all
+// day, images must become durable all the same.
+const syncLatest = time.Minute
+
 // found looks at what stands of a layer. It touches the HDD. The error is that of a
 // device that cannot tell: a pack that cannot be read now may be good.
 func (s *Store) found(l *layer, rec Layer) (Found, error) {
@@ -244,6 +251,7 @@ func (s *Store) found(l *layer, rec Layer) (Found, error) {
 	f := Found{
 		SameBoot: rec.Boot == s.config.BootID, Held: l.holds > 0, Running: l.unpack != nil,
 		Expired: time.Since(l.since) > s.config.Grace, WriteBack: s.config.WriteBack || l.homes > 0, Wanted: l.wanted > 0,
+		Overdue: time.Since(rec.Created) > syncLatest,
 	}
 	s.mu.Unlock()
 	if rec.State.Valid() {
@@ -277,17 +285,26 @@ func (s *Store) markDamaged(ctx context.Context, id LayerID, why string) error {
 // layer to the front of the queue. The error is ErrNotFound for a layer that is
 // gone, ErrDataLoss for one that is damaged and cannot be had again.
 func (s *Store) Await(ctx context.Context, id LayerID) (Layer, error) {
-	readable := func(l Layer) bool { return l.State.Valid() && l.Damaged == "" }
-	return s.await(ctx, id, readable, func(l *layer, n int) { l.wanted += n })
+	return s.await(ctx, id, Layer.readable, func(l *layer, n int) { l.wanted += n })
 }
 
-// AwaitHome returns when the pack of a layer is whole. Filling goes on at its own
+// AwaitHome returns when the pack of a layer is whole, or with ErrUnavailable when the layer is damaged and left alone. Filling goes on at its own
 // pace, behind pulls and starts.
 func (s *Store) AwaitHome(ctx context.Context, id LayerID) error {
-	home := func(l Layer) bool { return l.State == Home && l.Damaged == "" }
-	_, err := s.await(ctx, id, home, func(l *layer, n int) { l.homes += n })
+	ended := func(l Layer) bool {
+		if l.Damaged != "" { // nothing mends it but who needs it to be read
+			return l.Repairs >= mostRepairs
+		}
+		return l.State == Home
+	}
+	l, err := s.await(ctx, id, ended, func(l *layer, n int) { l.homes += n })
+	if err == nil && l.Damaged != "" {
+		err = fmt.Errorf("layer %s is damaged: %s: %w", id, l.Damaged, errdefs.ErrUnavailable)
+	}
 	return err
 }
+
+func (l Layer) readable() bool { return l.State.Valid() && l.Damaged == "" }
 
 func (s *Store) await(ctx context.Context, id LayerID, ready func(Layer) bool, count func(*layer, int)) (Layer, error) {
 	l, err := s.layer(id)

@@ -35,6 +35,7 @@ type Found struct {
 	Running   bool // it is being unpacked right now
 	WriteBack bool // holes are to be filled
 	Wanted    bool // a caller waits for the layer
+	Overdue   bool // it has waited long enough for pulls and starts to be on its devices
 }
 
 // powerCut is why a layer is damaged that was not durable.
@@ -87,7 +88,7 @@ func next(l Layer, f Found, busy bool) (Step, string) {
 	switch {
 	case l.State == Home:
 		return Nothing, ""
-	case l.State == Stored && !busy:
+	case l.State == Stored && (!busy || f.Overdue):
 		return Sync, "it is not on its devices yet"
 	case l.State == Stored:
 		return Nothing, "a pull or a start goes first"

@@ -28,6 +28,7 @@ func TestNext(t *testing.T) {
 		{"whole", used(Home), whole, false, Nothing},
 		{"stored", used(Stored), whole, false, Sync},
 		{"stored during a pull", used(Stored), whole, true, Nothing},
+		{"stored during pulls that never end", used(Stored), with(func(f *Found) { f.Overdue = true }), true, Sync},
 		{"stored and waited for", used(Stored), with(func(f *Found) { f.Wanted = true }), true, Nothing},
 		{"stored before a crash", used(Stored), with(func(f *Found) { f.SameBoot = false }), false, Damage},
 		{"durable before a crash", holes(Durable), with(func(f *Found) { f.SameBoot = false }), false, Fill},

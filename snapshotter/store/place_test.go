@@ -6,7 +6,6 @@ package store
 import (
 	"context"
 	"testing"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/stretchr/testify/require"
@@ -21,13 +20,6 @@ func TestDownloadsThatStandStillHoldUpNobody(t *testing.T) {
 			b := newBench(t)
 			b.blobs.hidden = hidden
 			s := b.open(func(c *Config) { c.Unpacks = 1 })
-			await := func(id LayerID) {
-				t.Helper()
-				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-				defer cancel()
-				_, err := s.Await(ctx, id)
-				require.NoError(t, err)
-			}
 			slow, _ := layerOf(t, file{"slow", large("slow", 900_000)})
 			late, _ := layerOf(t, file{"late", large("late", 300_000)})
 			other, _ := layerOf(t, file{"other", large("other", 300_000)})
@@ -48,7 +40,7 @@ func TestDownloadsThatStandStillHoldUpNobody(t *testing.T) {
 			b.blobs.write(t, other)
 			id, _, err := s.Begin(t.Context(), spec(other, "", unpack.ToPack))
 			require.NoError(t, err)
-			await(id)
+			b.await(id)
 
 			_, err = w.Write(slow[len(slow)/2:])
 			require.NoError(t, err)
@@ -56,7 +48,7 @@ func TestDownloadsThatStandStillHoldUpNobody(t *testing.T) {
 			b.blobs.write(t, late)
 			b.blobs.tell()
 			for _, id := range waiting {
-				await(id)
+				b.await(id)
 			}
 			b.eventually("places are free", func() bool { return len(s.places) == 0 })
 		})

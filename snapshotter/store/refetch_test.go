@@ -28,8 +28,8 @@ func (b *bench) lost(s *Store, blob []byte, l Layer) (view string) {
 	s.Release(l.ID)
 	info, err := os.Stat(s.PackPath(l.ID))
 	require.NoError(b.t, err)
+	require.NoError(b.t, b.blobs.Delete(b.t.Context(), desc(blob).Digest)) // first: the executor may look at any time
 	flip(b.t, s.PackPath(l.ID), info.Size()-1)
-	require.NoError(b.t, b.blobs.Delete(b.t.Context(), desc(blob).Digest))
 	_, err = s.Metas(b.t.Context(), []LayerID{l.ID})
 	require.ErrorIs(b.t, err, errdefs.ErrDataLoss)
 	return view
@@ -111,9 +111,9 @@ func TestRegistryThatGivesNothing(t *testing.T) {
 	require.NoError(t, err)
 
 	// A blob that comes to containerd by another way is taken from there.
-	require.NoError(t, s.markDamaged(t.Context(), l.ID, "for a test"))
 	works.Store(false)
 	b.blobs.write(t, blob)
+	require.NoError(t, s.markDamaged(t.Context(), l.ID, "for a test"))
 	_, err = s.Await(t.Context(), l.ID)
 	require.NoError(t, err)
 }

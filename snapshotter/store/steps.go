@@ -44,11 +44,6 @@ func (s *Store) perform(ctx context.Context, l *layer, rec Layer, step Step, why
 // linked to their numbers, so that no byte moves; on HDD they are copied into the
 // pack. The directory goes when the record says that it is not needed.
 func (s *Store) packStaged(ctx context.Context, rec Layer) (err error) {
-	for _, id := range rec.Parents {
-		if _, err := s.Await(ctx, id); err != nil {
-			return fmt.Errorf("pack layer %s: %w", rec.ID, err)
-		}
-	}
 	below, err := s.Metas(ctx, rec.Parents)
 	if err != nil {
 		return fmt.Errorf("pack layer %s: %w", rec.ID, err)

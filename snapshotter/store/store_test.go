@@ -182,7 +182,7 @@ func TestDirectoryIsPacked(t *testing.T) {
 			layer := b.commitPath("work", "top")
 			l := b.state(layer, Home)
 			require.Equal(t, on == placement.NVM, l.Holes > 0)
-			require.NoDirExists(t, s.Tiers.Staging(on, id))
+			b.eventually("its directory goes", func() bool { _, err := os.Stat(s.Tiers.Staging(on, id)); return os.IsNotExist(err) })
 			view, err := s.View(t.Context(), id, "top")
 			require.NoError(t, err)
 			b.read(view, func(root string) {

@@ -222,7 +222,7 @@ func (s *Store) WaitRemoved(ctx context.Context) error {
 		for rec.Users == 0 && rec.Used {
 			s.mu.Lock()
 			l := s.layers[rec.ID]
-			if l == nil || l.holds > 0 { // a pull that failed holds its layers for the next try
+			if l == nil || l.holds > 0 || l.rec.Users > 0 { // a pull that failed holds its layers for the next try
 				s.mu.Unlock()
 				break
 			}
@@ -236,6 +236,8 @@ func (s *Store) WaitRemoved(ctx context.Context) error {
 			case <-changed:
 			case <-ctx.Done():
 				return ctx.Err()
+			case <-s.ctx.Done():
+				return fmt.Errorf("remove layer %s: the daemon is stopping: %w", rec.ID, errdefs.ErrUnavailable)
 			}
 		}
 	}

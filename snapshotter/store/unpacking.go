@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -46,12 +47,24 @@ type Spec struct {
 	open func(context.Context) (io.ReadCloser, error)
 }
 
-// unpacking is the work of making a layer from its blob.
+// unpacking is the work of making a layer from its blob. Guarded by Store.mu.
 type unpacking struct {
 	cancel  context.CancelFunc
 	done    chan struct{}
-	fetches bool // from a registry
+	fetches bool  // from a registry
+	ended   bool  // it was cancelled
+	after   *Spec // of who came when it was: it begins anew
 }
+
+// end cancels an unpacking. Called with Store.mu held.
+func (u *unpacking) end() {
+	u.ended = true
+	u.cancel()
+}
+
+// errBlobGone ends an unpacking that would wait for a blob that no pull is downloading: a client has committed the layer by
+// itself, and containerd may have collected the blob since. The executor knows other ways.
+var errBlobGone = fmt.Errorf("no pull is downloading it any more: %w", errdefs.ErrNotFound)
 
 // Begin returns the layer with the given blob and holds it until [Store.Release].
 // Where there is none, or one that is damaged, it begins an unpacking, which goes
@@ -78,6 +91,7 @@ func (s *Store) Begin(ctx context.Context, spec Spec) (id LayerID, fresh bool, e
 	if id, ok := s.byBlob[spec.Blob.String()]; ok && s.layers[id] != nil {
 		// Another pull was faster. The number stays unused.
 		s.layers[id].holds++
+		s.layers[id].wantedIn(spec.Namespace)
 		s.layers[rec.ID] = &layer{rec: rec, changed: make(chan struct{}), since: time.Now()}
 		s.mu.Unlock()
 		s.exec.kick(rec.ID) // nobody holds it: it goes
@@ -85,6 +99,7 @@ func (s *Store) Begin(ctx context.Context, spec Spec) (id LayerID, fresh bool, e
 	}
 	l := s.remember(rec)
 	l.holds++
+	l.wantedIn(spec.Namespace)
 	s.mu.Unlock()
 	s.start(l, rec, spec)
 	return rec.ID, true, nil
@@ -101,12 +116,23 @@ func (s *Store) holdBlob(spec Spec) (LayerID, bool) {
 		return 0, false
 	}
 	l.holds++
+	l.wantedIn(spec.Namespace)
 	rec, running := l.rec, l.unpack != nil
+	if running && l.unpack.ended && l.unpack.after == nil {
+		l.unpack.after = &spec
+	}
 	s.mu.Unlock()
 	if !running && (rec.Damaged != "" || rec.State == Unpacking) {
 		s.start(l, rec, spec)
 	}
 	return id, true
+}
+
+// wantedIn notes the namespace of a pull that needs the blob. Called with Store.mu held.
+func (l *layer) wantedIn(ns string) {
+	if ns != "" && !slices.Contains(l.spaces, ns) {
+		l.spaces = append(l.spaces, ns)
+	}
 }
 
 // start unpacks in a goroutine of its own, unless that is under way.
@@ -127,22 +153,38 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 		defer close(u.done)
 		defer cancel()
 		l.run.Lock()
-		err := s.unpack(ctx, l, rec, spec)
+		s.mu.Lock()
+		rec = l.rec // the executor may have been faster
+		s.mu.Unlock()
+		var err error
+		if !rec.readable() {
+			err = s.unpack(ctx, l, u, rec, spec)
+		}
 		l.run.Unlock()
 		s.mu.Lock()
 		l.unpack = nil
 		l.last = err
+		over := ctx.Err() != nil || errors.Is(err, errBlobGone)
+		again := u.after
+		if l.holds <= 0 || s.ctx.Err() != nil {
+			again = nil
+		}
 		switch {
 		case err == nil:
 			l.refetch = refetch{}
-		case u.fetches && ctx.Err() == nil:
+		case over && (again != nil || l.rec.Users > 0):
+			l.last = nil // it is tried again, or in another way
+		case u.fetches && !over:
 			l.refetch.failed(err)
 		}
+		rec = l.rec
 		s.signal(l)
 		s.mu.Unlock()
 		switch {
 		case err == nil:
-		case ctx.Err() != nil:
+		case again != nil:
+			s.start(l, rec, *again)
+		case over:
 			log.L.WithField("layer", rec.ID).Debug("unpacking was cancelled")
 		case u.fetches: // the executor tells, and when it tries again
 		default:
@@ -154,13 +196,20 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 	return u
 }
 
-func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) error {
+func (s *Store) unpack(ctx context.Context, l *layer, u *unpacking, rec Layer, spec Spec) error {
 	if spec.Gate != nil {
 		if err := spec.Gate(ctx); err != nil {
 			return err
 		}
 	}
-	place := &place{of: s.places}
+	place := &place{of: s.places, mayWait: func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !u.fetches && l.holds <= 0 && l.rec.Users > 0 {
+			return errBlobGone
+		}
+		return nil
+	}}
 	if spec.open != nil {
 		place.of = s.fetches
 	}
@@ -168,12 +217,30 @@ func (s *Store) unpack(ctx context.Context, l *layer, rec Layer, spec Spec) erro
 		return err
 	}
 	defer place.leave()
-	for {
+	for pause := time.Duration(0); ; pause = min(max(2*pause, restartFirst), restartMost) {
 		err := s.unpackOnce(ctx, l, rec, spec, place)
 		if !errors.Is(err, unpack.ErrRestarted) {
 			return err
 		}
 		log.G(ctx).WithError(err).WithField("layer", rec.ID).Info("the download of a layer began anew, and so does its unpacking")
+		if err := place.without(ctx, func() error { return sleep(ctx, pause) }); err != nil {
+			return err
+		}
+	}
+}
+
+// restartFirst and restartMost bound the pause after the second and each further time that a download is found to be another one.
+const (
+	restartFirst = 100 * time.Millisecond
+	restartMost  = 5 * time.Second
+)
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -181,7 +248,7 @@ func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec, 
 	open := spec.open
 	if open == nil {
 		open = func(ctx context.Context) (io.ReadCloser, error) {
-			r, err := s.open(ctx, spec, place)
+			r, err := s.open(ctx, l, spec, place)
 			if err != nil {
 				err = fmt.Errorf("read blob %s: %w", spec.Blob, err)
 			}
