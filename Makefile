@@ -122,7 +122,7 @@ test-c: ## Run the tests of libscm and libscm_preload (needs gcc; redis-server, 
 	SCM_TSAN=1 go test -count 1 -v ./scmlib/c
 
 # Not hif/static and hif/parts: what has this tag there measures, on dozens of images that are built first (docs/hif.md).
-# One package at a time: benchmarks drop the machine's caches, and traces of other tests would find that in theirs.
+# One package at a time: each starts machines of its own.
 .PHONY: test-integration
 test-integration: deps tools build ## Run the tests against real containerd, ctr, nerdctl and CRI (root).
 	@tools/deps $(DEB_DEPLOY)

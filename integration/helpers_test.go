@@ -25,10 +25,10 @@ import (
 	"github.com/nhybrid/nhybrid/integration/rig"
 )
 
-// soon is the test's context with a deadline for whatever is waited for.
+// soon is the test's context with a deadline that nothing but what hangs can meet, however busy the machine is.
 func soon(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

@@ -191,7 +191,7 @@ func TestImageRemovedWhileFilesMove(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
 			policy := map[bool]string{true: "hdd", false: "nvm"}[up]
-			r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy="+policy, "--set", "hot.predict=off", "--set", "hot.operations=20")})
+			r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy="+policy, "--set", "hot.predict=off", "--set", "hot.operations=2")})
 			bulk(t, r, "app:1", 60)
 			require.NoError(t, r.Pull(ctx, "app:1"))
 			direction := "up"

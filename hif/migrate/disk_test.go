@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -87,14 +88,27 @@ func TestWaitsForTheDisk(t *testing.T) {
 		require.NoError(t, os.Rename(tmp, stat))
 	}
 	set("0")
-	e := r.engine(Config{})
+	e := r.engine(Config{Disk: 0.3})
 	waitState(t, e, Idle)
 	e.disk.stat = stat // before a goal its goroutine does not look
+	// Whenever the engine looks, others have been at it since its last look.
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for ms := 1_000_000; ; ms += 1_000_000 {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond):
+				set(strconv.Itoa(ms))
+			}
+		}
+	}()
 	e.Apply(p)
-	require.Eventually(t, func() bool { return e.Progress().State == Running }, 10*time.Second, time.Millisecond)
-	set("1000000")
 	waitState(t, e, Waiting)
 	require.Contains(t, e.Progress().Reason, "others keep the HDD busy")
+	close(stop)
+	<-stopped
 	r.reaches(e, want)
 	require.Positive(t, e.Stats().Waited["disk"])
 }

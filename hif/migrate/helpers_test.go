@@ -207,6 +207,9 @@ func newRig(t *testing.T) *rig {
 func (r *rig) engine(c Config) *Engine {
 	r.t.Helper()
 	c.HDD = r.host.home
+	if c.Disk == 0 {
+		c.Disk = 1 // whatever others do on the machine's own disk
+	}
 	e, err := New(c, r.host)
 	require.NoError(r.t, err)
 	r.t.Cleanup(func() { _ = e.Close() })

@@ -285,9 +285,9 @@ func TestOthersNeverEnd(t *testing.T) {
 // Another plan takes effect at once; the file that is being copied is finished if it is still wanted.
 func TestAnotherPlan(t *testing.T) {
 	r := newRig(t)
-	r.file(placement.HDD, name(1, 1), 4<<20)
+	r.file(placement.HDD, name(1, 1), 16<<20)
 	r.file(placement.HDD, name(1, 2), 1)
-	e := r.engine(Config{Rate: 1 << 20}) // the burst is spent after the first piece or two
+	e := r.engine(Config{Rate: 1 << 20}) // the burst is spent after the first piece or two, and the rest takes long
 	e.Apply(plan.Plan{Up: up(r, name(1, 1))})
 	require.Eventually(t, func() bool { return e.Progress().Current == name(1, 1) && e.Progress().State == Running }, 10*time.Second, time.Millisecond)
 	e.Apply(plan.Plan{Up: up(r, name(1, 2))})

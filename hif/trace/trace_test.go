@@ -110,7 +110,7 @@ func TestHiddenMount(t *testing.T) {
 	require.NoError(t, cmd.Start())
 	// The shell in the container reads its commands from here, so it lives
 	// until its first opens have been seen.
-	require.Eventually(t, func() bool { return tr.Stats().Opens[placement.HDD] > 0 }, 10*time.Second, 5*time.Millisecond)
+	require.Eventually(t, func() bool { return w.Files() > 0 }, 10*time.Second, 5*time.Millisecond)
 	_, err = in.Write([]byte("read x < /a\n"))
 	require.NoError(t, err)
 	in.Close()

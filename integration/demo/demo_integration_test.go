@@ -39,7 +39,7 @@ func show(t *testing.T, program string, args ...string) (cmd *exec.Cmd, name, ou
 	t.Helper()
 	out = t.TempDir()
 	name = fmt.Sprintf("%d-%s", os.Getpid(), strings.ToLower(t.Name()[len("Test"):])[:4])
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	t.Cleanup(cancel)
 	cmd = exec.CommandContext(ctx, program, append([]string{"-tiny", "-out", out, "-name", name}, args...)...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }

@@ -78,7 +78,7 @@ func TestOvertaken(t *testing.T) {
 
 // TestOneStreamDoesNotSeek writes one large file, which the kernel hands over as hundreds of requests on several threads.
 func TestOneStreamDoesNotSeek(t *testing.T) {
-	d := start(t, Options{Model: &Model{WriteSeek: time.Microsecond, WriteRate: 1e9, Gap: 1 << 20}})
+	d := start(t, Options{Model: &Model{WriteSeek: time.Microsecond, WriteRate: 1e9, Gap: 8 << 20}})
 	before, err := d.Counters()
 	require.NoError(t, err)
 	writeSync(t, filepath.Join(d.Mountpoint(), "f"), make([]byte, 16<<20))

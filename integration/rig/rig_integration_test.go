@@ -6,6 +6,7 @@
 package rig
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -189,6 +190,10 @@ func TestDaemonUnderContainerdIsKilledAndNothingIsLeft(t *testing.T) {
 	require.NoError(t, err, "containers do not need the daemon")
 	require.Equal(t, "1", out)
 	require.NoError(t, r.Daemon.Start(ctx))
+	require.NoError(t, Await(ctx, func(ctx context.Context) error { // containerd waits a second or more after a call that failed
+		_, err := r.Ctr(ctx, "snapshots", "--snapshotter", "nhybrid", "ls")
+		return err
+	}))
 	out, err = r.RunContainer(ctx, "tiny:1", "second", "cat", "/data/shared")
 	require.NoError(t, err)
 	require.Equal(t, "1", out)

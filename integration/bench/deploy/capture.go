@@ -86,7 +86,7 @@ func (b *bench) captureOne(ctx context.Context, files int) (c capture, err error
 	if err := g.Push(ctx, imageName, img); err != nil {
 		return c, err
 	}
-	if err := errors.Join(s.arm(), lab.DropCaches()); err != nil {
+	if err := errors.Join(s.arm(), lab.DropCaches(b.options.dropCaches)); err != nil {
 		return c, err
 	}
 	w, err := newWatcher(g)
@@ -121,7 +121,7 @@ func (b *bench) captureOne(ctx context.Context, files int) (c capture, err error
 		return c, err
 	}
 	c.PackBytes, c.ViewBytes, c.PeakRSSBytes = stored.GetLayers()[0].GetHddBytes(), stored.GetSnapshot().GetViewBytes(), m.Peak
-	c.RemoveS, err = removal(ctx, g, w, s, stored.GetLayers()[0].GetLayer())
+	c.RemoveS, err = b.removal(ctx, g, w, s, stored.GetLayers()[0].GetLayer())
 	return c, err
 }
 

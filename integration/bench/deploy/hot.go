@@ -146,10 +146,8 @@ func (b *bench) coldPull(ctx context.Context, g *rig.Rig, s *stand) error {
 	if err := s.arm(); err != nil {
 		return err
 	}
-	if b.options.dropCaches {
-		if err := lab.DropCaches(); err != nil {
-			return fmt.Errorf("drop caches: %w", err)
-		}
+	if err := lab.DropCaches(b.options.dropCaches); err != nil {
+		return err
 	}
 	return g.Pull(ctx, imageName)
 }

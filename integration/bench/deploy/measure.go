@@ -25,10 +25,8 @@ func (b *bench) measure(ctx context.Context, g *rig.Rig, s *stand, r *run) (err 
 	if err := s.arm(); err != nil {
 		return err
 	}
-	if b.options.dropCaches {
-		if err := lab.DropCaches(); err != nil {
-			return fmt.Errorf("drop caches: %w", err)
-		}
+	if err := lab.DropCaches(b.options.dropCaches); err != nil {
+		return err
 	}
 	before, err := b.look(g, s)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 
 // removal is the seconds from the command that removes the image, whose only layer has the given number, until its pack and
 // its files on NVM are gone and the filesystem of the HDD has the room back. The disk is armed and nothing is cached.
-func removal(ctx context.Context, g *rig.Rig, w *watcher, s *stand, layer string) (float64, error) {
+func (b *bench) removal(ctx context.Context, g *rig.Rig, w *watcher, s *stand, layer string) (float64, error) {
 	if err := w.await(ctx, settled); err != nil {
 		return 0, err
 	}
@@ -29,7 +29,7 @@ func removal(ctx context.Context, g *rig.Rig, w *watcher, s *stand, layer string
 	if err := unix.Stat(pack, &st); err != nil {
 		return 0, fmt.Errorf("look at pack %q: %w", pack, err)
 	}
-	if err := lab.DropCaches(); err != nil {
+	if err := lab.DropCaches(b.options.dropCaches); err != nil {
 		return 0, err
 	}
 	before, err := lab.UsedBytes(s.hdd.Mountpoint())

@@ -42,6 +42,7 @@ type options struct {
 	starts, hddStarts, containers int
 	idle                          time.Duration
 	quick, fresh, check           bool
+	dropCaches                    bool
 }
 
 // Command is the subcommand.
@@ -82,6 +83,7 @@ func Command() *cobra.Command {
 	f.DurationVar(&o.idle, "idle", time.Minute, "how long the idle daemon is watched")
 	f.StringSliceVar(&o.skip, "skip", nil, "parts to leave out: "+strings.Join(parts, ", "))
 	f.BoolVar(&o.quick, "quick", false, "three tiny images, fewer repetitions: to try the benchmark itself")
+	f.BoolVar(&o.dropCaches, "drop-caches", true, "empty the machine's page cache before each start")
 	f.BoolVar(&o.check, "check", false, "only start every image once, warm, with overlayfs, and say if it gets ready")
 	f.BoolVar(&o.fresh, "fresh", false, "forget the measurements of earlier, interrupted runs")
 	return c

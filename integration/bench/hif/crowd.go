@@ -98,8 +98,8 @@ func (b *bench) atOnce(ctx context.Context, s *stand, variant string, names []st
 	if err := s.arm(); err != nil {
 		return total, err
 	}
-	if err := lab.DropCaches(); err != nil {
-		return total, fmt.Errorf("drop caches: %w", err)
+	if err := lab.DropCaches(b.options.dropCaches); err != nil {
+		return total, err
 	}
 	p := s.places[variant]
 	containers := make([]*started, len(names))

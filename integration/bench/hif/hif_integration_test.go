@@ -55,6 +55,7 @@ func TestQuick(t *testing.T) {
 	args := []string{
 		"--out=" + out, "--images=busybox,eclipse-mosquitto", "--many=busybox,eclipse-mosquitto", "--first=eclipse-mosquitto",
 		"--curve=eclipse-mosquitto", "--containers=3",
+		"--drop-caches=false", // other tests look into them
 	}
 	var log bytes.Buffer
 	require.NoError(t, execute(t.Context(), io.MultiWriter(&log, t.Output()), args...))

@@ -168,8 +168,8 @@ func (b *bench) cold(ctx context.Context, s *stand, p *place, img catalog.Image,
 	if err := s.sync(); err != nil {
 		return nil, err
 	}
-	if err := lab.DropCaches(); err != nil {
-		return nil, fmt.Errorf("drop caches: %w", err)
+	if err := lab.DropCaches(b.options.dropCaches); err != nil {
+		return nil, err
 	}
 	return p.start(ctx, img, id, nil)
 }

@@ -123,10 +123,17 @@ func SyncFS(dir string) error {
 	return nil
 }
 
-// DropCaches empties the page cache and the caches of inodes and names.
-func DropCaches() error {
+// DropCaches empties the page cache and the caches of inodes and names of the machine, unless really is false: a benchmark that
+// is only tried leaves those of others alone.
+func DropCaches(really bool) error {
+	if !really {
+		return nil
+	}
 	unix.Sync()
-	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o644)
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0o644); err != nil {
+		return fmt.Errorf("drop caches: %w", err)
+	}
+	return nil
 }
 
 // Memory is what a process occupies.
