@@ -113,7 +113,7 @@ test-unit: ## Run the unit tests, with the race detector where it sees anything 
 
 .PHONY: fuzz
 FUZZTIME ?= 20s
-fuzz: ## Run each fuzz target for FUZZTIME (20s), four at a time.
+fuzz: ## Run each fuzz target for FUZZTIME (20s), two at a time.
 	@tools/fuzz $(FUZZTIME)
 
 .PHONY: test-c
