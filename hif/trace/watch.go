@@ -256,12 +256,17 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 	}
 	var orphans []*clone
 	mine := map[*clone]bool{}
+	ran := false // something was executed through a mount that is known to be its own
+	for _, c := range t.mounts {
+		ran = ran || c.ran && slices.Contains(c.owners, w)
+	}
 	for _, c := range t.mounts {
 		i := slices.Index(c.owners, w)
 		if i < 0 {
 			if len(c.owners) == 0 && !c.foreign && w.fits(c) {
 				orphans = append(orphans, c)
-				mine[c] = t.fitsAlone(c, w)
+				// Not so what a container executed that nobody watches: such a start has had its mount.
+				mine[c] = !(ran && c.ran) && t.fitsAlone(c, w)
 				c.fitted = true
 			}
 			continue

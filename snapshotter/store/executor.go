@@ -320,16 +320,27 @@ func (e *executor) awaitTraffic() {
 		switch _, busy := e.s.Busy(); {
 		case e.ctx.Err() != nil:
 		case busy:
-			for _, l := range e.s.Layers() {
-				if l.State == Stored && time.Since(l.Created) > syncLatest {
-					e.kick(l.ID)
-				}
-			}
+			e.overdue()
 			e.awaitTraffic()
 		default:
 			e.resume()
 		}
 	})
+}
+
+// overdue looks at layers that have waited long enough for traffic to end. What has failed has a time of its own.
+func (e *executor) overdue() {
+	e.s.mu.Lock()
+	var ids []LayerID
+	for id, l := range e.s.layers {
+		if l.overdue() && l.last == nil {
+			ids = append(ids, id)
+		}
+	}
+	e.s.mu.Unlock()
+	for _, id := range ids {
+		e.kick(id)
+	}
 }
 
 func (e *executor) failed(l *layer, id LayerID, step Step, err error) {

@@ -28,6 +28,7 @@ type layer struct {
 	rec     Layer         // as the database has it
 	changed chan struct{} // closed when rec or unpacking changes
 	since   time.Time     // when it came, or was last held
+	stored  time.Time     // when its record came to be so
 	holds   int           // pulls and callers that keep it
 	wanted  int           // callers that wait for it
 	homes   int           // callers that wait for its pack to be whole
@@ -80,6 +81,9 @@ func (s *Store) remember(rec Layer) *layer {
 	if l == nil {
 		l = &layer{changed: make(chan struct{}), since: time.Now(), nvmFailures: s.nvmFailures}
 		s.layers[rec.ID] = l
+	}
+	if rec.State == Stored && (l.rec.State != Stored || l.rec.Damaged != "") {
+		l.stored = time.Now()
 	}
 	l.rec = rec
 	if rec.Blob != "" {
@@ -244,6 +248,11 @@ func (s *Store) RemoveSnapshot(tx *bolt.Tx, id string) (changed []LayerID, err e
 // day, images must become durable all the same.
 const syncLatest = time.Minute
 
+// overdue tells that. Called with mu held.
+func (l *layer) overdue() bool {
+	return l.rec.State == Stored && l.rec.Damaged == "" && time.Since(l.stored) > syncLatest
+}
+
 // found looks at what stands of a layer. It touches the HDD. The error is that of a
 // device that cannot tell: a pack that cannot be read now may be good.
 func (s *Store) found(l *layer, rec Layer) (Found, error) {
@@ -251,7 +260,7 @@ func (s *Store) found(l *layer, rec Layer) (Found, error) {
 	f := Found{
 		SameBoot: rec.Boot == s.config.BootID, Held: l.holds > 0, Running: l.unpack != nil,
 		Expired: time.Since(l.since) > s.config.Grace, WriteBack: s.config.WriteBack || l.homes > 0, Wanted: l.wanted > 0,
-		Overdue: time.Since(rec.Created) > syncLatest,
+		Overdue: l.overdue(),
 	}
 	s.mu.Unlock()
 	if rec.State.Valid() {

@@ -4,6 +4,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -155,16 +156,19 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 		l.run.Lock()
 		s.mu.Lock()
 		rec = l.rec // the executor may have been faster
-		s.mu.Unlock()
 		var err error
-		if !rec.readable() {
+		if s.layers[rec.ID] != l {
+			err = context.Canceled // removed, before this was begun
+		}
+		s.mu.Unlock()
+		if err == nil && !rec.readable() {
 			err = s.unpack(ctx, l, u, rec, spec)
 		}
 		l.run.Unlock()
 		s.mu.Lock()
 		l.unpack = nil
 		l.last = err
-		over := ctx.Err() != nil || errors.Is(err, errBlobGone)
+		over := ctx.Err() != nil || errors.Is(err, errBlobGone) || errors.Is(err, context.Canceled)
 		again := u.after
 		if l.holds <= 0 || s.ctx.Err() != nil {
 			again = nil
@@ -206,6 +210,7 @@ func (s *Store) unpack(ctx context.Context, l *layer, u *unpacking, rec Layer, s
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if !u.fetches && l.holds <= 0 && l.rec.Users > 0 {
+			u.ended = true
 			return errBlobGone
 		}
 		return nil
@@ -260,7 +265,16 @@ func (s *Store) unpackOnce(ctx context.Context, l *layer, rec Layer, spec Spec, 
 		return err
 	}
 	defer r.Close()
-	return s.unpackFrom(ctx, l, rec, spec, r)
+	// Of the layers of an image most wait for their turn to be downloaded: without a pack and buffers.
+	head := make([]byte, 512)
+	n, err := r.Read(head)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return s.unpackFrom(ctx, l, rec, spec, struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(head[:n]), r), r})
 }
 
 // unpackFrom makes the layer of a blob that is being read. Nothing of it is

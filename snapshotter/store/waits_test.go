@@ -118,13 +118,14 @@ func TestBlobThatGoesBeforeItsUnpacking(t *testing.T) {
 		blob, diffID := layerOf(t, file{"a", large("a", 9000)})
 		b.blobs.registry = func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(blob)), nil }
 		sp := spec(blob, diffID, unpack.ToPack)
-		gate := make(chan struct{})
+		gate, passed := make(chan struct{}), make(chan struct{})
 		if waits {
 			close(gate)
 		}
 		sp.Gate = func(ctx context.Context) error {
 			select {
 			case <-gate:
+				close(passed)
 			case <-ctx.Done():
 			}
 			return ctx.Err()
@@ -132,10 +133,7 @@ func TestBlobThatGoesBeforeItsUnpacking(t *testing.T) {
 		id, _, err := s.Begin(t.Context(), sp)
 		require.NoError(t, err)
 		if waits {
-			b.eventually("it waits", func() bool {
-				_, err := os.Stat(s.newPack(id))
-				return err == nil && len(s.places) == 0
-			})
+			<-passed
 		}
 		b.commit("top", "", id)
 		s.Release(id)

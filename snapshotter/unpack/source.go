@@ -32,6 +32,7 @@ const (
 	// got lost, and for hosts whose limit of inotify instances is reached.
 	pollWithEvents = 500 * time.Millisecond
 	pollAlone      = 20 * time.Millisecond
+	pollBeyond     = 100 * time.Millisecond // of those beyond mostInstances
 )
 
 // OpenGrowing opens the blob of that digest and size below root, the directory

@@ -7,6 +7,7 @@ import (
 	"context"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,10 +24,22 @@ type changes struct {
 	wg     sync.WaitGroup
 }
 
+// mostInstances bounds the inotify instances of this process: the limit of a user, 128 by default, is also containerd's and
+// everybody's who runs as root. An image may have more layers, all of which wait at once.
+const mostInstances = 24
+
+var instances atomic.Int64
+
 func watch(ctx context.Context) *changes {
 	c := &changes{ctx: ctx, signal: make(chan struct{}, 1), poll: pollAlone, seen: map[string]struct{}{}}
+	if instances.Add(1) > mostInstances {
+		instances.Add(-1)
+		c.poll = pollBeyond
+		return c
+	}
 	fd, err := unix.InotifyInit1(unix.IN_CLOEXEC | unix.IN_NONBLOCK)
 	if err != nil {
+		instances.Add(-1)
 		return c
 	}
 	c.events, c.poll = os.NewFile(uintptr(fd), "inotify"), pollWithEvents
@@ -101,5 +114,7 @@ func (c *changes) close() {
 	if c.events != nil {
 		c.events.Close()
 		c.wg.Wait()
+		c.events = nil
+		instances.Add(-1)
 	}
 }
