@@ -91,7 +91,7 @@ func (s *Store) fetchAnew(l *layer, rec Layer, spec Spec, spaces []string) error
 			Warn("containerd has lost the blob of a damaged layer; it is fetched again from the registry of the image")
 		return r, nil
 	}
-	s.start(l, rec, spec)
+	s.start(l, spec)
 	return nil
 }
 

@@ -102,7 +102,7 @@ func (s *Store) Begin(ctx context.Context, spec Spec) (id LayerID, fresh bool, e
 	l.holds++
 	l.wantedIn(spec.Namespace)
 	s.mu.Unlock()
-	s.start(l, rec, spec)
+	s.start(l, spec)
 	return rec.ID, true, nil
 }
 
@@ -124,7 +124,7 @@ func (s *Store) holdBlob(spec Spec) (LayerID, bool) {
 	}
 	s.mu.Unlock()
 	if !running && (rec.Damaged != "" || rec.State == Unpacking) {
-		s.start(l, rec, spec)
+		s.start(l, spec)
 	}
 	return id, true
 }
@@ -137,7 +137,7 @@ func (l *layer) wantedIn(ns string) {
 }
 
 // start unpacks in a goroutine of its own, unless that is under way.
-func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
+func (s *Store) start(l *layer, spec Spec) *unpacking {
 	ctx, cancel := context.WithCancel(s.ctx)
 	u := &unpacking{cancel: cancel, done: make(chan struct{}), fetches: spec.open != nil}
 	s.mu.Lock()
@@ -155,7 +155,7 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 		defer cancel()
 		l.run.Lock()
 		s.mu.Lock()
-		rec = l.rec // the executor may have been faster
+		rec := l.rec // of now: the executor may have been faster
 		var err error
 		if s.layers[rec.ID] != l {
 			err = context.Canceled // removed, before this was begun
@@ -187,7 +187,7 @@ func (s *Store) start(l *layer, rec Layer, spec Spec) *unpacking {
 		switch {
 		case err == nil:
 		case again != nil:
-			s.start(l, rec, *again)
+			s.start(l, *again)
 		case over:
 			log.L.WithField("layer", rec.ID).Debug("unpacking was cancelled")
 		case u.fetches: // the executor tells, and when it tries again
