@@ -142,7 +142,7 @@ func TestDirectoriesBeyondPathMax(t *testing.T) {
 	require.NoError(t, r.Pull(ctx, "flat:1"))
 	sleeper(t, r, "flat:1", "digs")
 	bottom := descend(t, rootfs(t, r, "digs"), depth, true) // a shell gives up at PATH_MAX
-	fd, err := unix.Openat(bottom, "f", unix.O_CREAT|unix.O_WRONLY, 0o644)
+	fd, err := unix.Openat(bottom, "f", unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
 	require.NoError(t, err)
 	_, err = unix.Write(fd, []byte("own"))
 	require.NoError(t, errors.Join(err, unix.Close(fd), unix.Close(bottom)))
@@ -155,11 +155,9 @@ func TestDirectoriesBeyondPathMax(t *testing.T) {
 		require.NotContains(t, out, "failed", form)
 		require.NotContains(t, out, "d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d/d", form)
 	}
-	mounts := prepare(t, r, "again", "deep-committed", nil)
-	root := t.TempDir()
-	require.NoError(t, mount.All(mounts, root))
+	root := mountedAt(t, prepare(t, r, "again", "deep-committed", nil))
 	bottom = descend(t, root, depth, false)
-	fd, err = unix.Openat(bottom, "f", unix.O_RDONLY, 0)
+	fd, err = unix.Openat(bottom, "f", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	require.NoError(t, err)
 	own := make([]byte, 10)
 	n, err := unix.Read(fd, own)
@@ -178,13 +176,13 @@ func TestDirectoriesBeyondPathMax(t *testing.T) {
 // descend opens the directory so many directories d below root, and makes them if asked to.
 func descend(t *testing.T, root string, depth int, create bool) int {
 	t.Helper()
-	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY, 0)
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	require.NoError(t, err)
 	for range depth {
 		if create {
 			require.NoError(t, unix.Mkdirat(dir, "d", 0o755))
 		}
-		next, err := unix.Openat(dir, "d", unix.O_PATH|unix.O_DIRECTORY, 0)
+		next, err := unix.Openat(dir, "d", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		require.NoError(t, errors.Join(err, unix.Close(dir)))
 		dir = next
 	}

@@ -68,7 +68,7 @@ func mounted(t *testing.T, r *rig.Rig, snapshotter, name string) string {
 	mounts, err := s.View(ctx, key, topOf(t, r, name), snapshots.WithLabels(kept))
 	require.NoError(t, err)
 	t.Cleanup(func() {
-		_ = mount.UnmountAll(dir, 0)
+		_ = mount.UnmountAll(dir, unix.MNT_DETACH)
 		_ = s.Remove(r.Context(context.Background()), key)
 	})
 	require.NoError(t, mount.All(mounts, dir), "%+v", mounts)
@@ -106,7 +106,7 @@ func viewsOf(t *testing.T, r *rig.Rig) (dirs []string) {
 func mountedAt(t *testing.T, mounts []mount.Mount) string {
 	t.Helper()
 	dir := t.TempDir()
-	t.Cleanup(func() { _ = mount.UnmountAll(dir, 0) })
+	t.Cleanup(func() { _ = mount.UnmountAll(dir, unix.MNT_DETACH) })
 	require.NoError(t, mount.All(mounts, dir), "%+v", mounts)
 	return dir
 }

@@ -150,7 +150,7 @@ func TestTouched(t *testing.T) {
 	cfg.countSelf = true // this process is the container
 	tr := s.tracer(cfg)
 	for _, f := range []string{"small", "part", "evicted", "warm", "unread", "lib"} {
-		fd, err := unix.Open(s.at(placement.HDD, f), unix.O_RDONLY, 0)
+		fd, err := unix.Open(s.at(placement.HDD, f), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		require.NoError(t, err)
 		require.NoError(t, unix.Fsync(fd))
 		require.Eventually(t, func() bool { // pages under write-back stay at first
@@ -293,7 +293,7 @@ func TestDescriptorsRunOut(t *testing.T) {
 	release := hold(t, tr)
 	var old unix.Rlimit
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
-	free, err := unix.Open("/", unix.O_PATH, 0)
+	free, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0)
 	require.NoError(t, err)
 	unix.Close(free)
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(free) + 10, Max: old.Max}))

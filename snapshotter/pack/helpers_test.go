@@ -87,7 +87,7 @@ func store(t testing.TB, dir string, layer uint64, below Chain, nvm string, pick
 
 func openIn(t testing.TB, dir, name string) *os.File {
 	t.Helper()
-	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	noError(t, err)
 	defer unix.Close(root)
 	fd, err := OpenBeneath(root, name, unix.O_RDONLY|unix.O_NOFOLLOW)

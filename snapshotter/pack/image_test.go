@@ -108,7 +108,7 @@ func TestDeviceZero(t *testing.T) {
 func (m *maker) compare(dir string) {
 	t := m.t
 	t.Helper()
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	noError(t, err)
 	defer unix.Close(fd)
 	inos := map[*Inode]uint64{}
@@ -172,7 +172,7 @@ func (m *maker) compare(dir string) {
 				t.Fatalf("%q has other bytes, %v", path, err)
 			}
 		case unix.S_IFDIR:
-			fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+			fd, err := unix.Openat(at, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			noError(t, err)
 			f := os.NewFile(uintptr(fd), path)
 			defer f.Close()

@@ -147,15 +147,15 @@ func TestDeepDirectories(t *testing.T) {
 			dir := filepath.Join(tmpfs(t), "layer") // removing such a tree takes long, unmounting does not
 			noError(t, os.Mkdir(dir, 0o755))
 			down := func(i int) string { return "\xff" + strings.Repeat(string(rune('a'+i%26)), test.name-1) }
-			fd, err := unix.Open(dir, unix.O_DIRECTORY, 0)
+			fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			noError(t, err)
 			for i := range test.depth {
 				noError(t, unix.Mkdirat(fd, down(i), 0o755))
-				next, err := unix.Openat(fd, down(i), unix.O_DIRECTORY, 0)
+				next, err := unix.Openat(fd, down(i), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 				noError(t, err)
 				if i%50 == 49 {
 					noError(t, unix.Symlinkat("down", next, "link"))
-					f, err := unix.Openat(next, "file", unix.O_CREAT|unix.O_WRONLY, 0o644)
+					f, err := unix.Openat(next, "file", unix.O_CREAT|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
 					noError(t, err)
 					_, err = unix.Write(f, []byte(fmt.Sprint(i)))
 					noError(t, err)
@@ -176,11 +176,11 @@ func TestDeepDirectories(t *testing.T) {
 			stats, err := WriteView(t.Context(), Chain{l.Meta}, blocksOf([]*testLayer{l}), f)
 			noError(t, err)
 			view := mountView(t, f.Name(), stats.Devices, []*testLayer{l}, false)
-			fd, err = unix.Open(mountContainer(t, view, nvm), unix.O_DIRECTORY, 0)
+			fd, err = unix.Open(mountContainer(t, view, nvm), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 			noError(t, err)
 			defer func() { unix.Close(fd) }()
 			for i := range test.depth {
-				next, err := unix.Openat(fd, down(i), unix.O_DIRECTORY, 0)
+				next, err := unix.Openat(fd, down(i), unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 				if err != nil {
 					t.Fatalf("at depth %d: %v", i, err)
 				}
@@ -189,7 +189,7 @@ func TestDeepDirectories(t *testing.T) {
 				if i%50 != 49 {
 					continue
 				}
-				file, err := unix.Openat(fd, "file", unix.O_RDONLY, 0)
+				file, err := unix.Openat(fd, "file", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 				noError(t, err)
 				b := make([]byte, 9)
 				n, err := unix.Read(file, b)
@@ -269,7 +269,7 @@ func TestAuthorsXattrs(t *testing.T) {
 // TestOpenBeneath: no symlink is followed, and paths are of any length.
 func TestOpenBeneath(t *testing.T) {
 	dir := t.TempDir()
-	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	noError(t, err)
 	defer unix.Close(root)
 	noError(t, os.Mkdir(filepath.Join(dir, "d"), 0o755))
