@@ -42,8 +42,15 @@ func (a applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("apply %s to snapshot id %s: %w", desc.Digest, id, err)
 	}
-	if !isExtraction(name) || !unpack.Supports(desc.MediaType) {
+	if !isExtraction(name) {
 		return a.byPath(ctx, desc, mounts, opts)
+	}
+	if !unpack.Supports(desc.MediaType) {
+		applied, err := a.byPath(ctx, desc, mounts, opts)
+		if err != nil && ctx.Err() == nil {
+			a.s.pulls.broke(id, err)
+		}
+		return applied, err
 	}
 	l, err := a.unpacked(ctx, id, sn, desc)
 	if err != nil {
@@ -89,8 +96,14 @@ func (a applier) unpacked(ctx context.Context, id string, sn store.Snapshot, des
 
 // byPath has containerd's own applier write to the mounts: the snapshot is not
 // one that a layer is unpacked into, or the blob is of a type that needs a stream
-// processor of containerd's.
+// processor. Without one for it the error is not ErrNotImplemented, at which
+// containerd's transfer service says that it cannot pull at all.
 func (a applier) byPath(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts []diff.ApplyOpt) (ocispec.Descriptor, error) {
+	if p := a.s.config.Processors; !unpack.Supports(desc.MediaType) && (p == nil || !p(desc.MediaType)) {
+		// containerd's applier would take many of them for plain tar (images.DiffCompression).
+		return ocispec.Descriptor{}, fmt.Errorf("apply %s: layers of type %q need a program: name it under [stream_processors] of nhybrid's configuration, or have containerd unpack such images by itself (differ = \"walking\"): %w",
+			desc.Digest, desc.MediaType, errdefs.ErrFailedPrecondition)
+	}
 	if a.s.config.Downloads == nil {
 		return ocispec.Descriptor{}, fmt.Errorf("apply %s: no containerd is configured: %w", desc.Digest, errdefs.ErrUnavailable)
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
+	"github.com/nhybrid/nhybrid/snapshotter/unpack"
 )
 
 // Downloads tells what containerd downloads; implemented by [pull.Watcher].
@@ -111,9 +112,10 @@ type extract struct {
 	applied bool
 }
 
-// image names the image of an extraction; nil if it is not known.
+// image names the image of an extraction; nil if it is not known, or if the layer
+// is of a media type that only its applier can read: what that one writes stays.
 func (e *extract) image() *store.ImageRef {
-	if e == nil || e.pulling == nil {
+	if e == nil || e.pulling == nil || !unpack.Supports(e.pulling.img.Layers[e.index].MediaType) {
 		return nil
 	}
 	img, l := e.pulling.img, e.pulling.img.Layers[e.index]
@@ -234,6 +236,9 @@ func (p *pulls) begin(ctx context.Context, key string, img *pull.Image) (*pullin
 	for i, l := range img.Layers {
 		if committed[l.ChainID.String()] { // containerd asks for no layer whose snapshot it has
 			pl.placed[i].stored = true
+			continue
+		}
+		if !unpack.Supports(l.MediaType) { // encrypted, say: it comes by path
 			continue
 		}
 		job := &placing{p: p, pl: pl, index: i}

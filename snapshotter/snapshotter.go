@@ -58,6 +58,9 @@ type Config struct {
 	// Reach is nil or says why containerd does not see what is mounted here; it is
 	// asked whenever a container is to be mounted. nil: it always does.
 	Reach func() error
+	// Processors tells for which media types, beside those that unpack reads, a stream
+	// processor is registered with containerd's package diff; nil: for none.
+	Processors func(mediaType string) bool
 	// Hot says how hot files are found and moved; nil: not at all.
 	Hot *hif.Config
 }

@@ -9,14 +9,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -63,6 +66,17 @@ func main() {
 		fmt.Fprintln(os.Stderr, "containerd-nhybrid-grpc:", err)
 		os.Exit(1)
 	}
+}
+
+// registerProcessors makes programs known to containerd's applier, and tells which media types they take.
+func registerProcessors(all map[string]config.StreamProcessor) func(mediaType string) bool {
+	var accepted []string
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		p := all[name]
+		diff.RegisterProcessor(diff.BinaryHandler(name, p.Returns, p.Accepts, p.Path, p.Args, p.Env))
+		accepted = append(accepted, p.Accepts...)
+	}
+	return func(mediaType string) bool { return slices.Contains(accepted, mediaType) }
 }
 
 // serve runs the daemon until ctx ends.
@@ -129,6 +143,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 			Workers:       c.Background.Workers,
 			Unpacks:       c.Unpack.Concurrency,
 			MostBytes:     c.Unpack.MaxBytes.Bytes,
+			MostMetadata:  c.Unpack.MaxMetadata.Bytes,
 			WriteBack:     c.Background.WriteBack,
 			WriteBackRate: int64(c.Background.WriteBackRate),
 		},
@@ -138,6 +153,7 @@ func serve(ctx context.Context, c config.Config) (err error) {
 		Xino:       c.Snapshot.Xino,
 		SyncRemove: c.Snapshot.SyncRemove,
 		Downloads:  watcher,
+		Processors: registerProcessors(c.StreamProcessors),
 		Reach:      host.NewReach(c.Containerd.Address, c.State).Check,
 		Hot:        hot(c.Hot, c.Root, hosts.New(c.Containerd.Hosts).For),
 	})

@@ -37,7 +37,7 @@ func Assemble(config v1.Config, layers []v1.Layer, history []string) (v1.Image, 
 	}
 	adds := make([]mutate.Addendum, len(layers))
 	for i, l := range layers {
-		adds[i] = mutate.Addendum{Layer: l, MediaType: types.OCILayer}
+		adds[i] = mutate.Addendum{Layer: l}
 		if i < len(history) {
 			adds[i].History.CreatedBy = history[i]
 		}

@@ -78,7 +78,9 @@ type Config struct {
 	HDDRate       float64 // bytes/s at which the HDD takes packs; 0: as measured
 	// MostBytes bounds the uncompressed bytes of one layer; 0: no bound but that of package unpack.
 	MostBytes int64
-	WriteBack bool // fill the holes of packs in the background
+	// MostMetadata bounds the memory for names and attributes of one layer; 0: likewise.
+	MostMetadata int64
+	WriteBack    bool // fill the holes of packs in the background
 	// WriteBackRate bounds that, in bytes/s; 0 does not.
 	WriteBackRate int64
 	// Grace is how long a layer that no snapshot ever used is kept; default 10 minutes.

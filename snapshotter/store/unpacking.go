@@ -312,7 +312,7 @@ func (s *Store) unpackFrom(ctx context.Context, l *layer, rec Layer, spec Spec, 
 		}
 	}()
 	m, res, err := unpack.Layer(ctx, r, w, unpack.Want{Digest: spec.Blob, DiffID: spec.DiffID, Size: spec.Size}, unpack.Options{
-		Layer: uint64(rec.ID), Place: spec.Place, NVM: nvmFiles{s, rec.ID}, MaxBytes: s.config.MostBytes, Progress: spec.Progress,
+		Layer: uint64(rec.ID), Place: spec.Place, NVM: nvmFiles{s, rec.ID}, MaxBytes: s.config.MostBytes, MaxMetadata: s.config.MostMetadata, Progress: spec.Progress,
 	})
 	if err != nil {
 		return err

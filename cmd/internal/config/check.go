@@ -80,6 +80,11 @@ func (c Config) Check() error {
 	if err := c.checkSCM(); err != nil {
 		return err
 	}
+	for name, p := range c.StreamProcessors {
+		if len(p.Accepts) == 0 || p.Returns == "" || p.Path == "" {
+			return invalid("stream_processors.%s: needs accepts (media types), returns (a media type) and path (of a program)", name)
+		}
+	}
 	for _, d := range []struct {
 		key string
 		d   Duration
@@ -98,6 +103,8 @@ func (c Config) Check() error {
 		return invalid("unpack.concurrency: %d is not a number of layers from 1 to %d", c.Unpack.Concurrency, maxUnpackers)
 	case c.Unpack.MaxBytes.Percent != 0 || c.Unpack.MaxBytes.Bytes < 1:
 		return invalid("unpack.max_bytes: %s is not a size; give one such as \"1TiB\"", c.Unpack.MaxBytes)
+	case c.Unpack.MaxMetadata.Percent != 0 || c.Unpack.MaxMetadata.Bytes < 1:
+		return invalid("unpack.max_metadata: %s is not a size; give one such as \"1GiB\"", c.Unpack.MaxMetadata)
 	case c.Background.WriteBackRate < 0:
 		return invalid("background.write_back_rate: is negative; give a rate such as \"50MB/s\", or \"0\"")
 	case c.Snapshot.UpperTier != "nvm" && c.Snapshot.UpperTier != "hdd":

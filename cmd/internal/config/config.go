@@ -47,6 +47,18 @@ type Config struct {
 	Background Background `toml:"background" comment:"Work that is done after containerd has its answer."`
 	Hot        Hot        `toml:"hot" comment:"Hot image files: what starts of containers need stays on NVM, the rest goes to HDD."`
 	SCM        SCM        `toml:"scm" comment:"Regions: persistent memory for containers, files on NVM that they map (docs/regions.md)."`
+
+	StreamProcessors map[string]StreamProcessor `toml:"stream_processors,omitempty"`
+}
+
+// StreamProcessor is a program that turns layers of media types that nhybrid does not read into others, from its standard
+// input to its standard output, as in containerd's configuration.
+type StreamProcessor struct {
+	Accepts []string `toml:"accepts"` // media types
+	Returns string   `toml:"returns"` // media type
+	Path    string   `toml:"path"`
+	Args    []string `toml:"args"`
+	Env     []string `toml:"env"`
 }
 
 // Containerd says how to reach containerd.
@@ -68,6 +80,7 @@ type Placement struct {
 type Unpack struct {
 	Concurrency int   `toml:"concurrency" comment:"Layers unpacked at a time; those that wait for their downloads do not count. Each takes up to one core, and some MB of memory. At least 1."`
 	MaxBytes    Space `toml:"max_bytes" comment:"Most uncompressed bytes of one layer. The pull of an image with a larger layer fails."`
+	MaxMetadata Space `toml:"max_metadata" comment:"Most memory that names and attributes of the files of one layer may take, as estimated: some hundred bytes a\nfile, and the content of small ones. The pull of an image with a layer that needs more fails."`
 }
 
 // Snapshot says how writable snapshots are kept.
@@ -141,7 +154,7 @@ func Default() Config {
 			NVMReserve:   Space{Percent: 5},
 			PollInterval: Duration(defaultPoll),
 		},
-		Unpack:     Unpack{Concurrency: 4, MaxBytes: Space{Bytes: 1 << 40}},
+		Unpack:     Unpack{Concurrency: 4, MaxBytes: Space{Bytes: 1 << 40}, MaxMetadata: Space{Bytes: 1 << 30}},
 		Snapshot:   Snapshot{UpperTier: "nvm", Xino: true},
 		Background: Background{Workers: 2, WriteBack: true, WriteBackRate: 50_000_000},
 		Hot: Hot{
@@ -169,6 +182,19 @@ const header = `# Configuration of containerd-nhybrid-grpc.
 
 `
 
+const footer = `
+# Programs for layers of media types that nhybrid does not read, encrypted ones for example, as in containerd's own
+# configuration: from standard input to standard output, until what they return is a layer. Such layers are unpacked after
+# their download. Only in this file.
+#
+# [stream_processors."io.containerd.ocicrypt.decoder.v1.tar.gzip"]
+# accepts = ["application/vnd.oci.image.layer.v1.tar+gzip+encrypted"]
+# returns = "application/vnd.oci.image.layer.v1.tar+gzip"
+# path = "ctd-decoder"
+# args = ["--decryption-keys-path", "/etc/containerd/ocicrypt/keys"]
+# env = ["OCICRYPT_KEYPROVIDER_CONFIG=/etc/containerd/ocicrypt/ocicrypt_keyprovider.conf"]
+`
+
 // Marshal gives c as a TOML file with the meaning of each key in a comment above it.
 func (c Config) Marshal() ([]byte, error) {
 	var b bytes.Buffer
@@ -176,5 +202,6 @@ func (c Config) Marshal() ([]byte, error) {
 	if err := toml.NewEncoder(&b).SetIndentTables(false).Encode(c); err != nil {
 		return nil, fmt.Errorf("marshal configuration: %w", err)
 	}
+	b.WriteString(footer)
 	return b.Bytes(), nil
 }

@@ -73,6 +73,9 @@ func TestBadFile(t *testing.T) {
 		"[unpack]\nconcurrency = 0":                             "unpack.concurrency: 0 is not a number of layers from 1 to 256",
 		"[unpack]\nconcurrency = 257":                           "unpack.concurrency: 257 is not",
 		"[unpack]\nmax_bytes = '0'":                             "unpack.max_bytes: 0 is not a size",
+		"[unpack]\nmax_metadata = '0'":                          "unpack.max_metadata: 0 is not a size",
+		"[stream_processors.x]\npath = 'x'\naccepts = ['y']":    "stream_processors.x: needs accepts (media types), returns",
+		"[stream_processors.x]\npaths = 'x'":                    `unknown key "stream_processors.x.paths"`,
 		"[unpack]\nmax_bytes = '5%'":                            "unpack.max_bytes: 5% is not a size",
 		"[unpack]\nmax_byte = 5":                                `unknown key "unpack.max_byte"; did you mean "unpack.max_bytes"?`,
 		"[containerd]\ntimeout = 'soon'":                        `:2: containerd.timeout: duration "soon"`,
@@ -176,7 +179,8 @@ func TestFlags(t *testing.T) {
 func TestMarshalRoundTrip(t *testing.T) {
 	c := Default()
 	c.Placement = Placement{Policy: "drain", NVMReserve: Space{Bytes: 12345}, HDDRate: 47_000_000, PollInterval: Duration(time.Second)}
-	c.Unpack = Unpack{Concurrency: 9, MaxBytes: Space{Bytes: 20 << 30}}
+	c.Unpack = Unpack{Concurrency: 9, MaxBytes: Space{Bytes: 20 << 30}, MaxMetadata: Space{Bytes: 3 << 29}}
+	c.StreamProcessors = map[string]StreamProcessor{"a.b": {Accepts: []string{"x", "y"}, Returns: "z", Path: "p", Args: []string{"-q"}, Env: []string{}}}
 	c.Background = Background{Workers: 5, WriteBackRate: 1 << 20}
 	c.Snapshot = Snapshot{UpperTier: "hdd", SyncRemove: true}
 	c.MetricsAddress = "127.0.0.1:9100"
