@@ -298,6 +298,23 @@ func TestRest(t *testing.T) {
 	assert.Positive(t, toUnpack)
 }
 
+func TestShareMayHold(t *testing.T) {
+	for name, c := range map[string]struct {
+		h    Share
+		size int64
+		want bool
+	}{
+		"one of several":          {Share{Rule: RuleInTime, Files: 3, Bytes: 100}, 40, true},
+		"more than all have":      {Share{Rule: RuleInTime, Files: 3, Bytes: 100}, 101, false},
+		"the only one":            {Share{Rule: RuleLate, Files: 1, Bytes: 100}, 100, true},
+		"another than that":       {Share{Rule: RuleLate, Files: 1, Bytes: 100}, 99, false},
+		"a small one":             {Share{Rule: RuleSmall, Files: 9, Bytes: 9 * LeastLate}, LeastLate - 1, true},
+		"too large for the small": {Share{Rule: RuleSmall, Files: 9, Bytes: 9 * LeastLate}, LeastLate, false},
+	} {
+		assert.Equal(t, c.want, c.h.MayHold(c.size), name)
+	}
+}
+
 func TestSummary(t *testing.T) {
 	p := parse(t, "drain")
 	var s Summary
@@ -325,6 +342,8 @@ func TestSummary(t *testing.T) {
 	s.Add(p.PlaceFile(File{Size: mb}, in))
 	assert.False(t, s.Decision(p, world(0, 0)).Admitted)
 	assert.True(t, strings.HasSuffix(s.Decision(p, world(0, 0)).Reason, "1.00 MB in 1 file to the pack (NVM has no room)"))
+	s.Add(p.PlaceFile(File{Size: mb, Hot: true, HotBy: "profile"}, in))
+	assert.True(t, strings.HasSuffix(s.Decision(p, world(0, 0)).Reason, "1.00 MB in 1 file to the pack (hot by profile, but NVM has no room)"))
 
 	b, err := json.Marshal(d)
 	require.NoError(t, err)

@@ -74,10 +74,30 @@ func (s Summary) Decision(p Policy, in Input) Decision {
 
 // Clause says what the share is and why, as a part of a sentence.
 func (h Share) Clause() string {
-	to := map[Place]string{PlacePack: "to the pack", PlaceNVM: "to NVM alone", PlaceBoth: "to NVM and the pack"}[h.Place]
+	return fmt.Sprintf("%s in %s %s (%s)", FormatBytes(h.Bytes), count(int(h.Files), "file", "files"), h.To(), h.Because())
+}
+
+// To says where the files of the share were written, as a part of a sentence.
+func (h Share) To() string {
+	return map[Place]string{PlacePack: "to the pack", PlaceNVM: "to NVM alone", PlaceBoth: "to NVM and the pack"}[h.Place]
+}
+
+// Because says what the rule of the share found, as a part of a sentence.
+func (h Share) Because() string {
 	because := map[Rule]string{
 		RuleHot: h.HotBy, RuleInTime: "the disk keeps up", RuleLate: "the disk would be late", RuleSmall: "too small for NVM", RuleNoRoom: "NVM has no room", RuleNoInode: "NVM has too few inodes",
 		RuleUnknown: "a rate is not known yet", RuleLayer: "as the whole layer",
 	}[h.Rule]
-	return fmt.Sprintf("%s in %s %s (%s)", FormatBytes(h.Bytes), count(int(h.Files), "file", "files"), to, because)
+	if (h.Rule == RuleNoRoom || h.Rule == RuleNoInode) && h.HotBy != "" {
+		return h.HotBy + ", but " + because
+	}
+	return because
+}
+
+// MayHold reports whether a file of the given size may be one of the share, which has only a number of files and their bytes.
+func (h Share) MayHold(size int64) bool {
+	if h.Bytes < size || h.Files == 1 && h.Bytes != size {
+		return false
+	}
+	return h.Rule != RuleSmall || size < LeastLate
 }

@@ -38,11 +38,20 @@ func (d *Decision) Cause() string {
 
 // Clause says what the share is and why: "12.0 MB in 300 files to the pack (the disk keeps up)".
 func (s *Share) Clause() string {
-	var place placement.Place
-	if place.UnmarshalText([]byte(s.GetPlace())) != nil { // of a newer daemon
+	placed, ok := s.Placed()
+	if !ok {
 		return fmt.Sprintf("%s in %d files to %s (%s)", placement.FormatBytes(s.GetBytes()), s.GetFiles(), s.GetPlace(), s.GetRule())
 	}
-	return placement.Share{Place: place, Rule: placement.Rule(s.GetRule()), HotBy: s.GetHotBy(), Files: s.GetFiles(), Bytes: s.GetBytes()}.Clause()
+	return placed.Clause()
+}
+
+// Placed is the share as package placement has it; false if a newer daemon recorded a place that this one does not know.
+func (s *Share) Placed() (placement.Share, bool) {
+	var place placement.Place
+	if place.UnmarshalText([]byte(s.GetPlace())) != nil {
+		return placement.Share{}, false
+	}
+	return placement.Share{Place: place, Rule: placement.Rule(s.GetRule()), HotBy: s.GetHotBy(), Files: s.GetFiles(), Bytes: s.GetBytes()}, true
 }
 
 // Stored reports whether the layer was stored whole, so that its sizes are known.

@@ -72,8 +72,8 @@ func TestFileSentence(t *testing.T) {
 		want string
 	}{
 		"with a reason": {
-			&File{Path: []byte("/bin/sh"), Type: "file", Size: 6_800_000, LayerIndex: 1, Tier: "nvm", DataPath: []byte("/nvm/d/2/07/7"), Reason: "it is hot, so that a copy of it stands on NVM beside the pack"},
-			"/bin/sh is a file of 6.80 MB from layer 1 (2nd of 3, sha256:0123456789ab); its data stands on NVM, at /nvm/d/2/07/7: it is hot, so that a copy of it stands on NVM beside the pack.",
+			&File{Path: []byte("/bin/sh"), Type: "file", Size: 6_800_000, LayerIndex: 1, Tier: "nvm", DataPath: []byte("/nvm/d/2/07/7"), Reason: "when its layer was stored (policy drain) it went to NVM and the pack (hot by profile); it is hot (95 % of the starts use it)"},
+			"/bin/sh is a file of 6.80 MB from layer 1 (2nd of 3, sha256:0123456789ab); its data stands on NVM, at /nvm/d/2/07/7: when its layer was stored (policy drain) it went to NVM and the pack (hot by profile); it is hot (95 % of the starts use it).",
 		},
 		"lost": {
 			&File{Path: []byte("/bin/sh"), Type: "file", Size: 5, LayerIndex: 1, Reason: "footer is cut off: data loss"},
