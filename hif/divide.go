@@ -16,6 +16,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/nhybrid/nhybrid/hif/parts"
+	"github.com/nhybrid/nhybrid/hif/profile"
 	"github.com/nhybrid/nhybrid/hif/trace"
 )
 
@@ -54,8 +55,7 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 			continue // what stands for it from before goes
 		}
 		for _, h := range w.Hot {
-			// A pinned file stays whole: that is what the operator asked for.
-			if h.Touched < 0 || h.Pinned || h.Size < m.config.PartsFrom || len(h.Ranges) == 0 {
+			if !m.divides(h.Hot) {
 				continue
 			}
 			wants[d.view] = append(wants[d.view], want(h.Redirect, h.Size, h.Ranges))
@@ -86,6 +86,12 @@ func (m *Manager) divisions(images []wanted, home map[string]bool) map[string]*d
 		}
 	}
 	return all
+}
+
+// divides reports whether of a hot file of a settled image only parts may belong on NVM. A pinned file stays whole: that is what the
+// operator asked for.
+func (m *Manager) divides(h profile.Hot) bool {
+	return m.config.PartsFrom > 0 && h.Touched >= 0 && !h.Pinned && h.Size >= m.config.PartsFrom && len(h.Ranges) > 0
 }
 
 // marginShare is how much of an image's bytes the margins around what starts

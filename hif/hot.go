@@ -71,11 +71,16 @@ func (m *Manager) Hot(ctx context.Context, image Arriving) HotSet {
 		}
 	}
 	p.Rules = rules
+	h.fill(how, p)
+	return h
+}
+
+// fill sets what is known.
+func (h *HotSet) fill(how Knowledge, p profile.Profile) {
 	h.How, h.from, h.byPath = how, p, make(map[profile.Path]int, len(p.Files))
 	for i, f := range p.Files {
 		h.byPath[f.Path] = i
 	}
-	return h
 }
 
 // File tells whether a regular file of a layer, which may be hidden by a layer
@@ -104,9 +109,7 @@ func (h *HotSet) File(layer int, path string) (hot bool, why string) {
 	case Predicted:
 		return true, "a start will need it, says the analysis of the image"
 	case Inherited:
-		if h.version {
-			return true, fmt.Sprintf("%.0f %% of the starts of an earlier version used it", 100*f.Weight)
-		}
+		return true, fmt.Sprintf("%.0f %% of the starts of an earlier version used it", 100*f.Weight)
 	case Pulled:
 		return true, fmt.Sprintf("%.0f %% of the starts use it, says the profile from the registry", 100*f.Weight)
 	}

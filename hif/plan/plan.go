@@ -11,6 +11,7 @@ package plan
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -180,6 +181,25 @@ func (p Promotion) Reason() string {
 		return fmt.Sprintf("a start of image %s will need it, says its analysis", p.Image)
 	}
 	return fmt.Sprintf("%.0f %% of the starts of image %s use it", 100*p.Weight, p.Image)
+}
+
+// Comes reports whether a file is to come to NVM.
+func (p *Plan) Comes(redirect string) bool {
+	return slices.ContainsFunc(p.Up, func(u Promotion) bool { return u.Redirect == redirect })
+}
+
+// Leaves says, as a clause, why a file of a layer leaves NVM if it stands there; "" if it stays.
+func (p *Plan) Leaves(layer, redirect string) string {
+	for _, r := range p.Down {
+		switch {
+		case r.Layer != layer || r.Keep[redirect]:
+		case slices.ContainsFunc(r.Leave, func(d Departure) bool { return d.Redirect == redirect }):
+			return "NVM is short"
+		default:
+			return r.Reason
+		}
+	}
+	return ""
 }
 
 // Empty tells whether there is nothing to do.

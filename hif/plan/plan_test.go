@@ -361,3 +361,18 @@ func BenchmarkDecide(b *testing.B) {
 		Decide(in)
 	}
 }
+
+func TestFateOfAFile(t *testing.T) {
+	p := Plan{
+		Up: []Promotion{{Redirect: "/1/01/1"}},
+		Down: []Reduction{{
+			Layer: "2", Keep: map[string]bool{"/2/01/1": true}, Leave: []Departure{{Redirect: "/2/02/2"}}, Reason: "traced",
+		}},
+	}
+	require.True(t, p.Comes("/1/01/1"))
+	require.False(t, p.Comes("/2/01/1"))
+	for redirect, want := range map[string]string{"/2/01/1": "", "/2/02/2": "NVM is short", "/2/03/3": "traced"} {
+		require.Equal(t, want, p.Leaves("2", redirect), redirect)
+	}
+	require.Empty(t, p.Leaves("1", "/1/01/1"))
+}
