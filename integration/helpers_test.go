@@ -105,6 +105,7 @@ type layer struct {
 		NVMFree                     int64 `json:"nvm_free"`
 		Size                        int64
 		Admitted, Sequential        bool
+		Files                       []struct{ Place, Rule string }
 	}
 }
 

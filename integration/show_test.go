@@ -84,31 +84,99 @@ func TestWatchFollowsAPull(t *testing.T) {
 	require.Positive(t, count["progress"])
 }
 
-// Where a file of an image comes from, and where its bytes are.
+// answerOfAPath is what nhybridctl why IMAGE PATH --json tells.
+type answerOfAPath struct {
+	Layers []layer
+	File   struct {
+		Path, Type, Tier, Target, Reason string
+		Size                             int64
+		LayerIndex                       int    `json:"layer_index"`
+		DataPath                         string `json:"data_path"`
+	}
+}
+
+func whyPath(t *testing.T, r *rig.Rig, path string) (answer answerOfAPath) {
+	t.Helper()
+	ctl(t, r, &answer, "why", r.Ref("app:1"), path)
+	return answer
+}
+
+// Where a file of an image comes from, where its bytes are, and why.
 func TestWhyOfAPath(t *testing.T) {
+	t.Parallel()
+	t.Run("lass", whyByLass)
+	t.Run("drain", whyByDrain)
+	t.Run("hdd", whyByHDD)
+}
+
+// The reason names the rules that the decision about the layer counts files for, and no others.
+func whyByDrain(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, rig.Options{DaemonArgs: []string{"--set", "placement.policy=drain", "--set", "hot.predict=off"}})
+	_, err := r.PushTiny(soon(t), "app:1", app(2))
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(soon(t), "app:1"))
+	settled(t, r)
+	words := map[string]string{
+		"in-time": "the disk keeps up", "small": "too small for NVM", "no-room": "NVM has no room", "unknown": "a rate is not known yet", "layer": "as the whole layer",
+	}
+	for _, path := range []string{"/data/0/3", "/data/1/3", "/data/2/3"} {
+		answer := whyPath(t, r, path)
+		require.Equal(t, "hdd", answer.File.Tier, "it is too small to be late")
+		reason := answer.File.Reason
+		require.True(t, strings.HasPrefix(reason, "when its layer was stored (policy drain) it went to the pack ("), reason)
+		require.True(t, strings.HasSuffix(reason, "it is not hot (it is not known to be used)"), reason)
+		recorded := map[string]bool{}
+		for _, s := range answer.Layers[0].Decision.Files {
+			require.Equal(t, "pack", s.Place)
+			recorded[s.Rule] = true
+		}
+		require.NotEmpty(t, recorded)
+		for rule, word := range words {
+			require.Equal(t, recorded[rule], strings.Contains(reason, word), "rule %s: %s", rule, reason)
+		}
+		require.Equal(t, len(recorded) > 1, strings.Contains(reason, "not recorded for one file"), reason)
+	}
+}
+
+// A policy that puts all layers on HDD is the reason, and so are rules of the operator and what they have moved since.
+func whyByHDD(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy=hdd", "--set", "hot.predict=off")})
+	_, err := r.PushTiny(soon(t), "app:1", app(2))
+	require.NoError(t, err)
+	require.NoError(t, r.Pull(soon(t), "app:1"))
+	settled(t, r)
+	const stored = "when its layer was stored (policy hdd) it went to the pack (as the whole layer: policy hdd puts every layer there); "
+	answer := whyPath(t, r, "/data/1/3")
+	require.Equal(t, "hdd", answer.File.Tier)
+	require.Equal(t, stored+"it is not hot (it is not known to be used)", answer.File.Reason)
+	steer(t, r, "profile", "pin", r.Ref("app:1"), "/data/1/3")
+	steer(t, r, "profile", "exclude", r.Ref("app:1"), "/data/2/3")
+	require.Equal(t, stored+"it is not hot (a rule excludes it)", whyPath(t, r, "/data/2/3").File.Reason)
+	steer(t, r, "migrate", "now", "--wait")
+	answer = whyPath(t, r, "/data/1/3")
+	require.Equal(t, "nvm", answer.File.Tier)
+	require.Equal(t, stored+"it was brought to NVM later; it is hot (it is pinned)", answer.File.Reason)
+}
+
+func whyByLass(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, rig.Options{DaemonArgs: lass})
 	layers := pullWithLast(t, r, "app:1", app(2), 2)
 	require.Equal(t, only(2, 4), tiers(layers))
 	settled(t, r)
-	why := func(path string) (answer struct {
-		Layers []layer
-		File   struct {
-			Path, Type, Tier, Target string
-			Size                     int64
-			LayerIndex               int    `json:"layer_index"`
-			DataPath                 string `json:"data_path"`
-		}
-	}) {
-		ctl(t, r, &answer, "why", r.Ref("app:1"), path)
-		return answer
-	}
+	why := func(path string) answerOfAPath { return whyPath(t, r, path) }
+	const early, last = "when its layer was stored (policy lass) it went to the pack (as the whole layer: it is stored while ",
+		"when its layer was stored (policy lass) it went to NVM alone (as the whole layer: no other layer is downloading any more"
 	for path, c := range map[string]struct {
-		layer int
-		tier  string
-		size  int64
-	}{"/data/0/3": {1, "hdd", 2500}, "/data/1/3": {2, "nvm", 2500}, "/data/2/3": {3, "hdd", 2500}} {
+		layer  int
+		tier   string
+		size   int64
+		reason string
+	}{"/data/0/3": {1, "hdd", 2500, early}, "/data/1/3": {2, "nvm", 2500, last}, "/data/2/3": {3, "hdd", 2500, early}} {
 		answer := why(path)
+		require.True(t, strings.HasPrefix(answer.File.Reason, c.reason), "%s: %s", path, answer.File.Reason)
 		require.Equal(t, c.layer, answer.File.LayerIndex, path)
 		require.Equal(t, c.tier, answer.File.Tier, path)
 		require.Equal(t, "file", answer.File.Type, path)
@@ -141,6 +209,7 @@ func TestWhyOfAPath(t *testing.T) {
 		require.Positive(t, answer.File.Size, path)
 		require.True(t, strings.HasPrefix(answer.File.DataPath, r.NVM+"/v/"), answer.File.DataPath)
 		require.FileExists(t, answer.File.DataPath)
+		require.Equal(t, "it has no more than 256 bytes and stands in the metadata", answer.File.Reason, path)
 	}
 	require.Equal(t, "busybox", why("/bin/ls").File.Target)
 	require.Equal(t, "directory", why("/data").File.Type)

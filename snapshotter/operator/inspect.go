@@ -5,10 +5,8 @@ package operator
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"path"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,10 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/nhybrid/nhybrid/snapshotter/control"
-	"github.com/nhybrid/nhybrid/snapshotter/pack"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
@@ -197,7 +193,7 @@ func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
 			l.Tier, l.State, l.Durable = of.Stands(), string(of.State), of.State == store.Durable || of.State == store.Home
 			l.Layer = of.ID.String()
 			l.Inodes, l.Uncompressed, l.Error = of.Usage.Inodes, of.Data, s.store.Trouble(of.ID, sn.NS(), asked(sn)...)
-			if d := (&control.Decision{}); of.Decision != nil && protojson.Unmarshal(of.Decision, d) == nil {
+			if d := decisionOf(of); d != nil {
 				l.Decision = d
 				if latest == nil || d.Downloading < latest.Downloading {
 					latest, ldl = d, int(d.Ldl) // the one that was made last knew most of the downloads
@@ -301,7 +297,7 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 		case e.Inode.HasData():
 			// The data of a file whose attributes alone were changed stand in a lower layer.
 			layer = store.LayerID(e.Inode.Data.Layer)
-			s.whereIs(f, sub.topID(), e.Inode.Data)
+			s.whereIs(ctx, f, sub, e.Inode.Data)
 		}
 		return f, layer.String(), nil
 	}
@@ -314,50 +310,6 @@ func (sub *subject) topID() string {
 		return sub.layers[n-1].ID
 	}
 	return ""
-}
-
-// whereInline tells where a small file stands, and why.
-func (s backend) whereInline(f *control.File, top string) {
-	image, tier := s.store.ViewImage(top)
-	f.Tier, f.DataPath = tier.String(), []byte(image)
-	f.Reason = fmt.Sprintf("it has no more than %d bytes and stands in the metadata", pack.InlineMax)
-}
-
-// whereIs tells where the kernel finds the data of a file, in the order in which it looks, and why they stand there.
-func (s backend) whereIs(f *control.File, top string, ref pack.Ref) {
-	redirect := ref.Redirect()
-	e, err := s.store.Extent(ref)
-	l, lost := s.store.Layer(store.LayerID(ref.Layer))
-	if err = errors.Join(err, lost); err != nil {
-		f.Reason = err.Error()
-		return
-	}
-	switch onNVM := s.store.OnNVM(ref) >= 0; {
-	case l.Damaged != "":
-		f.Reason = "its layer cannot be used"
-	case e.Hole && l.State != store.Home && !onNVM:
-		f.Reason = "it stood on NVM alone, where it is not any more; the layer is unpacked anew when this is found"
-	case onNVM:
-		f.Tier, f.DataPath = "nvm", []byte(filepath.Join(s.store.Tiers.DataRoot(), redirect))
-		switch {
-		case !e.Hole:
-			f.Reason = "it is hot, so that a copy of it stands on NVM beside the pack"
-		case l.State == store.Home:
-			f.Reason = "it went to NVM when the layer was stored; the pack has it too by now, so that it can leave when room is needed or a start shows that it is cold"
-		default:
-			f.Reason = "it went to NVM alone when the layer was stored; it can leave NVM when its place in the pack is filled"
-		}
-	case s.store.PartsBytes(top)[redirect] > 0:
-		f.Tier, f.DataPath = "parts", []byte(filepath.Join(s.store.PartsPath(top), redirect))
-		f.Reason = "of this large file, starts touch the parts that stand on NVM; the rest is read from the pack"
-	default:
-		f.Tier, f.DataPath = "hdd", fmt.Appendf(nil, "%s, at byte %d", s.store.PackPath(l.ID), e.Offset())
-		if e.Hole {
-			f.Reason = "it went to NVM when the layer was stored, and left it as no start is known to use it"
-		} else {
-			f.Reason = "the disk took it in time when the layer was stored, and no start is known to use it"
-		}
-	}
 }
 
 func fileType(mode uint32) string {
