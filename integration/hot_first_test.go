@@ -57,11 +57,11 @@ func uncache(t *testing.T, r *rig.Rig) {
 // NVM as after one that found them cold.
 func TestFirstStartRightAfterThePull(t *testing.T) {
 	t.Parallel()
-	for _, policy := range []string{"hdd", "nvm"} {
+	for _, policy := range []string{"drain", "nvm"} {
 		t.Run(policy, func(t *testing.T) {
 			t.Parallel()
 			ctx := soon(t)
-			r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy="+policy, "--set", "hot.predict=off", "--set", "hot.fetch_profiles=false")})
+			r := newRig(t, rig.Options{DaemonArgs: hot("--set", "placement.policy="+policy, "--set", "placement.hdd_rate=1GB/s", "--set", "hot.predict=off", "--set", "hot.fetch_profiles=false")})
 			k := knownImage(t, 20, 8<<20+77)
 			k.push(t, r, "app:1")
 			var used [2]int64

@@ -14,7 +14,21 @@ import (
 
 // targets of the figures.
 var targets = []result.Target{
-	{Figure: "durable_vs_nvm", Most: 1.03, What: "durable, against everything on NVM"},
+	{Figure: "link_rate_100m", Least: 0.97, What: "what one connection had of 100 Mbit/s"},
+	{Figure: "link_rate_1g", Least: 0.97, What: "what one connection had of 1 Gbit/s"},
+	{Figure: "durable_vs_link_100m", Most: 1.25, What: "durable, against the download by the link's rate"},
+	{Figure: "durable_vs_nvm_100m", Most: 0.80, What: "durable, against overlayfs on NVM"},
+	{Figure: "durable_vs_nvm_1g", Most: 0.65, What: "durable, against overlayfs on NVM"},
+	{Figure: "durable_vs_best_100m", Most: 0.90, What: "durable, against overlayfs on NVM at its best"},
+	{Figure: "durable_vs_best_1g", Most: 0.75, What: "durable, against overlayfs on NVM at its best"},
+	{Figure: "durable_vs_hdd_100m", Most: 0.55, What: "durable, against overlayfs on HDD"},
+	{Figure: "durable_vs_hdd_1g", Most: 0.40, What: "durable, against overlayfs on HDD"},
+	{Figure: "nvm_saved_100m", Least: 0.97, What: "NVM saved when durable, nothing known of the image"},
+	{Figure: "nvm_saved_1g", Least: 0.60, What: "NVM saved when durable, nothing known of the image"},
+	{Figure: "hot_in_place", Least: 0.99, What: "bytes of a known profile on NVM when the pull returns"},
+	{Figure: "cpu_vs_overlayfs", Most: 1.1, What: "CPU seconds until durable, against overlayfs on NVM"},
+	{Figure: "daemon_peak_mb", Most: 150, What: "the daemon's peak memory in a pull"},
+	{Figure: "write_amplification_hdd", Most: 1.1, What: "bytes written to the HDD for each byte of the image, compressed and not"},
 	{Figure: "prepare_overhead_ms", Most: 2, What: "a container's Prepare and Mounts, above overlayfs"},
 	{Figure: "capture_1m_s", Most: 6, What: "a layer of 1 000 000 files, from its last byte to durable"},
 	{Figure: "capture_1m_peak_mb", Most: 400, What: "the daemon's peak memory with it"},
