@@ -67,7 +67,7 @@ func (a *app) printStatus(r *control.StatusResponse, now time.Time) error {
 	for _, q := range r.GetQueues() {
 		line := fmt.Sprintf("%d waiting, %d running", q.GetWaiting(), q.GetRunning())
 		if q.GetFailed() > 0 {
-			line += fmt.Sprintf(", %d failed: %s", q.GetFailed(), q.GetLastError())
+			line += fmt.Sprintf(", %d failed: %s", q.GetFailed(), control.Message(q.GetLastError()))
 		}
 		rows = append(rows, []string{"queue " + q.GetName(), line})
 	}

@@ -108,7 +108,7 @@ func (l *Layer) Sentence(total int) string {
 		return name + " is not unpacked for this snapshotter."
 	}
 	if l.GetError() != "" {
-		return name + " cannot be used: " + strings.TrimSuffix(strings.Join(strings.Fields(l.GetError()), " "), ".") + "."
+		return name + " cannot be used: " + strings.TrimSuffix(Message(l.GetError()), ".") + "."
 	}
 	place, d := l.place(), l.GetDecision()
 	switch {

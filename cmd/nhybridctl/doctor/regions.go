@@ -64,7 +64,7 @@ func try(dir string) (i scmlib.Info, err error) {
 
 func guarantee(f *findings, i scmlib.Info, nvm host.Dir) {
 	pmem := strings.HasPrefix(nvm.Source, "/dev/pmem") || i.DAX
-	why := strings.Join(strings.Fields(i.Why), " ")
+	why := control.Message(i.Why)
 	switch {
 	case i.Durability < scmlib.PowerLoss:
 		f.add(Warn, "put nvm_root on persistent memory, or on any disk, mounted with barriers", "what programs persist in regions survives a %s and nothing more: %s", i.Durability, why)
@@ -116,7 +116,7 @@ func specification(f *findings, c config.Config) {
 	hook := spec.Devices[0].Edits.Hooks[0]
 	switch err := unix.Access(hook.Path, unix.X_OK); {
 	case err != nil:
-		f.add(Fail, restart, "no container with a region starts: its hook %q cannot be run: %v", hook.Path, err)
+		f.add(Fail, restart, "no container with a region starts: its hook %q cannot be run: %s", hook.Path, control.ErrorMessage(err))
 	case spec.Kind != c.SCM.CDIKind || !slices.Contains(hook.Args, c.SCM.Address):
 		f.add(Fail, "restart the daemon, which writes it anew", "%q is not that of this daemon: it is of kind %q and does not lead to %s", c.SCM.CDISpec, spec.Kind, c.SCM.Address)
 	default:
