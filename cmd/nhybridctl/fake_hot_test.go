@@ -140,7 +140,7 @@ func (h *hot) Ready(_ context.Context, r *control.ReadyRequest) (*control.ReadyR
 
 func working() *control.MigrationState {
 	return &control.MigrationState{
-		State: "waiting", Why: "a start of web is under way", Current: []byte("usr/bin/python3.11"), CurrentDirection: "up",
+		State: "waiting", Why: "a container is starting", Current: []byte("/8/0b/11"), CurrentDirection: "up",
 		Directions: []*control.Direction{
 			{Name: "down", FilesDone: 8000, BytesDone: 150_000_000, FilesLeft: 700, BytesLeft: 12_000_000},
 			{Name: "up", FilesLeft: 2, BytesLeft: 8_700_000},
@@ -168,7 +168,7 @@ func (h *hot) Migration(context.Context) (*control.MigrationState, error) {
 }
 
 func (h *hot) PauseMigration(context.Context) (*control.MigrationState, error) {
-	return &control.MigrationState{State: "paused", Why: "by the operator"}, nil
+	return &control.MigrationState{State: "paused"}, nil
 }
 
 func (h *hot) ResumeMigration(context.Context) (*control.MigrationState, error) {

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -199,18 +198,14 @@ func (a *app) printMigration(m *control.MigrationState) error {
 // numbered is a data file by the numbers of the layer and of the file in it, as docs/store.md has it.
 var numbered = regexp.MustCompile(`^/?([0-9]+)/[0-9a-f]{2}/([0-9]+)$`)
 
-// moving says what is being moved, and where to. The daemon names a file by its path in the image or by its numbers, and a
-// layer whose pack is filled by its number.
+// moving says what is being moved, and where to. The daemon names a file by its numbers, and a layer whose pack is filled by
+// its number.
 func moving(current, direction string) string {
-	what := control.Printable("/" + strings.TrimPrefix(current, "/"))
+	what := control.Printable(current)
 	if _, err := strconv.ParseUint(current, 10, 64); err == nil {
 		what = "layer " + current
-		direction = cmp.Or(direction, "home")
 	} else if n := numbered.FindStringSubmatch(current); n != nil {
 		what = fmt.Sprintf("file %s of layer %s", n[2], n[1])
-	}
-	if direction == "" {
-		return what
 	}
 	return fmt.Sprintf("%s (%s)", what, direction)
 }

@@ -119,9 +119,11 @@ type Progress struct {
 	Up      Direction // files that come up
 	Pinned  int64     // bytes that left but are still held by somebody
 	Current string    // redirect of the file, or id of the layer that is brought home
-	Error   string    // of the last failure that is not yet made good; "" if none
-	ErrorAt time.Time // of Error
-	Failing int       // layers and files that failed and will be tried again
+	// CurrentDirection is "home", "down" or "up", and "" if Current is.
+	CurrentDirection string
+	Error            string    // of the last failure that is not yet made good; "" if none
+	ErrorAt          time.Time // of Error
+	Failing          int       // layers and files that failed and will be tried again
 }
 
 // Stats are counters since the engine was made.

@@ -76,6 +76,24 @@ func TestReachesThePlan(t *testing.T) {
 	require.Equal(t, st.Up, e.Stats().Up)
 }
 
+// Progress names what moves with its direction, at each step, and nothing once the plan is reached.
+func TestProgressNamesTheDirection(t *testing.T) {
+	r := newRig(t)
+	p, want := scene(r)
+	var e *Engine
+	seen := map[string]string{}
+	e = r.engine(Config{step: func(step string) {
+		if pr := e.Progress(); step == "home" || step == "demote" || step == "promote" {
+			seen[step] = pr.CurrentDirection
+			require.NotEmpty(t, pr.Current)
+		}
+	}})
+	e.Apply(p)
+	r.reaches(e, want)
+	require.Equal(t, map[string]string{"home": "home", "demote": "down", "promote": "up"}, seen)
+	require.Empty(t, e.Progress().Current+e.Progress().CurrentDirection)
+}
+
 // homing is a host that tells of the first piece of a layer, which then has to wait.
 type homing struct {
 	*host

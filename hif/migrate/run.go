@@ -95,7 +95,7 @@ func (e *Engine) run(ctx context.Context, g *goal) error {
 	if err == nil {
 		e.change(func() {
 			e.stats.Runs++
-			e.progress.Current = ""
+			e.progress.Current, e.progress.CurrentDirection = "", ""
 			if e.goal == g {
 				g.reached, e.now = true, false
 			}
@@ -202,7 +202,7 @@ func (r *run) leaving(d *plan.Reduction) (leave []File, err error) {
 func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 	log.G(ctx).WithFields(log.Fields{"id": d.Layer, "keep": len(d.Keep), "frees": d.Freed}).Debugf("migration: %s", d.Reason)
 	if !d.AtHome {
-		r.current(d.Layer)
+		r.current(d.Layer, "home")
 		if err := r.gate(ctx, r.goal, 1, 0, nil); err != nil {
 			return err
 		}
@@ -232,7 +232,7 @@ func (r *run) reduce(ctx context.Context, d *plan.Reduction) error {
 	delete(r.settled, d.Layer)
 	var failed error
 	for _, f := range leave {
-		r.current(f.Redirect)
+		r.current(f.Redirect, "down")
 		if err := r.gate(ctx, r.goal, 1, 0, nil); err != nil {
 			return err
 		}
@@ -285,7 +285,7 @@ func (r *run) promote(ctx context.Context) error {
 			waiting.Add(u.Size)
 			continue
 		}
-		r.current(u.Redirect)
+		r.current(u.Redirect, "up")
 		if err := r.gate(ctx, r.goal, 1, 0, nil); err != nil {
 			return err
 		}
@@ -374,7 +374,9 @@ func layerOf(redirect string) string {
 	return id
 }
 
-func (r *run) current(name string) { r.change(func() { r.progress.Current = name }) }
+func (r *run) current(name, direction string) {
+	r.change(func() { r.progress.Current, r.progress.CurrentDirection = name, direction })
+}
 
 // setIdleIO puts the calling thread into the idle class of the I/O schedulers
 // that have one (ioprio_set(2)).

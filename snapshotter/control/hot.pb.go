@@ -1002,17 +1002,15 @@ type MigrationState struct {
 	Why string `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
 	// Without limits, by MigrateNow.
 	Now bool `protobuf:"varint,3,opt,name=now,proto3" json:"now,omitempty"`
-	// One for each direction that there is work in, or was.
+	// down and up.
 	Directions []*Direction `protobuf:"bytes,4,rep,name=directions,proto3" json:"directions,omitempty"`
-	// The file being moved; empty: none.
-	Current          []byte `protobuf:"bytes,5,opt,name=current,proto3" json:"current,omitempty"`
+	// What moves: a file by its numbers, /LAYER/HH/N, or a layer whose pack is filled by its number; empty: nothing.
+	Current []byte `protobuf:"bytes,5,opt,name=current,proto3" json:"current,omitempty"`
+	// home (to the pack on HDD), down (leaves NVM) or up (comes to NVM); empty: nothing moves.
 	CurrentDirection string `protobuf:"bytes,6,opt,name=current_direction,json=currentDirection,proto3" json:"current_direction,omitempty"`
 	// Unlinked on NVM, and still open or mapped by somebody: not free yet.
-	PinnedFiles int64 `protobuf:"varint,7,opt,name=pinned_files,json=pinnedFiles,proto3" json:"pinned_files,omitempty"`
 	PinnedBytes int64 `protobuf:"varint,8,opt,name=pinned_bytes,json=pinnedBytes,proto3" json:"pinned_bytes,omitempty"`
-	// Bytes and operations a second, as measured lately, and their limits; 0: none.
-	Rate            float64 `protobuf:"fixed64,9,opt,name=rate,proto3" json:"rate,omitempty"`
-	Operations      float64 `protobuf:"fixed64,10,opt,name=operations,proto3" json:"operations,omitempty"`
+	// Limits of bytes and operations a second; 0: none.
 	RateLimit       float64 `protobuf:"fixed64,11,opt,name=rate_limit,json=rateLimit,proto3" json:"rate_limit,omitempty"`
 	OperationsLimit float64 `protobuf:"fixed64,12,opt,name=operations_limit,json=operationsLimit,proto3" json:"operations_limit,omitempty"`
 	// Since the daemon started.
@@ -1105,30 +1103,9 @@ func (x *MigrationState) GetCurrentDirection() string {
 	return ""
 }
 
-func (x *MigrationState) GetPinnedFiles() int64 {
-	if x != nil {
-		return x.PinnedFiles
-	}
-	return 0
-}
-
 func (x *MigrationState) GetPinnedBytes() int64 {
 	if x != nil {
 		return x.PinnedBytes
-	}
-	return 0
-}
-
-func (x *MigrationState) GetRate() float64 {
-	if x != nil {
-		return x.Rate
-	}
-	return 0
-}
-
-func (x *MigrationState) GetOperations() float64 {
-	if x != nil {
-		return x.Operations
 	}
 	return 0
 }
@@ -1219,7 +1196,7 @@ func (x *MigrationState) GetLayers() int64 {
 
 type Direction struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// home (copied to HDD, stays on NVM), down (leaves NVM) or up (comes to NVM).
+	// down (leaves NVM) or up (comes to NVM). What is copied to HDD and stays on NVM is the queue write-back of status.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Since the daemon started.
 	FilesDone int64 `protobuf:"varint,2,opt,name=files_done,json=filesDone,proto3" json:"files_done,omitempty"`
@@ -1948,7 +1925,7 @@ const file_hot_proto_rawDesc = "" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\"D\n" +
 	"\rReadyResponse\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1d.nhybrid.control.v1.OpenStartR\x05start\"\x12\n" +
-	"\x10MigrationRequest\"\xb9\x05\n" +
+	"\x10MigrationRequest\"\x94\x05\n" +
 	"\x0eMigrationState\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\x12\x10\n" +
@@ -1958,13 +1935,7 @@ const file_hot_proto_rawDesc = "" +
 	"directions\x12\x18\n" +
 	"\acurrent\x18\x05 \x01(\fR\acurrent\x12+\n" +
 	"\x11current_direction\x18\x06 \x01(\tR\x10currentDirection\x12!\n" +
-	"\fpinned_files\x18\a \x01(\x03R\vpinnedFiles\x12!\n" +
-	"\fpinned_bytes\x18\b \x01(\x03R\vpinnedBytes\x12\x12\n" +
-	"\x04rate\x18\t \x01(\x01R\x04rate\x12\x1e\n" +
-	"\n" +
-	"operations\x18\n" +
-	" \x01(\x01R\n" +
-	"operations\x12\x1d\n" +
+	"\fpinned_bytes\x18\b \x01(\x03R\vpinnedBytes\x12\x1d\n" +
 	"\n" +
 	"rate_limit\x18\v \x01(\x01R\trateLimit\x12)\n" +
 	"\x10operations_limit\x18\f \x01(\x01R\x0foperationsLimit\x12\x16\n" +
@@ -1978,7 +1949,10 @@ const file_hot_proto_rawDesc = "" +
 	"\x03low\x18\x13 \x01(\x03R\x03low\x12\x18\n" +
 	"\areserve\x18\x14 \x01(\x03R\areserve\x12\x18\n" +
 	"\asettled\x18\x15 \x01(\x03R\asettled\x12\x16\n" +
-	"\x06layers\x18\x16 \x01(\x03R\x06layers\"\x9b\x01\n" +
+	"\x06layers\x18\x16 \x01(\x03R\x06layersJ\x04\b\a\x10\bJ\x04\b\t\x10\n" +
+	"J\x04\b\n" +
+	"\x10\vR\fpinned_filesR\x04rateR\n" +
+	"operations\"\x9b\x01\n" +
 	"\tDirection\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +

@@ -36,7 +36,8 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 		return out, nil
 	}
 	p, st := engine.Progress(), engine.Stats()
-	out.State, out.Why, out.Now, out.Current = p.State.String(), p.Reason, p.Now, []byte(p.Current)
+	out.State, out.Why, out.Now = p.State.String(), p.Reason, p.Now
+	out.Current, out.CurrentDirection = []byte(p.Current), p.CurrentDirection
 	if p.State == migrate.Idle && (!engine.Reached() || m.Settling()) {
 		out.State, out.Why = migrate.Running.String(), "making a plan, or parts of large files"
 	}
