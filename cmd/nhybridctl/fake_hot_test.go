@@ -148,6 +148,7 @@ func working() *control.MigrationState {
 		PinnedBytes: 1_200_000, RateLimit: 20e6, OperationsLimit: 100,
 		Failed: 1, LastError: "read \"/x\": input/output error", LastErrorTime: moment,
 		NvmUsed: 1e9, NvmTotal: 4e9, High: 3.6e9, Low: 3.2e9, Reserve: 2e8, Settled: 2, Layers: 3,
+		Inodes: 32768, InodesUsed: 1768, InodesHigh: 29491, InodesLow: 26214, InodesReserve: 1638,
 	}
 }
 

@@ -172,6 +172,10 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		}
 		rows = append(rows, []string{"nvm", nvm})
 	}
+	if inodesScarcer(m) {
+		rows = append(rows, []string{"inodes", fmt.Sprintf("%d of %d used%s; files leave from %d until %d, reserve %d",
+			m.GetInodesUsed(), m.GetInodes(), percent(m.GetInodesUsed(), m.GetInodes()), m.GetInodesHigh(), m.GetInodesLow(), m.GetInodesReserve())})
+	}
 	rows = append(rows,
 		[]string{"pinned", a.size(m.GetPinnedBytes()) + ": unlinked, still open"},
 		[]string{"settled", fmt.Sprintf("%d of %d layers", m.GetSettled(), m.GetLayers())})
@@ -193,6 +197,12 @@ func (a *app) printMigration(m *control.MigrationState) error {
 		})
 	}
 	return a.table(rows)
+}
+
+// inodesScarcer reports whether NVM has a larger share of its inodes in use than of its bytes: files then leave for inodes.
+func inodesScarcer(m *control.MigrationState) bool {
+	return m.GetInodes() > 0 && m.GetNvmTotal() > 0 &&
+		float64(m.GetInodesUsed())/float64(m.GetInodes()) > float64(m.GetNvmUsed())/float64(m.GetNvmTotal())
 }
 
 // numbered is a data file by the numbers of the layer and of the file in it, as docs/store.md has it.

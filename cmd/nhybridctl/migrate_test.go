@@ -4,11 +4,13 @@
 package main
 
 import (
+	"bytes"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 )
 
 // What the daemon names by numbers is not shown as a path of the image.
@@ -21,6 +23,21 @@ func TestMovingSaysWhatMoves(t *testing.T) {
 	} {
 		require.Equal(t, x.want, moving(x.current, x.direction), x.current)
 	}
+}
+
+// Bytes are shown as they are; inodes are a line of their own where they are the scarcer.
+func TestMigrateStatusShowsScarceInodes(t *testing.T) {
+	show := func(m *control.MigrationState) string {
+		var out bytes.Buffer
+		require.NoError(t, (&app{out: &out}).printMigration(m))
+		return out.String()
+	}
+	m := working()
+	require.NotContains(t, show(m), "inodes")
+	m.InodesUsed = 31000
+	out := show(m)
+	require.Contains(t, lineWith(t, out, "nvm "), "1.00 GB of 4.00 GB used (25.0 %); files leave from 3.60 GB")
+	require.Equal(t, "inodes   31000 of 32768 used (94.6 %); files leave from 29491 until 26214, reserve 1638", lineWith(t, out, "inodes"))
 }
 
 func TestPinOfAGlobThatIsNotUTF8(t *testing.T) {

@@ -1025,8 +1025,14 @@ type MigrationState struct {
 	// Never used by files.
 	Reserve int64 `protobuf:"varint,20,opt,name=reserve,proto3" json:"reserve,omitempty"`
 	// Layers of which only hot files keep their place on NVM, and all layers.
-	Settled       int64 `protobuf:"varint,21,opt,name=settled,proto3" json:"settled,omitempty"`
-	Layers        int64 `protobuf:"varint,22,opt,name=layers,proto3" json:"layers,omitempty"`
+	Settled int64 `protobuf:"varint,21,opt,name=settled,proto3" json:"settled,omitempty"`
+	Layers  int64 `protobuf:"varint,22,opt,name=layers,proto3" json:"layers,omitempty"`
+	// As nvm_total, nvm_used, high, low and reserve, in inodes: files leave when either is short. 0: the filesystem has no limit of them.
+	Inodes        int64 `protobuf:"varint,23,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	InodesUsed    int64 `protobuf:"varint,24,opt,name=inodes_used,json=inodesUsed,proto3" json:"inodes_used,omitempty"`
+	InodesHigh    int64 `protobuf:"varint,25,opt,name=inodes_high,json=inodesHigh,proto3" json:"inodes_high,omitempty"`
+	InodesLow     int64 `protobuf:"varint,26,opt,name=inodes_low,json=inodesLow,proto3" json:"inodes_low,omitempty"`
+	InodesReserve int64 `protobuf:"varint,27,opt,name=inodes_reserve,json=inodesReserve,proto3" json:"inodes_reserve,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1190,6 +1196,41 @@ func (x *MigrationState) GetSettled() int64 {
 func (x *MigrationState) GetLayers() int64 {
 	if x != nil {
 		return x.Layers
+	}
+	return 0
+}
+
+func (x *MigrationState) GetInodes() int64 {
+	if x != nil {
+		return x.Inodes
+	}
+	return 0
+}
+
+func (x *MigrationState) GetInodesUsed() int64 {
+	if x != nil {
+		return x.InodesUsed
+	}
+	return 0
+}
+
+func (x *MigrationState) GetInodesHigh() int64 {
+	if x != nil {
+		return x.InodesHigh
+	}
+	return 0
+}
+
+func (x *MigrationState) GetInodesLow() int64 {
+	if x != nil {
+		return x.InodesLow
+	}
+	return 0
+}
+
+func (x *MigrationState) GetInodesReserve() int64 {
+	if x != nil {
+		return x.InodesReserve
 	}
 	return 0
 }
@@ -1925,7 +1966,7 @@ const file_hot_proto_rawDesc = "" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\"D\n" +
 	"\rReadyResponse\x123\n" +
 	"\x05start\x18\x01 \x01(\v2\x1d.nhybrid.control.v1.OpenStartR\x05start\"\x12\n" +
-	"\x10MigrationRequest\"\x94\x05\n" +
+	"\x10MigrationRequest\"\xb4\x06\n" +
 	"\x0eMigrationState\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\x12\x10\n" +
@@ -1949,7 +1990,15 @@ const file_hot_proto_rawDesc = "" +
 	"\x03low\x18\x13 \x01(\x03R\x03low\x12\x18\n" +
 	"\areserve\x18\x14 \x01(\x03R\areserve\x12\x18\n" +
 	"\asettled\x18\x15 \x01(\x03R\asettled\x12\x16\n" +
-	"\x06layers\x18\x16 \x01(\x03R\x06layersJ\x04\b\a\x10\bJ\x04\b\t\x10\n" +
+	"\x06layers\x18\x16 \x01(\x03R\x06layers\x12\x16\n" +
+	"\x06inodes\x18\x17 \x01(\x03R\x06inodes\x12\x1f\n" +
+	"\vinodes_used\x18\x18 \x01(\x03R\n" +
+	"inodesUsed\x12\x1f\n" +
+	"\vinodes_high\x18\x19 \x01(\x03R\n" +
+	"inodesHigh\x12\x1d\n" +
+	"\n" +
+	"inodes_low\x18\x1a \x01(\x03R\tinodesLow\x12%\n" +
+	"\x0einodes_reserve\x18\x1b \x01(\x03R\rinodesReserveJ\x04\b\a\x10\bJ\x04\b\t\x10\n" +
 	"J\x04\b\n" +
 	"\x10\vR\fpinned_filesR\x04rateR\n" +
 	"operations\"\x9b\x01\n" +

@@ -10,9 +10,11 @@ import (
 
 	"github.com/nhybrid/nhybrid/hif"
 	"github.com/nhybrid/nhybrid/hif/migrate"
+	"github.com/nhybrid/nhybrid/hif/plan"
 	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
 // Migration implements [control.HotBackend].
@@ -24,12 +26,11 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 	out := &control.MigrationState{RateLimit: float64(s.hotConfig.Engine.Rate), OperationsLimit: float64(s.hotConfig.Engine.Operations)}
 	o := m.Overview()
 	out.Settled, out.Layers = int64(len(o.SettledLayers)), int64(o.Layers)
-	space, err := Space(s.store)
+	room, err := s.store.Room(placement.NVM)
 	if err != nil {
 		return nil, err
 	}
-	out.NvmTotal, out.NvmUsed, out.Reserve = space.Total, space.Total-space.Free, space.Reserve
-	out.High, out.Low = s.hotConfig.Limits.Marks(space)
+	fillNVM(out, room, s.hotConfig.Limits)
 	engine := m.Engine()
 	if engine == nil {
 		out.State, out.Why = migrate.Paused.String(), hif.ErrNoMigration.Error()
@@ -56,6 +57,19 @@ func (s backend) Migration(context.Context) (*control.MigrationState, error) {
 		},
 	}
 	return out, nil
+}
+
+// fillNVM tells what NVM has, in bytes and in inodes, and at which use of them files leave. A plan counts bytes, and inodes as
+// the same share of them ([store.Room.Scarcer]), so its marks are that share of the inodes.
+func fillNVM(m *control.MigrationState, room store.Room, limits plan.Limits) {
+	m.NvmTotal, m.NvmUsed, m.Reserve = room.Total, room.Total-room.Free, room.Reserve
+	m.High, m.Low = limits.Marks(plan.Space{Free: room.Free, Total: room.Total, Reserve: room.Reserve})
+	if room.Inodes <= 0 || room.Total <= 0 {
+		return
+	}
+	share := func(bytes int64) int64 { return int64(float64(bytes) / float64(room.Total) * float64(room.Inodes)) }
+	m.Inodes, m.InodesUsed, m.InodesReserve = room.Inodes, room.Inodes-room.InodesFree, room.InodesReserve
+	m.InodesHigh, m.InodesLow = share(m.High), share(m.Low)
 }
 
 // PauseMigration implements [control.HotBackend].
