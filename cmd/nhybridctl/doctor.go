@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -38,7 +37,6 @@ func (a *app) doctor() *cobra.Command {
 			if settings := daemon.settings; settings != nil {
 				host := doctor.Host(*settings, !daemon.regionsOff)
 				all = append(all, daemon.beside(host)...)
-				all = append(all, host...)
 				bar()
 				if daemon.pid > 0 {
 					all = append(all, doctor.Namespaces(*settings, daemon.pid)...)
@@ -159,19 +157,24 @@ func (a *app) doctorDaemon(ctx context.Context, file string) *daemon {
 	return d
 }
 
-// beside is what the daemon says of itself, but for a lack of room that host, what was found by looking, names as well.
+// beside puts what the daemon says of itself before host, what was found by looking. Both see the same lack of room: the daemon
+// knows the reserve that holds, so its line stays, unless only host calls it a failure.
 func (d *daemon) beside(host []doctor.Finding) []doctor.Finding {
-	return slices.DeleteFunc(slices.Clone(d.findings), func(f doctor.Finding) bool {
-		tier, _, _ := strings.Cut(f.Text, " ")
-		return f.Area == "daemon" && f.Level == doctor.Warn && (tier == "NVM" || tier == "HDD") &&
-			slices.ContainsFunc(host, func(h doctor.Finding) bool {
-				return h.Area == strings.ToLower(tier) && h.Level != doctor.OK && roomless.MatchString(h.Text)
-			})
+	own := slices.DeleteFunc(slices.Clone(d.findings), func(f doctor.Finding) bool {
+		return slices.ContainsFunc(host, func(h doctor.Finding) bool { return h.Level == doctor.Fail && sameShortage(f, h) })
 	})
+	return append(own, slices.DeleteFunc(slices.Clone(host), func(h doctor.Finding) bool {
+		return slices.ContainsFunc(own, func(f doctor.Finding) bool { return sameShortage(f, h) })
+	})...)
 }
 
-// roomless is what a finding of a lack of room says.
-var roomless = regexp.MustCompile(`\bfree\b|\bfull\b`)
+// sameShortage reports whether two findings name the same one of [store.Room.Shortages], perhaps with other numbers.
+func sameShortage(daemon, host doctor.Finding) bool {
+	name, _, _ := strings.Cut(daemon.Text, ":")
+	other, _, _ := strings.Cut(host.Text, ":")
+	tier, _, _ := strings.Cut(name, " ")
+	return name == other && daemon.Area == "daemon" && host.Area == strings.ToLower(tier)
+}
 
 // warnings passes on what the daemon warns of, but for what doctor says itself of single layers.
 func (d *daemon) warnings(all []string, layers []*control.Snapshot) {

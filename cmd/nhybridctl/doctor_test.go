@@ -52,7 +52,7 @@ func TestDoctor(t *testing.T) {
 	require.Empty(t, errs)
 	require.Contains(t, out, "ok    daemon: v1.2.3 answers")
 	require.Contains(t, out, "warn  daemon: 1 jobs of queue sync failed: no space left on device")
-	require.Contains(t, out, "warn  daemon: NVM is nearly full")
+	require.Contains(t, out, "warn  daemon: starts are not traced")
 	require.Equal(t, 1, strings.Count(out, "same filesystem"))
 	require.Contains(t, out, "warn  tiers: both tiers stand on the same filesystem")
 	require.Contains(t, out, "ok    containerd: snapshotter \"nhybrid\"")
@@ -108,7 +108,32 @@ func TestDoctorSaysEachFaultOnce(t *testing.T) {
 	require.Contains(t, out, "fail  regions: no container with a region starts: regions are not served: sweep")
 	require.NotContains(t, out, "containers ask for regions")
 	require.NotContains(t, out, "containers cannot ask for regions")
-	require.Contains(t, out, "warn  daemon: NVM is nearly full")
+	require.Contains(t, out, "warn  daemon: starts are not traced")
+}
+
+// A lack of room that the daemon and doctor both see is said once: by the daemon, which knows the whole reserve, or by doctor
+// where it is a failure. What the daemon alone says stays.
+func TestDoctorSaysAShortageOnce(t *testing.T) {
+	warn := func(area, text string) doctor.Finding {
+		return doctor.Finding{Area: area, Level: doctor.Warn, Text: text, Cure: "make room"}
+	}
+	fail := func(area, text string) doctor.Finding {
+		return doctor.Finding{Area: area, Level: doctor.Fail, Text: text, Cure: "make room"}
+	}
+	inodes := warn("daemon", "NVM has too few inodes: 60 of 1000 free, the reserve is 50, so that layers and writable directories go to HDD")
+	same := inodes
+	same.Area = "nvm"
+	other := warn("nvm", "NVM is full: 1 B free, the reserve is 2 B, so that layers and writable directories go to HDD")
+	full := fail("hdd", "HDD is full: no pull succeeds")
+	ok := doctor.Finding{Area: "nvm", Level: doctor.OK, Text: "ext4 is free of faults"}
+	for _, x := range []struct{ daemon, host, want []doctor.Finding }{
+		{[]doctor.Finding{inodes}, []doctor.Finding{ok, same}, []doctor.Finding{inodes, ok}},
+		{[]doctor.Finding{inodes}, []doctor.Finding{ok, other}, []doctor.Finding{inodes, ok, other}},
+		{nil, []doctor.Finding{same}, []doctor.Finding{same}},
+		{[]doctor.Finding{warn("daemon", full.Text), inodes}, []doctor.Finding{full}, []doctor.Finding{inodes, full}},
+	} {
+		require.Equal(t, x.want, (&daemon{findings: x.daemon}).beside(x.host))
+	}
 }
 
 // withoutRegions is a daemon that could not open its store of regions.

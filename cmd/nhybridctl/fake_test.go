@@ -79,7 +79,7 @@ func (b *backend) Status(context.Context) (*control.StatusResponse, error) {
 		Queues:     []*control.Queue{{Name: "unpack", Waiting: 2, Running: 1}, {Name: "sync", Failed: 1, LastError: "no space left on device"}},
 		Containerd: &control.Containerd{Address: "/run/containerd/containerd.sock", Reachable: true, Version: "v2.4.2"},
 		Active:     3, Committed: 12, Pulls: 1, NotDurable: 2,
-		Warnings: append([]string{"NVM is nearly full"}, b.warnings...),
+		Warnings: append([]string{"starts are not traced, so that what images need is only guessed: fanotify is refused here; set hot.trace = false"}, b.warnings...),
 	}, nil
 }
 

@@ -14,7 +14,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/placement/tier"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
@@ -42,7 +41,7 @@ func (s backend) warnings(ctx context.Context, all []store.Entry) (list []string
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, shortages(t, room)...)
+		list = append(list, room.Shortages(t)...)
 	}
 	if s.store.Tiers.SameFilesystem() {
 		list = append(list, control.OneFilesystem+", so that placement has no effect; give NVM a filesystem of its own")
@@ -77,7 +76,7 @@ func clause(text string) string { return strings.ReplaceAll(control.Message(text
 // cureOf is what helps against an error of a device.
 func cureOf(err error) string {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return more
+		return store.CureRoom
 	}
 	return "mend what the error names (dmesg shows errors of devices)"
 }
@@ -101,38 +100,3 @@ func (s backend) called(ctx context.Context, id store.LayerID, all []store.Entry
 func namesOf(sn store.Entry, names map[string][]string) []string {
 	return names[sn.NS()+" "+store.ClientKey(sn.Info.Name)]
 }
-
-// shortages says what a tier lacks, in bytes and in inodes.
-func shortages(t placement.Tier, r store.Room) (all []string) {
-	free, total := placement.FormatBytes(r.Free), placement.FormatBytes(r.Total)
-	switch {
-	case t == placement.NVM && r.Free <= r.Reserve:
-		all = append(all, fmt.Sprintf("NVM is full: %s free, the reserve is %s, so that layers and writable directories go to HDD; "+more, free, placement.FormatBytes(r.Reserve)))
-	case t == placement.HDD && r.Free == 0:
-		all = append(all, "HDD is full: no pull succeeds; "+more)
-	case t == placement.HDD && r.Free < r.Total/littleHDD:
-		all = append(all, fmt.Sprintf("HDD is nearly full: %s of %s free, pulls of larger images fail; "+more, free, total))
-	}
-	switch _, inodes := r.Left(); {
-	case r.Inodes <= 0:
-	case t == placement.NVM && inodes <= store.LeastInodes:
-		all = append(all, fmt.Sprintf("NVM has too few inodes: %d of %d free, the reserve is %d, so that layers and writable directories go to HDD; "+moreInodes, r.InodesFree, r.Inodes, r.InodesReserve))
-	case t == placement.HDD && r.InodesFree == 0:
-		all = append(all, fmt.Sprintf("HDD has no inode free of %d: no pull succeeds; "+moreInodes, r.Inodes))
-	case t == placement.HDD && r.InodesFree < r.Inodes/fewInodes:
-		all = append(all, fmt.Sprintf("HDD has few inodes: %d of %d free, without which pulls and containers fail; "+moreInodes, r.InodesFree, r.Inodes))
-	}
-	return all
-}
-
-// What helps.
-const (
-	more       = "remove images (nhybridctl du shows what takes the room), or enlarge the filesystem"
-	moreInodes = "remove images, or make the filesystem anew with more inodes (mkfs.ext4 -N, mkfs.xfs -i maxpct=)"
-)
-
-// One part in so many is little, as doctor has it.
-const (
-	littleHDD = 100
-	fewInodes = 20
-)

@@ -82,7 +82,7 @@ func TestHostFindsFaults(t *testing.T) {
 
 	c := settings(t.TempDir(), one)
 	c.Placement.NVMReserve = config.Space{Bytes: 1 << 40}
-	has(t, Host(c, true), Warn, "nvm", "new files go to HDD")
+	has(t, Host(c, true), Warn, "nvm", "so that layers and writable directories go to HDD")
 }
 
 func TestReadAheadOfNVM(t *testing.T) {

@@ -10,41 +10,26 @@ import (
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/placement"
+	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
+	"github.com/nhybrid/nhybrid/snapshotter/store"
 )
 
-// Shares of a filesystem below which doctor warns, in per cent.
-const (
-	fewInodes = 5
-	littleHDD = 1
-)
-
-// room looks at what a tier has left, in bytes and in inodes alike. NVM without room is normal: files go to HDD. An HDD
-// without room fails pulls.
+// room looks at what a tier has left, in bytes and in inodes alike, and says it in the daemon's words. NVM without room is normal:
+// files go to HDD. An HDD without room fails pulls.
 func room(f *findings, name string, d host.Dir, c config.Config) {
-	more := "remove images (nhybridctl du shows what takes the room), or enlarge the filesystem"
-	free := placement.FormatBytes(d.Free)
-	switch reserve := c.Placement.NVMReserve.Of(d.Total); {
-	case name == "nvm" && d.Free <= reserve:
-		f.add(Warn, "remove images, or lower placement.nvm_reserve", "%s are free and %s are to stay free: new files go to HDD", free, placement.FormatBytes(reserve))
-	case name == "hdd" && d.Free == 0:
-		f.add(Fail, more, "the filesystem at %s is full: no pull succeeds", d.MountPoint)
-	case name == "hdd" && d.Free < d.Total/100*littleHDD:
-		f.add(Warn, more, "only %s of %s are free: pulls of larger images fail", free, placement.FormatBytes(d.Total))
+	t, r := placement.HDD, store.Room{Free: d.Free, Total: d.Total, InodesFree: d.InodesFree, Inodes: d.Inodes}
+	if name == "nvm" {
+		t = placement.NVM
+		r.Reserve, r.InodesReserve = c.Placement.NVMReserve.Of(d.Total), c.Placement.NVMReserve.Inodes(d.Total, d.Inodes)
 	}
-	if d.Inodes <= 0 { // the filesystem has no limit of them
-		return
+	level := Warn
+	if t == placement.HDD && full(d) {
+		level = Fail
 	}
-	cure := "remove images, or make the filesystem anew with more inodes (mkfs.ext4 -N, mkfs.xfs -i maxpct=)"
-	switch few := d.InodesFree < d.Inodes/100*fewInodes; {
-	case name == "hdd" && d.InodesFree == 0:
-		f.add(Fail, cure, "no inode of %d is free on %s: no pull succeeds", d.Inodes, d.MountPoint)
-	case name == "nvm" && d.InodesFree == 0:
-		f.add(Warn, cure, "no inode of %d is free on %s: new files go to HDD, and containers that write on NVM fail", d.Inodes, d.MountPoint)
-	case name == "nvm" && few:
-		f.add(Warn, cure, "only %d of %d inodes are free: new files soon go to HDD", d.InodesFree, d.Inodes)
-	case few:
-		f.add(Warn, cure, "only %d of %d inodes are free", d.InodesFree, d.Inodes)
+	for _, s := range r.Shortages(t) {
+		text, cure := control.Cure(s)
+		f.add(level, cure, "%s", text)
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/cmd/internal/config"
 	"github.com/nhybrid/nhybrid/snapshotter/host"
 )
 
@@ -57,8 +58,8 @@ func TestFullTiersAreCalledFull(t *testing.T) {
 		nvm  string
 		last string
 	}{
-		"bytes":  {fill, "the filesystem at %s is full: no pull succeeds", "0 B are free and", "%s is full"},
-		"inodes": {takeInodes, "no inode of 100 is free on %s: no pull succeeds", "no inode of 100 is free on %s: new files go to HDD", "no inode is free on %s"},
+		"bytes":  {fill, "HDD is full: no pull succeeds", "NVM is full: 0 B free, the reserve is", "%s is full"},
+		"inodes": {takeInodes, "HDD has no inode free of 100: no pull succeeds", "NVM has too few inodes: 0 of 100 free, the reserve is ", "no inode is free on %s"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			full := small(t)
@@ -104,17 +105,25 @@ func TestLittleRoom(t *testing.T) {
 		room(f, name, d, c)
 		return f.all
 	}
-	whole := host.Dir{Total: 1 << 30, Free: 1 << 29, Inodes: 1000, InodesFree: 500}
+	whole := host.Dir{Total: 1e9, Free: 5e8, Inodes: 100_000, InodesFree: 50_000}
 	require.Empty(t, look("nvm", whole))
 	require.Empty(t, look("hdd", whole))
-	require.Empty(t, look("hdd", host.Dir{Total: 1 << 30, Free: 1 << 29})) // no limit of inodes
+	require.Empty(t, look("nvm", host.Dir{Total: 1 << 30, Free: 1 << 29})) // no limit of inodes
 
 	few := whole
-	few.InodesFree = 49
-	has(t, look("nvm", few), Warn, "nvm", "only 49 of 1000 inodes are free: new files soon go to HDD")
-	has(t, look("hdd", few), Warn, "hdd", "only 49 of 1000 inodes are free")
+	few.InodesFree = 6000 // the reserve, and what a writable directory must be able to take
+	has(t, look("nvm", few), Warn, "nvm", "NVM has too few inodes: 6000 of 100000 free, the reserve is 5000, so that layers and writable directories go to HDD")
+	require.Empty(t, look("hdd", few))
+	few.InodesFree++
+	require.Empty(t, look("nvm", few))
+	c.Placement.NVMReserve = config.Space{Percent: 10}
+	has(t, look("nvm", few), Warn, "nvm", "the reserve is 10000")
+	few.InodesFree = 4999
+	has(t, look("hdd", few), Warn, "hdd", "HDD has few inodes: 4999 of 100000 free")
+	few.InodesFree = 0
+	has(t, look("hdd", few), Fail, "hdd", "HDD has no inode free")
 	little := whole
 	little.Free = 1 << 20
-	has(t, look("hdd", little), Warn, "hdd", "only 1.05 MB of 1.07 GB are free")
-	has(t, look("nvm", little), Warn, "nvm", "are to stay free: new files go to HDD")
+	has(t, look("hdd", little), Warn, "hdd", "HDD is nearly full: 1.05 MB of 1.00 GB free")
+	has(t, look("nvm", little), Warn, "nvm", "NVM is full: 1.05 MB free, the reserve is 100 MB, so that layers and writable directories go to HDD")
 }
