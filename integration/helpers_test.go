@@ -277,7 +277,7 @@ func awaitEmpty(t *testing.T, r *rig.Rig) {
 			Name                           string
 			Layers, Uppers, Views, Orphans int64
 		}
-		Orphans []struct{ Path string }
+		Orphans []struct{ Key string }
 	}
 	ctl(t, r, &usage, "du")
 	require.Len(t, usage.Tiers, 2)

@@ -21,7 +21,6 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
@@ -171,12 +170,8 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	case info.Kind == snapshots.KindView:
 		return snapshots.Usage{}, nil
 	case info.Kind == snapshots.KindActive:
-		t, err := s.store.Tiers.StagedOn(id)
-		if err != nil {
-			return snapshots.Usage{}, err
-		}
-		du, err := fs.DiskUsage(ctx, s.store.Tiers.Upper(t, id))
-		return snapshots.Usage(du), err
+		_, usage, err := s.store.Written(ctx, id)
+		return usage, err
 	case sn.Layer == 0:
 		return snapshots.Usage{}, nil
 	}

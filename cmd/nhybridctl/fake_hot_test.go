@@ -181,7 +181,7 @@ func (h *hot) MigrateNow(ctx context.Context) (*control.MigrationState, error) {
 }
 
 func (h *hot) Files(_ context.Context, r *control.FilesRequest, send func(*control.ImageFile) error) error {
-	if err := known(r.GetImage()); err != nil {
+	if err := find(r.GetImage()); err != nil {
 		return err
 	}
 	for _, f := range []*control.ImageFile{

@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/nhybrid/nhybrid/cmd/internal/config"
@@ -85,13 +86,16 @@ func (b *backend) Status(context.Context) (*control.StatusResponse, error) {
 
 func (b *backend) List(_ context.Context, r *control.ListRequest, send func(*control.Snapshot) error) error {
 	for _, s := range []*control.Snapshot{
-		{Id: "1", Key: "default/1/" + base, Namespace: "default", Name: base, Kind: "committed", Layer: "7", Tier: "hdd", HddBytes: 181_000_000, Inodes: 9000, State: "home", Durable: true, Images: []string{image}},
-		{Id: "2", Key: "default/2/" + digest, Namespace: "default", Name: digest, Parent: "default/1/" + base, Kind: "committed", Layer: "8", Tier: "hdd", NvmBytes: 15_000_000, HddBytes: 200_000_000, Inodes: 900, State: "stored", ViewBytes: 5_400_000, Images: []string{image}, Created: moment, Labels: map[string]string{"b": "2", "a": "1"}},
-		{Id: "3", Key: "k8s.io/3/web", Namespace: "k8s.io", Name: "web", Parent: "default/2/" + digest, Kind: "active", Tier: "nvm", NvmBytes: 4096, Inodes: 1},
-		{Id: "4", Key: "default/4/" + java, Namespace: "default", Name: java, Kind: "committed", Layer: "9", Tier: "nvm", State: "stored", Error: b.trouble},
+		{Id: "1", Key: "default/1/" + base, Namespace: "default", Name: base, Kind: "committed", Layer: "7", Tier: "hdd", NvmBytes: proto.Int64(0), HddBytes: proto.Int64(181_000_000), Inodes: proto.Int64(9000), State: "home", Durable: true, Images: []string{image}},
+		{Id: "2", Key: "default/2/" + digest, Namespace: "default", Name: digest, Parent: "default/1/" + base, Kind: "committed", Layer: "8", Tier: "hdd", NvmBytes: proto.Int64(15_000_000), HddBytes: proto.Int64(200_000_000), Inodes: proto.Int64(900), State: "stored", ViewBytes: 5_400_000, Images: []string{image}, Created: moment, Labels: map[string]string{"b": "2", "a": "1"}},
+		{Id: "3", Key: "k8s.io/3/web", Namespace: "k8s.io", Name: "web", Parent: "default/2/" + digest, Kind: "active", Tier: "nvm"},
+		{Id: "4", Key: "default/4/" + java, Namespace: "default", Name: java, Kind: "committed", Layer: "9", Tier: "nvm", NvmBytes: proto.Int64(0), HddBytes: proto.Int64(0), Inodes: proto.Int64(0), State: "stored", Error: b.trouble},
 	} {
 		if r.GetNamespace() != "" && r.GetNamespace() != s.GetNamespace() {
 			continue
+		}
+		if s.GetKind() == "active" && r.GetCount() {
+			s.NvmBytes, s.HddBytes, s.Inodes = proto.Int64(4096), proto.Int64(0), proto.Int64(1)
 		}
 		if err := send(s); err != nil {
 			return err
@@ -100,7 +104,7 @@ func (b *backend) List(_ context.Context, r *control.ListRequest, send func(*con
 	return nil
 }
 
-func known(ref string) error {
+func find(ref string) error {
 	if ref == "unavailable" {
 		return fmt.Errorf("containerd is away: %w", errdefs.ErrUnavailable)
 	}
@@ -111,10 +115,17 @@ func known(ref string) error {
 }
 
 func (*backend) Inspect(_ context.Context, r *control.InspectRequest) (*control.InspectResponse, error) {
+	if r.GetRef() == "web" {
+		return &control.InspectResponse{Namespace: "k8s.io", Layers: layers()[:2], Snapshot: &control.Snapshot{
+			Id: "3", Kind: "active", Name: "web", Tier: "nvm", NvmBytes: proto.Int64(4096), HddBytes: proto.Int64(0), Inodes: proto.Int64(1),
+		}}, nil
+	}
 	return &control.InspectResponse{
 		Image: image, Digest: digest, Namespace: "default", Layers: layers(),
-		Snapshot: &control.Snapshot{Id: "2", Kind: "committed", Name: digest},
-	}, known(r.GetRef())
+		Snapshot: &control.Snapshot{
+			Id: "2", Kind: "committed", Name: digest, NvmBytes: proto.Int64(15_000_000), HddBytes: proto.Int64(200_000_000), Inodes: proto.Int64(900),
+		},
+	}, find(r.GetRef())
 }
 
 func (*backend) Why(_ context.Context, r *control.WhyRequest) (*control.WhyResponse, error) {
@@ -129,7 +140,7 @@ func (*backend) Why(_ context.Context, r *control.WhyRequest) (*control.WhyRespo
 	case r.GetLayer() != "":
 		w.Layers = w.Layers[:1]
 	}
-	return w, known(r.GetImage())
+	return w, find(r.GetImage())
 }
 
 func (*backend) Usage(context.Context, *control.UsageRequest) (*control.UsageResponse, error) {
@@ -137,9 +148,9 @@ func (*backend) Usage(context.Context, *control.UsageRequest) (*control.UsageRes
 		Images: []*control.ImageUsage{{Name: image, Namespace: "default", Layers: 3, NvmOwn: 215_000_000, HddShared: 181_000_000}},
 		Tiers: []*control.TierUsage{
 			{Name: "nvm", Layers: 215_000_000, Uppers: 4096, Views: 5_400_000, Parts: 2_500_000, Metadata: 1_000_000, Free: 3e9, Total: 4e9},
-			{Name: "hdd", Layers: 181_000_000, Metadata: 1_000_000, Orphans: 77, Free: 3e12, Total: 4e12},
+			{Name: "hdd", Layers: 181_000_000, Metadata: 1_000_000, Orphans: 8192, Free: 3e12, Total: 4e12},
 		},
-		Orphans: []*control.Orphan{{Id: "9", Path: "/var/lib/nhybrid/s/9", HddBytes: 77, Reason: "no snapshot has this id"}},
+		Orphans: []*control.Orphan{{Id: "9", Key: "default/9/built", HddBytes: 8192, Reason: "no image and no container refers to it; containerd's garbage collection decides"}},
 	}, nil
 }
 

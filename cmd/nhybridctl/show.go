@@ -100,13 +100,14 @@ func inodes(t *control.Tier) string {
 }
 
 func (a *app) ls() *cobra.Command {
-	var labels bool
+	var labels, count bool
 	c := &cobra.Command{
 		Use: "ls", Aliases: []string{"list"}, Short: "List the snapshots and where they stand", Args: cobra.NoArgs,
+		Long: "List the snapshots and where they stand. What containers have written is counted with --size only, since that walks the directory of each.",
 		RunE: func(c *cobra.Command, _ []string) error {
 			var all []*control.Snapshot
 			err := a.with(func(client control.Client) error {
-				stream, err := client.List(c.Context(), &control.ListRequest{Namespace: a.namespace})
+				stream, err := client.List(c.Context(), &control.ListRequest{Namespace: a.namespace, Count: count})
 				if err != nil {
 					return err
 				}
@@ -132,6 +133,7 @@ func (a *app) ls() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&labels, "labels", false, "show labels too")
+	c.Flags().BoolVarP(&count, "size", "s", false, "count what containers have written")
 	return c
 }
 
@@ -148,7 +150,7 @@ func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
 	for _, s := range all {
 		row := []string{
 			s.GetId(), s.GetNamespace(), control.Short(s.GetName()), orDash(byKey[s.GetParent()]), s.GetKind(), orDash(s.GetLayer()),
-			orDash(s.GetTier()), a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()), strconv.FormatInt(s.GetInodes(), 10), a.size(s.GetViewBytes()),
+			orDash(s.GetTier()), known(s.NvmBytes, a.size), known(s.HddBytes, a.size), known(s.Inodes, decimal), a.size(s.GetViewBytes()),
 			state(s.GetState(), s.GetError()), orDash(strings.Join(s.GetImages(), " ")),
 		}
 		if labels {
@@ -162,6 +164,16 @@ func (a *app) snapshotRows(all []*control.Snapshot, labels bool) [][]string {
 	}
 	return rows
 }
+
+// known writes a number, or a dash where it was not counted.
+func known(n *int64, write func(int64) string) string {
+	if n == nil {
+		return "-"
+	}
+	return write(*n)
+}
+
+func decimal(n int64) string { return strconv.FormatInt(n, 10) }
 
 // state is how far a layer has come, or that it cannot be used.
 func state(state, trouble string) string {
@@ -228,8 +240,8 @@ func (a *app) printInspect(r *control.InspectResponse) error {
 	rows = append(rows, []string{"namespace", r.GetNamespace()})
 	if s := r.GetSnapshot(); s != nil {
 		rows = append(rows, []string{"snapshot", fmt.Sprintf("%s, %s, %s", s.GetId(), s.GetKind(), s.GetName())})
-		if s.GetKind() != "committed" {
-			rows = append(rows, []string{"writable", fmt.Sprintf("%s on NVM, %s on HDD", a.size(s.GetNvmBytes()), a.size(s.GetHddBytes()))})
+		if s.GetKind() == "active" && s.Inodes != nil { // nil: it has gone meanwhile
+			rows = append(rows, []string{"writable", fmt.Sprintf("%s on %s, in %d inodes", a.size(s.GetNvmBytes()+s.GetHddBytes()), strings.ToUpper(s.GetTier()), s.GetInodes())})
 		}
 	}
 	rows = append(rows, []string{"layers", fmt.Sprintf("%d, %s on NVM, %s on HDD", len(r.GetLayers()), a.size(nvm), a.size(hdd))})
@@ -356,11 +368,7 @@ func (a *app) printUsage(r *control.UsageResponse) error {
 	fmt.Fprintln(a.out)
 	rows = [][]string{{"ORPHAN", "NVM", "HDD", "WHY"}}
 	for _, o := range r.GetOrphans() {
-		name := o.GetKey()
-		if name == "" {
-			name = o.GetPath()
-		}
-		rows = append(rows, []string{name, a.size(o.GetNvmBytes()), a.size(o.GetHddBytes()), control.Message(o.GetReason())})
+		rows = append(rows, []string{o.GetKey(), a.size(o.GetNvmBytes()), a.size(o.GetHddBytes()), control.Message(o.GetReason())})
 	}
 	return a.table(rows)
 }

@@ -613,7 +613,9 @@ func (x *Containerd) GetError() string {
 type ListRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty: all namespaces.
-	Namespace     string `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Namespace string `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// Count what active snapshots hold, by a walk over the writable directory of each.
+	Count         bool `protobuf:"varint,2,opt,name=count,proto3" json:"count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -655,6 +657,13 @@ func (x *ListRequest) GetNamespace() string {
 	return ""
 }
 
+func (x *ListRequest) GetCount() bool {
+	if x != nil {
+		return x.Count
+	}
+	return false
+}
+
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Number in the metastore; also the name of its writable directory on the tiers.
@@ -667,11 +676,13 @@ type Snapshot struct {
 	// Key of the parent.
 	Parent string `protobuf:"bytes,5,opt,name=parent,proto3" json:"parent,omitempty"`
 	// active, view or committed.
-	Kind     string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
-	Tier     string `protobuf:"bytes,7,opt,name=tier,proto3" json:"tier,omitempty"`
-	NvmBytes int64  `protobuf:"varint,8,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
-	HddBytes int64  `protobuf:"varint,9,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
-	Inodes   int64  `protobuf:"varint,10,opt,name=inodes,proto3" json:"inodes,omitempty"`
+	Kind string `protobuf:"bytes,6,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Empty: it has no bytes of its own.
+	Tier string `protobuf:"bytes,7,opt,name=tier,proto3" json:"tier,omitempty"`
+	// Of its layer, or of the writable directory of an active snapshot; absent: not counted, or it is gone.
+	NvmBytes *int64 `protobuf:"varint,8,opt,name=nvm_bytes,json=nvmBytes,proto3,oneof" json:"nvm_bytes,omitempty"`
+	HddBytes *int64 `protobuf:"varint,9,opt,name=hdd_bytes,json=hddBytes,proto3,oneof" json:"hdd_bytes,omitempty"`
+	Inodes   *int64 `protobuf:"varint,10,opt,name=inodes,proto3,oneof" json:"inodes,omitempty"`
 	// Of its layer: unpacking, staged, stored, durable or home; empty: it has none.
 	State   string `protobuf:"bytes,11,opt,name=state,proto3" json:"state,omitempty"`
 	Durable bool   `protobuf:"varint,12,opt,name=durable,proto3" json:"durable,omitempty"`
@@ -768,22 +779,22 @@ func (x *Snapshot) GetTier() string {
 }
 
 func (x *Snapshot) GetNvmBytes() int64 {
-	if x != nil {
-		return x.NvmBytes
+	if x != nil && x.NvmBytes != nil {
+		return *x.NvmBytes
 	}
 	return 0
 }
 
 func (x *Snapshot) GetHddBytes() int64 {
-	if x != nil {
-		return x.HddBytes
+	if x != nil && x.HddBytes != nil {
+		return *x.HddBytes
 	}
 	return 0
 }
 
 func (x *Snapshot) GetInodes() int64 {
-	if x != nil {
-		return x.Inodes
+	if x != nil && x.Inodes != nil {
+		return *x.Inodes
 	}
 	return 0
 }
@@ -1901,15 +1912,17 @@ func (x *ImageUsage) GetHddShared() int64 {
 
 // TierUsage is what a tier holds, each byte once.
 type TierUsage struct {
-	state  protoimpl.MessageState `protogen:"open.v1"`
-	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Layers int64                  `protobuf:"varint,2,opt,name=layers,proto3" json:"layers,omitempty"`
-	Uppers int64                  `protobuf:"varint,3,opt,name=uppers,proto3" json:"uppers,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Without those that only orphans have.
+	Layers int64 `protobuf:"varint,2,opt,name=layers,proto3" json:"layers,omitempty"`
+	Uppers int64 `protobuf:"varint,3,opt,name=uppers,proto3" json:"uppers,omitempty"`
 	// EROFS images of merged metadata.
 	Views int64 `protobuf:"varint,4,opt,name=views,proto3" json:"views,omitempty"`
 	// Databases.
 	Metadata int64 `protobuf:"varint,5,opt,name=metadata,proto3" json:"metadata,omitempty"`
-	Orphans  int64 `protobuf:"varint,6,opt,name=orphans,proto3" json:"orphans,omitempty"`
+	// Layers that only orphans have.
+	Orphans int64 `protobuf:"varint,6,opt,name=orphans,proto3" json:"orphans,omitempty"`
 	// Of the filesystem.
 	Free  int64 `protobuf:"varint,7,opt,name=free,proto3" json:"free,omitempty"`
 	Total int64 `protobuf:"varint,8,opt,name=total,proto3" json:"total,omitempty"`
@@ -2012,15 +2025,15 @@ func (x *TierUsage) GetParts() int64 {
 	return 0
 }
 
-// Orphan is a snapshot that no image and no container needs, or a directory that no snapshot needs.
+// Orphan is a committed snapshot that no image, no container and no other snapshot needs.
 type Orphan struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Key           string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
-	Path          string                 `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`
-	NvmBytes      int64                  `protobuf:"varint,4,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
-	HddBytes      int64                  `protobuf:"varint,5,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
-	Reason        string                 `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Key   string                 `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	// Of its layer; 0 where another snapshot needs the layer, which then does not go with the orphan.
+	NvmBytes      int64  `protobuf:"varint,4,opt,name=nvm_bytes,json=nvmBytes,proto3" json:"nvm_bytes,omitempty"`
+	HddBytes      int64  `protobuf:"varint,5,opt,name=hdd_bytes,json=hddBytes,proto3" json:"hdd_bytes,omitempty"`
+	Reason        string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2065,13 +2078,6 @@ func (x *Orphan) GetId() string {
 func (x *Orphan) GetKey() string {
 	if x != nil {
 		return x.Key
-	}
-	return ""
-}
-
-func (x *Orphan) GetPath() string {
-	if x != nil {
-		return x.Path
 	}
 	return ""
 }
@@ -2488,9 +2494,10 @@ const file_control_proto_rawDesc = "" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1c\n" +
 	"\treachable\x18\x02 \x01(\bR\treachable\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\tR\aversion\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"+\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\"A\n" +
 	"\vListRequest\x12\x1c\n" +
-	"\tnamespace\x18\x01 \x01(\tR\tnamespace\"\xb6\x04\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05count\x18\x02 \x01(\bR\x05count\"\xec\x04\n" +
 	"\bSnapshot\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x1c\n" +
@@ -2498,11 +2505,11 @@ const file_control_proto_rawDesc = "" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12\x16\n" +
 	"\x06parent\x18\x05 \x01(\tR\x06parent\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04tier\x18\a \x01(\tR\x04tier\x12\x1b\n" +
-	"\tnvm_bytes\x18\b \x01(\x03R\bnvmBytes\x12\x1b\n" +
-	"\thdd_bytes\x18\t \x01(\x03R\bhddBytes\x12\x16\n" +
+	"\x04tier\x18\a \x01(\tR\x04tier\x12 \n" +
+	"\tnvm_bytes\x18\b \x01(\x03H\x00R\bnvmBytes\x88\x01\x01\x12 \n" +
+	"\thdd_bytes\x18\t \x01(\x03H\x01R\bhddBytes\x88\x01\x01\x12\x1b\n" +
 	"\x06inodes\x18\n" +
-	" \x01(\x03R\x06inodes\x12\x14\n" +
+	" \x01(\x03H\x02R\x06inodes\x88\x01\x01\x12\x14\n" +
 	"\x05state\x18\v \x01(\tR\x05state\x12\x18\n" +
 	"\adurable\x18\f \x01(\bR\adurable\x12\x1d\n" +
 	"\n" +
@@ -2514,7 +2521,12 @@ const file_control_proto_rawDesc = "" +
 	"\x05layer\x18\x12 \x01(\tR\x05layer\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +
+	"\n" +
+	"_nvm_bytesB\f\n" +
+	"\n" +
+	"_hdd_bytesB\t\n" +
+	"\a_inodes\"@\n" +
 	"\x0eInspectRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\"\xca\x01\n" +
@@ -2629,14 +2641,13 @@ const file_control_proto_rawDesc = "" +
 	"\aorphans\x18\x06 \x01(\x03R\aorphans\x12\x12\n" +
 	"\x04free\x18\a \x01(\x03R\x04free\x12\x14\n" +
 	"\x05total\x18\b \x01(\x03R\x05total\x12\x14\n" +
-	"\x05parts\x18\t \x01(\x03R\x05parts\"\x90\x01\n" +
+	"\x05parts\x18\t \x01(\x03R\x05parts\"\x88\x01\n" +
 	"\x06Orphan\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
-	"\x03key\x18\x02 \x01(\tR\x03key\x12\x12\n" +
-	"\x04path\x18\x03 \x01(\tR\x04path\x12\x1b\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\x12\x1b\n" +
 	"\tnvm_bytes\x18\x04 \x01(\x03R\bnvmBytes\x12\x1b\n" +
 	"\thdd_bytes\x18\x05 \x01(\x03R\bhddBytes\x12\x16\n" +
-	"\x06reason\x18\x06 \x01(\tR\x06reason\"B\n" +
+	"\x06reason\x18\x06 \x01(\tR\x06reasonJ\x04\b\x03\x10\x04R\x04path\"B\n" +
 	"\fWatchRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\"\xe8\x01\n" +
@@ -2758,6 +2769,7 @@ func file_control_proto_init() {
 	if File_control_proto != nil {
 		return
 	}
+	file_control_proto_msgTypes[7].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -20,8 +20,8 @@ import (
 )
 
 // JSON writes a message for scripts: every field under its name in control.proto, zero values included, sizes as
-// numbers, times as RFC 3339. (protojson writes 64-bit numbers as strings, which jq cannot add up.) Absent messages and
-// times are null. Bytes are paths and stand as in profiles: {"base64": "…"} where they are not UTF-8.
+// numbers, times as RFC 3339. (protojson writes 64-bit numbers as strings, which jq cannot add up.) Absent messages,
+// times and optional numbers are null. Bytes are paths and stand as in profiles: {"base64": "…"} where they are not UTF-8.
 func JSON(m proto.Message) ([]byte, error) {
 	var b bytes.Buffer
 	if err := appendMessage(&b, m.ProtoReflect()); err != nil {
@@ -87,7 +87,7 @@ func appendField(b *bytes.Buffer, m protoreflect.Message, f protoreflect.FieldDe
 		}
 		b.WriteByte(']')
 		return nil
-	case f.Message() != nil && !m.Has(f):
+	case f.HasPresence() && !m.Has(f):
 		b.WriteString("null")
 		return nil
 	}

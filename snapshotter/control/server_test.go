@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -216,7 +217,7 @@ func TestListen(t *testing.T) {
 }
 
 func TestJSON(t *testing.T) {
-	s := &Snapshot{Id: "1", NvmBytes: 1 << 60, Labels: map[string]string{"b": "<2>", "a": "1"}, Images: []string{"x"}, Created: timestamppb.New(time.Unix(1, 5).UTC())}
+	s := &Snapshot{Id: "1", NvmBytes: proto.Int64(1 << 60), Labels: map[string]string{"b": "<2>", "a": "1"}, Images: []string{"x"}, Created: timestamppb.New(time.Unix(1, 5).UTC())}
 	b, err := JSON(s)
 	require.NoError(t, err)
 	var v map[string]any
@@ -224,6 +225,7 @@ func TestJSON(t *testing.T) {
 	require.Equal(t, "1970-01-01T00:00:01.000000005Z", v["created"])
 	require.Equal(t, false, v["durable"])
 	require.Contains(t, string(b), `"nvm_bytes":1152921504606846976,`)
+	require.Contains(t, string(b), `"hdd_bytes":null,`, "it is not known")
 	require.Contains(t, string(b), `"labels":{"a":"1","b":"<2>"}`)
 	b, err = JSON(&Layer{})
 	require.NoError(t, err)

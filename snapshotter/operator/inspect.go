@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/nhybrid/nhybrid/placement"
 	"github.com/nhybrid/nhybrid/snapshotter/control"
 	"github.com/nhybrid/nhybrid/snapshotter/pull"
 	"github.com/nhybrid/nhybrid/snapshotter/store"
@@ -151,7 +152,11 @@ func (s backend) Inspect(ctx context.Context, r *control.InspectRequest) (*contr
 	if err != nil {
 		return nil, err
 	}
-	out := &control.InspectResponse{Layers: s.layers(ctx, sub)}
+	layers, err := s.layers(ctx, sub)
+	if err != nil {
+		return nil, err
+	}
+	out := &control.InspectResponse{Layers: layers}
 	if sub.img != nil {
 		out.Image, out.Digest, out.Namespace = sub.img.Name, sub.img.Manifest.String(), sub.img.Namespace
 		if out.Image == "" {
@@ -160,14 +165,17 @@ func (s backend) Inspect(ctx context.Context, r *control.InspectRequest) (*contr
 	}
 	if sub.top != nil {
 		out.Namespace = sub.top.NS()
-		out.Snapshot = s.message(*sub.top, s.imageNames(ctx, []store.Entry{*sub.top}))
+		c, err := s.count(ctx, *sub.top)
+		if err != nil {
+			return nil, err
+		}
+		out.Snapshot = s.message(*sub.top, c, s.imageNames(ctx, []store.Entry{*sub.top}))
 	}
 	return out, nil
 }
 
 // layers describes the layers of a subject.
-func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
-	var out []*control.Layer
+func (s backend) layers(ctx context.Context, sub *subject) (out []*control.Layer, err error) {
 	names := s.imageNames(ctx, sub.layers)
 	asked := func(sn store.Entry) []string {
 		if sub.img != nil && sub.img.Recorded {
@@ -184,7 +192,11 @@ func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
 		}
 		if sn.ID != "" {
 			l.SnapshotId, l.ChainId = sn.ID, store.ClientKey(sn.Info.Name)
-			l.NvmBytes, l.HddBytes = sn.Bytes()
+			c, err := s.count(ctx, sn)
+			if err != nil {
+				return nil, err
+			}
+			l.NvmBytes, l.HddBytes, l.Inodes = c.bytes[placement.NVM], c.bytes[placement.HDD], c.inodes
 			if sn.Image != nil && l.Digest == "" {
 				l.Digest, l.Compressed = sn.Image.Digest, sn.Image.Size
 			}
@@ -192,7 +204,7 @@ func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
 		if of := sn.Of; of != nil {
 			l.Tier, l.State, l.Durable = of.Stands(), string(of.State), of.State == store.Durable || of.State == store.Home
 			l.Layer = of.ID.String()
-			l.Inodes, l.Uncompressed, l.Error = of.Usage.Inodes, of.Data, s.store.Trouble(of.ID, sn.NS(), asked(sn)...)
+			l.Uncompressed, l.Error = of.Data, s.store.Trouble(of.ID, sn.NS(), asked(sn)...)
 			if d := decisionOf(of); d != nil {
 				l.Decision = d
 				if latest == nil || d.Downloading < latest.Downloading {
@@ -205,7 +217,7 @@ func (s backend) layers(ctx context.Context, sub *subject) []*control.Layer {
 	if ldl >= 0 && ldl < len(out) {
 		out[ldl].Ldl = true
 	}
-	return out
+	return out, nil
 }
 
 // Why implements [control.Backend].
@@ -214,7 +226,10 @@ func (s backend) Why(ctx context.Context, r *control.WhyRequest) (*control.WhyRe
 	if err != nil {
 		return nil, err
 	}
-	layers := s.layers(ctx, sub)
+	layers, err := s.layers(ctx, sub)
+	if err != nil {
+		return nil, err
+	}
 	out := &control.WhyResponse{Image: r.Image, Total: int32(len(layers)), Layers: layers}
 	switch {
 	case len(r.Path) > 0:
@@ -273,7 +288,8 @@ func (s backend) whyPath(ctx context.Context, sub *subject, file string) (*contr
 	}
 	chain, err := s.store.Metas(ctx, layers)
 	if err != nil {
-		for i, l := range s.layers(ctx, sub) {
+		layers, _ := s.layers(ctx, sub) // for a better word than err
+		for i, l := range layers {
 			if l.GetError() != "" {
 				return nil, "", fmt.Errorf("layer %s, index %d of the image, cannot be used: %s", l.GetLayer(), i, l.GetError())
 			}

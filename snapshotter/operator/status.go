@@ -174,7 +174,13 @@ func (s backend) List(ctx context.Context, r *control.ListRequest, send func(*co
 		if r.Namespace != "" && sn.NS() != r.Namespace {
 			continue
 		}
-		if err := send(s.message(sn, names)); err != nil {
+		c, _ := recorded(sn)
+		if r.Count {
+			if c, err = s.count(ctx, sn); err != nil {
+				return err
+			}
+		}
+		if err := send(s.message(sn, c, names)); err != nil {
 			return err
 		}
 	}
@@ -247,7 +253,8 @@ func (s backend) imageNames(ctx context.Context, all []store.Entry) map[string][
 	return names
 }
 
-func (s backend) message(sn store.Entry, names map[string][]string) *control.Snapshot {
+// message describes a snapshot, of which c is known.
+func (s backend) message(sn store.Entry, c counted, names map[string][]string) *control.Snapshot {
 	m := &control.Snapshot{
 		Id: sn.ID, Key: sn.Info.Name, Namespace: sn.NS(), Name: store.ClientKey(sn.Info.Name), Parent: sn.Info.Parent,
 		Kind: strings.ToLower(sn.Info.Kind.String()), Tier: sn.Tier.String(), Labels: sn.Info.Labels, Created: timestamppb.New(sn.Info.Created),
@@ -255,9 +262,14 @@ func (s backend) message(sn store.Entry, names map[string][]string) *control.Sna
 	}
 	if l := sn.Of; l != nil {
 		m.Tier, m.State, m.Layer = l.Stands(), string(l.State), l.ID.String()
-		m.Inodes, m.Durable, m.Error = l.Usage.Inodes, l.State == store.Durable || l.State == store.Home, s.store.Trouble(l.ID, sn.NS(), m.Images...)
+		m.Durable, m.Error = l.State == store.Durable || l.State == store.Home, s.store.Trouble(l.ID, sn.NS(), m.Images...)
 	}
-	m.NvmBytes, m.HddBytes = sn.Bytes()
+	if sn.Info.Kind == snapshots.KindView { // nothing is written to it
+		m.Tier = ""
+	}
+	if c.known {
+		m.NvmBytes, m.HddBytes, m.Inodes = &c.bytes[placement.NVM], &c.bytes[placement.HDD], &c.inodes
+	}
 	return m
 }
 

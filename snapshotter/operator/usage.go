@@ -11,7 +11,6 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -38,9 +37,10 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 		totals[t] = &control.TierUsage{Name: t.String(), Free: free, Total: total}
 		out.Tiers = append(out.Tiers, totals[t])
 	}
-	children := map[string]bool{}
+	tops := orphans(all, names)
+	needed := map[store.LayerID]bool{} // by a snapshot that is no orphan, in any namespace
 	for _, sn := range all {
-		children[sn.Info.Parent] = true
+		needed[sn.Layer] = needed[sn.Layer] || !tops[sn.Info.Name]
 	}
 	type owner struct{ ns, name string }
 	owners := map[store.LayerID][]owner{} // a layer may belong to several images, and to several namespaces
@@ -52,30 +52,34 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 		for t, n := range s.store.ViewBytes(sn.ID) {
 			totals[t].Views += n
 		}
+		c, err := s.count(ctx, sn)
+		if err != nil {
+			return nil, err
+		}
 		if sn.Info.Kind != snapshots.KindCommitted {
-			n, err := s.upperBytes(ctx, sn)
-			if err != nil {
-				return nil, err
+			for t, n := range c.bytes {
+				totals[t].Uppers += n
 			}
-			totals[sn.Tier].Uppers += n
 			continue
 		}
-		n, h := sn.Bytes()
+		goes := tops[sn.Info.Name] && !needed[sn.Layer] // the layer goes with its orphans
 		if !seen[sn.Layer] {
 			seen[sn.Layer] = true
-			totals[placement.NVM].Layers += n
-			totals[placement.HDD].Layers += h
+			for t, n := range c.bytes {
+				if goes {
+					totals[t].Orphans += n
+				} else {
+					totals[t].Layers += n
+				}
+			}
 		}
-		known := names[sn.NS()+" "+store.ClientKey(sn.Info.Name)]
-		for _, name := range known {
+		for _, name := range namesOf(sn, names) {
 			if o := (owner{sn.NS(), name}); !slices.Contains(owners[sn.Layer], o) {
 				owners[sn.Layer] = append(owners[sn.Layer], o)
 			}
 		}
-		if len(known) == 0 && !children[sn.Info.Name] {
-			out.Orphans = append(out.Orphans, &control.Orphan{
-				Id: sn.ID, Key: sn.Info.Name, NvmBytes: n, HddBytes: h, Reason: "no image and no container refers to it; containerd's garbage collection decides",
-			})
+		if tops[sn.Info.Name] {
+			out.Orphans = append(out.Orphans, orphan(sn, c, goes))
 		}
 	}
 	for id, all := range owners {
@@ -115,19 +119,63 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 	return out, nil
 }
 
-// upperBytes walks the writable directory of an active snapshot; one that goes
-// meanwhile counts nothing.
-func (s backend) upperBytes(ctx context.Context, sn store.Entry) (int64, error) {
-	t, err := s.store.Tiers.StagedOn(sn.ID)
+// orphans are the committed snapshots, by their keys, that neither an image nor another snapshot needs.
+func orphans(all []store.Entry, names map[string][]string) map[string]bool {
+	parents := map[string]bool{}
+	for _, sn := range all {
+		parents[sn.Info.Parent] = true
+	}
+	out := map[string]bool{}
+	for _, sn := range all {
+		if sn.Info.Kind == snapshots.KindCommitted && !parents[sn.Info.Name] && len(namesOf(sn, names)) == 0 {
+			out[sn.Info.Name] = true
+		}
+	}
+	return out
+}
+
+// orphan describes one of [orphans]. goes reports whether its layer goes with it.
+func orphan(sn store.Entry, c counted, goes bool) *control.Orphan {
+	o := &control.Orphan{Id: sn.ID, Key: sn.Info.Name, Reason: "no image and no container refers to it; containerd's garbage collection decides"}
+	if goes {
+		o.NvmBytes, o.HddBytes = c.bytes[placement.NVM], c.bytes[placement.HDD]
+	} else {
+		o.Reason += "; another snapshot has its layer, which stays"
+	}
+	return o
+}
+
+// counted is what a snapshot takes, without those below it.
+type counted struct {
+	known  bool
+	bytes  [2]int64 // by placement.Tier
+	inodes int64
+}
+
+// count counts what a snapshot takes. A directory, that of an active snapshot or of a layer that is not packed yet, is walked
+// until ctx ends, and is not known if it has gone meanwhile.
+func (s backend) count(ctx context.Context, sn store.Entry) (counted, error) {
+	c, id := recorded(sn)
+	if id == "" {
+		return c, nil
+	}
+	t, usage, err := s.store.Written(ctx, id)
 	if errdefs.IsNotFound(err) {
-		return 0, nil
+		return c, nil
 	}
-	if err != nil {
-		return 0, err
+	c.known, c.bytes[t], c.inodes = err == nil, usage.Size, usage.Inodes
+	return c, err
+}
+
+// recorded is what the database knows of what a snapshot takes, or else the id of the directory that is to be walked.
+func recorded(sn store.Entry) (c counted, dir string) {
+	switch {
+	case sn.Info.Kind == snapshots.KindActive:
+		return c, sn.ID
+	case sn.Info.Kind == snapshots.KindView || sn.Of == nil:
+		return counted{known: true}, ""
+	case sn.Of.State == store.Staged:
+		return c, sn.Of.Snapshot
 	}
-	du, err := fs.DiskUsage(ctx, s.store.Tiers.Upper(t, sn.ID))
-	if os.IsNotExist(err) {
-		return 0, nil
-	}
-	return du.Size, err
+	return counted{known: true, bytes: sn.Of.Bytes(), inodes: sn.Of.Usage.Inodes}, ""
 }

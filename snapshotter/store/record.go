@@ -140,15 +140,6 @@ func (e Entry) NS() string {
 	return ns
 }
 
-// Bytes is what the layer of a committed snapshot takes on each tier, by placement.Tier.
-func (e Entry) Bytes() (nvm, hdd int64) {
-	if e.Of == nil {
-		return 0, 0
-	}
-	b := e.Of.Bytes()
-	return b[placement.NVM], b[placement.HDD]
-}
-
 // ClientKey is the key of a snapshot as the client of containerd gave it:
 // containerd's metadata layer makes "<namespace>/<n>/<key>" of it.
 func ClientKey(key string) string {
