@@ -111,15 +111,22 @@ func TestContainerThatWasGone(t *testing.T) {
 
 // Containers of two images were gone before anybody could look at them. A mount through which a file of one image's own layer
 // was opened is of that image, and so is the rest that was opened through it, also of layers that both have; and a start that
-// has executed through such a mount leaves those of others alone.
+// has executed through such a mount leaves those of others alone. The two may stand on different tiers, and so come through
+// different mounts, of which only the process tells that they are of one container.
 func TestMountsAreOfTheImageWhoseLayersTheyHave(t *testing.T) {
+	for _, own := range []placement.Tier{placement.NVM, placement.HDD} {
+		t.Run(own.String(), func(t *testing.T) { mountsAreOfTheImage(t, own) })
+	}
+}
+
+func mountsAreOfTheImage(t *testing.T, own placement.Tier) {
 	s := newStore(t)
 	s.install(placement.NVM, "3", "/bin/sh", "/bin/cat")
 	for _, f := range []string{"of-a", "of-b", "of-again"} {
 		s.put(placement.NVM, "3", f, []byte("x"))
 	}
-	s.put(placement.NVM, "4", "own-a", []byte("x"))
-	s.put(placement.NVM, "5", "own-b", []byte("x"))
+	s.put(own, "4", "own-a", []byte("x"))
+	s.put(own, "5", "own-b", []byte("x"))
 	tr := s.tracer(s.config())
 	a, b, again := s.container("7"), s.container("8"), s.container("9")
 	a.Layers, b.Layers, again.Layers = []string{"3", "4"}, []string{"3", "5"}, []string{"3", "4"}

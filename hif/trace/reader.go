@@ -37,7 +37,7 @@ type clone struct {
 	owners  []*Watch          // empty: not known yet
 	entries map[uint64]*entry // by inode
 	tries   int
-	fitted  bool // it may have been of a start that has ended; see Watch.fits
+	fitted  bool // it may have been of a start that has ended; see Tracer.fits
 	// pids are of processes that opened files through it, and whether they
 	// executed something through it.
 	pids map[int32]bool

@@ -263,7 +263,7 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 	for _, c := range t.mounts {
 		i := slices.Index(c.owners, w)
 		if i < 0 {
-			if len(c.owners) == 0 && !c.foreign && w.fits(c) {
+			if len(c.owners) == 0 && !c.foreign && t.fits(c, w) {
 				orphans = append(orphans, c)
 				// Not so what a container executed that nobody watches: such a start has had its mount.
 				mine[c] = !(ran && c.ran) && t.fitsAlone(c, w)
@@ -325,55 +325,6 @@ func (t *Tracer) finish(w *Watch, why Reason) {
 		t.mu.Unlock()
 		close(w.done)
 	})
-}
-
-// fits tells whether all that was opened through a clone is of the start's layers: a mount is of one chain, and what is
-// opened through it is of this chain's layers alone.
-func (w *Watch) fits(c *clone) bool {
-	for _, e := range c.entries {
-		if !w.layers[e.ref.Layer] {
-			return false
-		}
-	}
-	return true
-}
-
-// fitsAlone tells whether a clone that fits a start fits no other that is watched or was when the clone showed up.
-func (t *Tracer) fitsAlone(c *clone, w *Watch) bool {
-	if c.fitted {
-		return false
-	}
-	for _, o := range t.watches {
-		if o != w && o.fits(c) {
-			return false
-		}
-	}
-	return true
-}
-
-// mayBeOf tells whether a clone without a known owner may belong to the start
-// that has the clones that are mine. Somebody who looks users up in an image
-// executes nothing; whose process executed something through another clone is a
-// container: this one, one that is known, or, where the start has executed
-// through mounts of its own, one that is not.
-func (t *Tracer) mayBeOf(c *clone, mine map[*clone]bool) bool {
-	ran, others := false, c.ran
-	for o, is := range mine {
-		if is && o.ran && c.akin(o) {
-			return true
-		}
-		ran = ran || is && o.ran
-	}
-	for _, o := range t.mounts {
-		if o == c || !o.ran || mine[o] || !c.akin(o) {
-			continue
-		}
-		if o.foreign || len(o.owners) > 0 {
-			return false
-		}
-		others = true
-	}
-	return !ran || !others
 }
 
 // file makes the record of an entry; what can be measured later is added by
