@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/nhybrid/nhybrid/hif/plan"
@@ -55,6 +56,10 @@ func (m *Manager) Heat(ctx context.Context, image digest.Digest, view string, re
 	}
 	for n, i := range append(asked, others...) {
 		hot, err := m.heatFor(ctx, i, ref)
+		if err != nil && n >= len(asked) && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Warn("an image is left out of why a file is hot")
+			continue
+		}
 		if err != nil {
 			return Heat{}, err
 		}

@@ -46,7 +46,9 @@ func (a applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		return a.byPath(ctx, desc, mounts, opts)
 	}
 	if !unpack.Supports(desc.MediaType) {
+		a.s.pulls.written(id, false)
 		applied, err := a.byPath(ctx, desc, mounts, opts)
+		a.s.pulls.written(id, true)
 		if err != nil && ctx.Err() == nil {
 			a.s.pulls.broke(id, err)
 		}

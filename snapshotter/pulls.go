@@ -110,6 +110,7 @@ type extract struct {
 	index   int
 	since   time.Time
 	applied bool
+	writing bool // containerd's applier writes to its directory in this process, for as long as it takes
 }
 
 // image names the image of an extraction; nil if it is not known, or if the layer
@@ -322,6 +323,18 @@ func (p *pulls) spec(id string, sn store.Snapshot) (store.Spec, bool) {
 	return specOf(sn)
 }
 
+// written tells that containerd's applier begins to write a layer here, or has ended.
+func (p *pulls) written(id string, over bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.active[id]; e != nil {
+		e.writing, e.since = !over, time.Now()
+		if e.pulling != nil {
+			e.pulling.touched = e.since
+		}
+	}
+}
+
 // applied tells that Apply has bound a layer.
 func (p *pulls) applied(id string) {
 	p.mu.Lock()
@@ -366,6 +379,11 @@ func (p *pulls) busy() bool {
 	defer p.mu.Unlock()
 	for _, pl := range p.byKey {
 		if time.Since(pl.touched) < stalled {
+			return true
+		}
+	}
+	for _, e := range p.active {
+		if e.writing {
 			return true
 		}
 	}

@@ -56,7 +56,11 @@ func (p *pulls) look(ctx context.Context) {
 	p.mu.Lock()
 	running := p.running()
 	for id, e := range p.active {
-		if e.pulling == nil && time.Since(e.since) > abandoned || e.pulling != nil && time.Since(e.pulling.touched) > abandoned {
+		heard := e.since
+		if e.pulling != nil {
+			heard = e.pulling.touched
+		}
+		if !e.writing && time.Since(heard) > abandoned {
 			delete(p.active, id)
 		}
 	}

@@ -36,6 +36,7 @@ type clone struct {
 	foreign bool              // not of data files of ours, or of no start that is watched
 	owners  []*Watch          // empty: not known yet
 	entries map[uint64]*entry // by inode
+	layers  map[uint64]bool   // of all files that were opened through it, dropped ones too
 	tries   int
 	fitted  bool // it may have been of a start that has ended; see Tracer.fits
 	// pids are of processes that opened files through it, and whether they
@@ -189,7 +190,7 @@ func (t *Tracer) event(ev *unix.FanotifyEventMetadata) {
 		if len(t.mounts) >= maxClones {
 			t.forgetForeign()
 		}
-		c = &clone{id: st.Mnt_id, entries: map[uint64]*entry{}}
+		c = &clone{id: st.Mnt_id, entries: map[uint64]*entry{}, layers: map[uint64]bool{}}
 		t.mounts[st.Mnt_id] = c
 	}
 	if c.foreign {
@@ -246,6 +247,9 @@ func (t *Tracer) enter(c *clone, fd int, st *unix.Statx_t) *entry {
 			return nil // an unlinked file of nobody we know; the next one may tell more
 		}
 		found = true
+	}
+	if found {
+		c.layers[e.ref.Layer] = true
 	}
 	// Where it is no data file, the clone is of another directory, say of an upper
 	// one, and so are all the files that will come through it. Where no watched

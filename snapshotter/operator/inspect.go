@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -169,14 +170,15 @@ func (s backend) Inspect(ctx context.Context, r *control.InspectRequest) (*contr
 		if err != nil {
 			return nil, err
 		}
-		out.Snapshot = s.message(*sub.top, c, s.imageNames(ctx, []store.Entry{*sub.top}))
+		names, _ := s.imageNames(ctx, []store.Entry{*sub.top})
+		out.Snapshot = s.message(*sub.top, c, names)
 	}
 	return out, nil
 }
 
 // layers describes the layers of a subject.
 func (s backend) layers(ctx context.Context, sub *subject) (out []*control.Layer, err error) {
-	names := s.imageNames(ctx, sub.layers)
+	names, _ := s.imageNames(ctx, sub.layers)
 	asked := func(sn store.Entry) []string {
 		if sub.img != nil && sub.img.Recorded {
 			return []string{sub.img.Name}
@@ -193,8 +195,11 @@ func (s backend) layers(ctx context.Context, sub *subject) (out []*control.Layer
 		if sn.ID != "" {
 			l.SnapshotId, l.ChainId = sn.ID, store.ClientKey(sn.Info.Name)
 			c, err := s.count(ctx, sn)
-			if err != nil {
-				return nil, err
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			if err != nil { // the rest can be told all the same
+				log.G(ctx).WithError(err).Warn("what a layer takes is not known")
 			}
 			l.NvmBytes, l.HddBytes, l.Inodes = c.bytes[placement.NVM], c.bytes[placement.HDD], c.inodes
 			if sn.Image != nil && l.Digest == "" {

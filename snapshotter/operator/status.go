@@ -169,7 +169,7 @@ func (s backend) List(ctx context.Context, r *control.ListRequest, send func(*co
 	if err != nil {
 		return err
 	}
-	names := s.imageNames(ctx, all)
+	names, _ := s.imageNames(ctx, all)
 	for _, sn := range parentsFirst(all) {
 		if r.Namespace != "" && sn.NS() != r.Namespace {
 			continue
@@ -218,9 +218,10 @@ func parentsFirst(all []store.Entry) []store.Entry {
 	return sorted
 }
 
-// imageNames tells which images a layer belongs to, by "<namespace> <chain id>".
-func (s backend) imageNames(ctx context.Context, all []store.Entry) map[string][]string {
-	names := map[string][]string{}
+// imageNames tells which images a layer belongs to, by "<namespace> <chain id>", and of which namespaces containerd did not
+// tell its images.
+func (s backend) imageNames(ctx context.Context, all []store.Entry) (names map[string][]string, untold map[string]bool) {
+	names, untold = map[string][]string{}, map[string]bool{}
 	add := func(ns, chainID, name string) {
 		k := ns + " " + chainID
 		if name != "" && !slices.Contains(names[k], name) {
@@ -231,12 +232,16 @@ func (s backend) imageNames(ctx context.Context, all []store.Entry) map[string][
 	asked := map[string]bool{}
 	for _, sn := range all {
 		ns := sn.NS()
+		if err != nil {
+			untold[ns] = true
+		}
 		if err != nil || asked[ns] {
 			continue
 		}
 		asked[ns] = true
 		images, err := source.Images(ctx, ns)
 		if err != nil {
+			untold[ns] = true
 			continue
 		}
 		for _, img := range images {
@@ -250,7 +255,7 @@ func (s backend) imageNames(ctx context.Context, all []store.Entry) map[string][
 			add(sn.NS(), sn.ChainID, sn.Image.Name)
 		}
 	}
-	return names
+	return names, untold
 }
 
 // message describes a snapshot, of which c is known.

@@ -26,7 +26,7 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 		return nil, err
 	}
 	out := &control.UsageResponse{}
-	names := s.imageNames(ctx, all)
+	names, untold := s.imageNames(ctx, all)
 	images := map[string]*control.ImageUsage{}
 	var totals [2]*control.TierUsage
 	for _, t := range tier.Tiers {
@@ -37,7 +37,7 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 		totals[t] = &control.TierUsage{Name: t.String(), Free: free, Total: total}
 		out.Tiers = append(out.Tiers, totals[t])
 	}
-	tops := orphans(all, names)
+	tops := orphans(all, names, untold)
 	needed := map[store.LayerID]bool{} // by a snapshot that is no orphan, in any namespace
 	for _, sn := range all {
 		needed[sn.Layer] = needed[sn.Layer] || !tops[sn.Info.Name]
@@ -119,15 +119,16 @@ func (s backend) Usage(ctx context.Context, r *control.UsageRequest) (*control.U
 	return out, nil
 }
 
-// orphans are the committed snapshots, by their keys, that neither an image nor another snapshot needs.
-func orphans(all []store.Entry, names map[string][]string) map[string]bool {
+// orphans are the committed snapshots, by their keys, that neither an image nor another snapshot needs. Of namespaces whose
+// images are not told nothing is one.
+func orphans(all []store.Entry, names map[string][]string, untold map[string]bool) map[string]bool {
 	parents := map[string]bool{}
 	for _, sn := range all {
 		parents[sn.Info.Parent] = true
 	}
 	out := map[string]bool{}
 	for _, sn := range all {
-		if sn.Info.Kind == snapshots.KindCommitted && !parents[sn.Info.Name] && len(namesOf(sn, names)) == 0 {
+		if sn.Info.Kind == snapshots.KindCommitted && !untold[sn.NS()] && !parents[sn.Info.Name] && len(namesOf(sn, names)) == 0 {
 			out[sn.Info.Name] = true
 		}
 	}

@@ -26,7 +26,8 @@ func TestOrphansNeedNobody(t *testing.T) {
 		snapshot(snapshots.KindView, "x/6/view", "", 0),
 	}
 	names := map[string][]string{"x app": {"app:1"}, "x base": {"app:1"}}
-	require.Equal(t, map[string]bool{"x/5/built": true}, orphans(all, names))
+	require.Equal(t, map[string]bool{"x/5/built": true}, orphans(all, names, nil))
+	require.Empty(t, orphans(all, names, map[string]bool{"x": true}), "containerd does not tell the images")
 }
 
 // An orphan whose layer stays with another snapshot gives nothing back, and says so.

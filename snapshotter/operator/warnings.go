@@ -89,7 +89,8 @@ func (s backend) called(ctx context.Context, id store.LayerID, all []store.Entry
 			continue
 		}
 		namespace = sn.NS()
-		if images = namesOf(sn, s.imageNames(ctx, []store.Entry{sn})); len(images) > 0 {
+		names, _ := s.imageNames(ctx, []store.Entry{sn})
+		if images = namesOf(sn, names); len(images) > 0 {
 			return name + " of " + strings.Join(images, ", "), namespace, images
 		}
 	}

@@ -15,6 +15,9 @@ const (
 	cureInodes = "remove images, or make the filesystem anew with more inodes (mkfs.ext4 -N, mkfs.xfs -i maxpct=)"
 )
 
+// NoPull is what a shortage says that fails all pulls.
+const NoPull = "no pull succeeds"
+
 // HDD is short of bytes below one part of it in littleHDD, and of inodes below one in fewInodes.
 const (
 	littleHDD = 100
@@ -30,7 +33,7 @@ func (r Room) Shortages(t placement.Tier) (all []string) {
 		all = append(all, fmt.Sprintf("NVM is full: %s free, the reserve is %s, so that layers and writable directories go to HDD%s; %s",
 			free, placement.FormatBytes(r.Reserve), failing(r.Free), CureRoom))
 	case t == placement.HDD && r.Free == 0:
-		all = append(all, "HDD is full: no pull succeeds; "+CureRoom)
+		all = append(all, "HDD is full: "+NoPull+"; "+CureRoom)
 	case t == placement.HDD && r.Free < r.Total/littleHDD:
 		all = append(all, fmt.Sprintf("HDD is nearly full: %s of %s free, pulls of larger images fail; %s", free, total, CureRoom))
 	}
@@ -40,7 +43,7 @@ func (r Room) Shortages(t placement.Tier) (all []string) {
 		all = append(all, fmt.Sprintf("NVM has too few inodes: %d of %d free, the reserve is %d, so that layers and writable directories go to HDD%s; %s",
 			r.InodesFree, r.Inodes, r.InodesReserve, failing(r.InodesFree), cureInodes))
 	case t == placement.HDD && r.InodesFree == 0:
-		all = append(all, fmt.Sprintf("HDD has no inode free of %d: no pull succeeds; %s", r.Inodes, cureInodes))
+		all = append(all, fmt.Sprintf("HDD has no inode free of %d: %s; %s", r.Inodes, NoPull, cureInodes))
 	case t == placement.HDD && r.InodesFree < r.Inodes/fewInodes:
 		all = append(all, fmt.Sprintf("HDD has few inodes: %d of %d free, without which pulls and containers fail; %s", r.InodesFree, r.Inodes, cureInodes))
 	}

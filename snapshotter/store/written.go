@@ -9,8 +9,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/nhybrid/nhybrid/placement"
@@ -37,7 +40,7 @@ func (s *Store) Written(ctx context.Context, id string) (placement.Tier, snapsho
 func written(ctx context.Context, dir string) (usage snapshots.Usage, err error) {
 	root, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if vanished(err) {
-		return usage, nil
+		return usage, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return usage, err
@@ -60,13 +63,13 @@ func written(ctx context.Context, dir string) (usage snapshots.Usage, err error)
 		return usage, err
 	}
 	count(&st)
-	for todo := []string{""}; len(todo) > 0; {
-		path := todo[len(todo)-1]
+	for todo := []*directory{nil}; len(todo) > 0; {
+		d := todo[len(todo)-1]
 		todo = todo[:len(todo)-1]
-		if err := eachIn(ctx, root, path, func(name string, st *unix.Stat_t) {
+		if err := eachIn(ctx, root, d.path(), func(name string, st *unix.Stat_t) {
 			count(st)
 			if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-				todo = append(todo, path+name+"/")
+				todo = append(todo, &directory{d, name})
 			}
 		}); err != nil {
 			return usage, err
@@ -75,13 +78,27 @@ func written(ctx context.Context, dir string) (usage snapshots.Usage, err error)
 	return usage, nil
 }
 
-// eachIn calls fn for each name in a directory below root, whose path is "" or ends with a slash. The path is opened piece by
-// piece and no symlink is followed, since a container may change it and make it longer than PATH_MAX.
+// directory is one that is still to be read. Whole paths would let a container have us take gigabytes of memory for deep
+// directories with many in them.
+type directory struct {
+	parent *directory // nil: the root is
+	name   string
+}
+
+// path is that below the root; of nil, which is the root, "".
+func (d *directory) path() string {
+	var names []string
+	for ; d != nil; d = d.parent {
+		names = append(names, d.name)
+	}
+	slices.Reverse(names)
+	return strings.Join(names, "/")
+}
+
+// eachIn calls fn for each name in a directory, by its path below root. It is opened piece by piece and no symlink is
+// followed, since a container may change it and make it longer than PATH_MAX.
 func eachIn(ctx context.Context, root int, path string, fn func(name string, st *unix.Stat_t)) error {
 	const batch = 1024
-	if path != "" {
-		path = path[:len(path)-1]
-	}
 	fd, err := pack.OpenBeneath(root, path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC)
 	if vanished(err) {
 		return nil

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/continuity/fs"
+	"github.com/containerd/errdefs"
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 )
@@ -35,9 +36,8 @@ func TestWrittenCountsAsContinuity(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, snapshots.Usage(want), have)
 
-	none, err := written(t.Context(), filepath.Join(dir, "none"))
-	require.NoError(t, err)
-	require.Zero(t, none)
+	_, err = written(t.Context(), filepath.Join(dir, "none"))
+	require.ErrorIs(t, err, errdefs.ErrNotFound)
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, err = written(ended, dir)

@@ -4,8 +4,10 @@
 package config
 
 import (
+	"maps"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -80,10 +82,8 @@ func (c Config) Check() error {
 	if err := c.checkSCM(); err != nil {
 		return err
 	}
-	for name, p := range c.StreamProcessors {
-		if len(p.Accepts) == 0 || p.Returns == "" || p.Path == "" {
-			return invalid("stream_processors.%s: needs accepts (media types), returns (a media type) and path (of a program)", name)
-		}
+	if err := checkProcessors(c.StreamProcessors); err != nil {
+		return err
 	}
 	for _, d := range []struct {
 		key string
@@ -111,6 +111,35 @@ func (c Config) Check() error {
 		return invalid("snapshot.upper_tier: %q is neither nvm nor hdd", c.Snapshot.UpperTier)
 	case c.Background.Workers < 1:
 		return invalid("background.workers: %d is too few; at least 1 is needed", c.Background.Workers)
+	}
+	return nil
+}
+
+// checkProcessors refuses what would have programs run without end, each on the output of another.
+func checkProcessors(all map[string]StreamProcessor) error {
+	returns := map[string]string{} // by what is accepted
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		p := all[name]
+		if len(p.Accepts) == 0 || p.Returns == "" || p.Path == "" {
+			return invalid("stream_processors.%s: needs accepts (media types), returns (a media type) and path (of a program)", name)
+		}
+		for _, a := range p.Accepts {
+			if _, twice := returns[a]; twice {
+				return invalid("stream_processors.%s: another program accepts %q, too; name one for each media type", name, a)
+			}
+			returns[a] = p.Returns
+		}
+	}
+	for from := range returns {
+		at := from
+		for range returns {
+			if next, more := returns[at]; more {
+				at = next
+			}
+		}
+		if _, more := returns[at]; more {
+			return invalid("stream_processors: what the programs for %q return goes round in a circle and never is a layer", from)
+		}
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ package doctor
 
 import (
 	"errors"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -23,11 +24,11 @@ func room(f *findings, name string, d host.Dir, c config.Config) {
 		t = placement.NVM
 		r.Reserve, r.InodesReserve = c.Placement.NVMReserve.Of(d.Total), c.Placement.NVMReserve.Inodes(d.Total, d.Inodes)
 	}
-	level := Warn
-	if t == placement.HDD && full(d) {
-		level = Fail
-	}
 	for _, s := range r.Shortages(t) {
+		level := Warn
+		if strings.Contains(s, store.NoPull) {
+			level = Fail
+		}
 		text, cure := control.Cure(s)
 		f.add(level, cure, "%s", text)
 	}

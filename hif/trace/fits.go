@@ -3,7 +3,7 @@
 
 package trace
 
-// fits tells whether a clone may be of a start: a mount is of one chain, and what
+// fits reports whether a clone may be of a start: a mount is of one chain, and what
 // is opened through it is of this chain's layers alone. So it is with all clones
 // of a container, one for each place of data, which the processes in it tie together.
 func (t *Tracer) fits(c *clone, w *Watch) bool {
@@ -11,24 +11,24 @@ func (t *Tracer) fits(c *clone, w *Watch) bool {
 		return false
 	}
 	for _, o := range t.mounts {
-		if o != c && !w.covers(o) && (c.akin(o) || o.akin(c)) {
+		if o != c && (c.akin(o) || o.akin(c)) && !w.covers(o) {
 			return false
 		}
 	}
 	return true
 }
 
-// covers tells whether all that was opened through a clone is of the start's layers.
+// covers reports whether all that was opened through a clone is of the start's layers.
 func (w *Watch) covers(c *clone) bool {
-	for _, e := range c.entries {
-		if !w.layers[e.ref.Layer] {
+	for l := range c.layers {
+		if !w.layers[l] {
 			return false
 		}
 	}
 	return true
 }
 
-// fitsAlone tells whether a clone that fits a start fits no other that is watched or was when the clone showed up.
+// fitsAlone reports whether a clone that fits a start fits no other that is watched or was when the clone showed up.
 func (t *Tracer) fitsAlone(c *clone, w *Watch) bool {
 	if c.fitted {
 		return false
@@ -41,7 +41,7 @@ func (t *Tracer) fitsAlone(c *clone, w *Watch) bool {
 	return true
 }
 
-// mayBeOf tells whether a clone without a known owner may belong to the start
+// mayBeOf reports whether a clone without a known owner may belong to the start
 // that has the clones that are mine. Somebody who looks users up in an image
 // executes nothing; whose process executed something through another clone is a
 // container: this one, one that is known, or, where the start has executed
