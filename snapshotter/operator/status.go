@@ -232,10 +232,7 @@ func (s backend) imageNames(ctx context.Context, all []store.Entry) (names map[s
 	asked := map[string]bool{}
 	for _, sn := range all {
 		ns := sn.NS()
-		if err != nil {
-			untold[ns] = true
-		}
-		if err != nil || asked[ns] {
+		if err != nil || asked[ns] { // without a containerd its images are none
 			continue
 		}
 		asked[ns] = true
